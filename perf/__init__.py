@@ -1,0 +1,1 @@
+"""Benchmarks and tools that look at the kernels: what they compute, what they move, how long they take."""

@@ -1,7 +1,7 @@
 """`window_apply_` in Triton: weighted sum of all rows of the window, added to the parameter in place.
 
-One program owns a block and adds row after row to an accumulator in global memory. The indices of a row are distinct, and a
-barrier separates the rows, so that plain loads and stores suffice: no atomics, and a fixed order of summation.
+One program owns a block and adds row after row to an accumulator in global memory. The indices of a row are distinct,
+and a barrier separates the rows, so that plain loads and stores suffice: no atomics, and a fixed order of summation.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """`compress_` in Triton: blockwise Top-k selection with fused error-feedback update, one program a block.
 
-The bits of |a|, read as an integer, order like |a|, so the k-th largest magnitude is found bit by bit, from the highest: a bit
-belongs to the threshold if at least k keys reach it. The search ends early when exactly k do. Prefix sums over the
-block then number the selected elements, which are written in ascending order; among elements equal to the threshold
-the lowest are taken.
+The bits of |a|, read as an integer, order like |a|, so the k-th largest magnitude is found bit by bit, from the
+highest: a bit belongs to the threshold if at least k keys reach it. The search ends early when exactly k do. Prefix sums over
+the block then number the selected elements, which are written in ascending order; among elements equal to the
+threshold the lowest are taken.
 
 A block of up to CHUNK elements is read once and stays in registers. Of a larger one the first CHUNK elements do, the
 others are read again in every pass.
@@ -27,49 +27,43 @@ def configuration(size: int, numel_bytes: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _load(grad, error, finite, start, chunk, length, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
+def _load(grad, error, finite, chunk, length, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
     """a = e + g of one chunk of a block, and its keys: the bits of |a|, -1 beyond the end of the block."""
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     inside = position < length
-    a = tl.load(grad + start + position, mask=inside, other=0.0).to(DTYPE)
+    a = tl.load(grad + position, mask=inside, other=0.0).to(DTYPE)
     if error is not None:
-        a = tl.load(error + start + position, mask=inside, other=0.0).to(DTYPE) + a
+        a = tl.load(error + position, mask=inside, other=0.0).to(DTYPE) + a
     a = tl.where(finite, a, 0.0)
-    if DTYPE == tl.float64:
-        key = tl.abs(a).to(tl.int64, bitcast=True)
-    else:
-        key = tl.abs(a).to(tl.int32, bitcast=True)
+    key = tl.abs(a).to(tl.int64 if DTYPE == tl.float64 else tl.int32, bitcast=True)
     return a, tl.where(inside, key, -1)
 
 
 @triton.jit
-def _count(
-    grad, error, finite, start, length, key, threshold, CHUNKS, CHUNK: tl.constexpr, DTYPE: tl.constexpr
-):
-    """How many keys of the block reach the threshold; `key` are those of its first chunk."""
+def _count(key, threshold, grad, error, finite, length, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
+    """How many keys of a block reach the threshold; `key` are those of its first chunk."""
     count = tl.sum((key >= threshold).to(tl.int32), 0)
     for chunk in range(1, CHUNKS):
-        _, other = _load(grad, error, finite, start, chunk, length, CHUNK, DTYPE)
+        _, other = _load(grad, error, finite, chunk, length, CHUNK, DTYPE)
         count += tl.sum((other >= threshold).to(tl.int32), 0)
     return count
 
 
 @triton.jit
-def _write(grad_start, error, value_row, index_row, finite, chunk, length, a, key, threshold, ties, written, tied_before,
+def _write(a, key, threshold, ties, error, values, indices, finite, chunk, length, written, tied_before,
            CHUNK: tl.constexpr):  # fmt: skip
-    """Writes the selected elements of one chunk and its error; returns how many were written and tied so far."""
+    """Writes a chunk's error and selected elements; returns how many were written, and how many tied, so far."""
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     tied = key == threshold
     tied_rank = tied_before + tl.cumsum(tied.to(tl.int32), 0)
     chosen = (key > threshold) | (tied & (tied_rank <= ties))
     rank = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
-    stored = a.to(value_row.dtype.element_ty)
-    tl.store(value_row + rank, stored, mask=chosen)
-    tl.store(index_row + rank, position.to(index_row.dtype.element_ty), mask=chosen)
+    stored = a.to(values.dtype.element_ty)
+    tl.store(values + rank, stored, mask=chosen)
+    tl.store(indices + rank, position.to(indices.dtype.element_ty), mask=chosen)
     if error is not None:
         rest = tl.where(chosen, a - stored.to(a.dtype), a)
-        inside = (position < length) & finite
-        tl.store(error + grad_start + position, rest.to(error.dtype.element_ty), mask=inside)
+        tl.store(error + position, rest.to(error.dtype.element_ty), mask=(position < length) & finite)
     return written + tl.sum(chosen.to(tl.int32), 0), tied_before + tl.sum(tied.to(tl.int32), 0)
 
 
@@ -78,31 +72,33 @@ def _compress_kernel(grad, error, values, indices, slot, finite, numel, window, 
                      SIZE: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
     block = tl.program_id(0).to(tl.int64)
-    start = block * SIZE
-    length = tl.minimum(numel - start, SIZE).to(tl.int32)
+    length = tl.minimum(numel - block * SIZE, SIZE).to(tl.int32)
     kept = tl.where(length == SIZE, full_kept, tail_kept)
-    is_finite = tl.load(finite) != 0
+    finite = tl.load(finite) != 0
+    grad += block * SIZE
+    if error is not None:
+        error += block * SIZE
+    row = (block * window + tl.load(slot)) * full_kept
+    values += row
+    indices += row
 
-    a, key = _load(grad, error, is_finite, start, 0, length, CHUNK, DTYPE)
+    a, key = _load(grad, error, finite, 0, length, CHUNK, DTYPE)
     threshold = tl.full((), 0, key.dtype)
     bit = tl.full((), 1, key.dtype) << (key.dtype.primitive_bitwidth - 2)
     count = length
     while (bit > 0) & (count != kept):
-        candidate = threshold | bit
-        reached = _count(grad, error, is_finite, start, length, key, candidate, CHUNKS, CHUNK, DTYPE)
+        reached = _count(key, threshold | bit, grad, error, finite, length, CHUNKS, CHUNK, DTYPE)
         if reached >= kept:
-            threshold = candidate
+            threshold |= bit
             count = reached
         bit = bit >> 1
 
-    above = _count(grad, error, is_finite, start, length, key, threshold + 1, CHUNKS, CHUNK, DTYPE)
-    row = (block * window + tl.load(slot)) * full_kept
-    written, tied = _write(start, error, values + row, indices + row, is_finite, 0, length, a, key, threshold,
-                           kept - above, 0, 0, CHUNK)  # fmt: skip
+    ties = kept - _count(key, threshold + 1, grad, error, finite, length, CHUNKS, CHUNK, DTYPE)
+    written, tied = _write(a, key, threshold, ties, error, values, indices, finite, 0, length, 0, 0, CHUNK)
     for chunk in range(1, CHUNKS):
-        a, key = _load(grad, error, is_finite, start, chunk, length, CHUNK, DTYPE)
-        written, tied = _write(start, error, values + row, indices + row, is_finite, chunk, length, a, key, threshold,
-                               kept - above, written, tied, CHUNK)  # fmt: skip
+        a, key = _load(grad, error, finite, chunk, length, CHUNK, DTYPE)
+        written, tied = _write(a, key, threshold, ties, error, values, indices, finite, chunk, length, written, tied,
+                               CHUNK)  # fmt: skip
 
 
 def compress_(

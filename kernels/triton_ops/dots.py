@@ -1,7 +1,8 @@
 """`window_dots` in Triton: batched inner products of all rows of the window with the newest one.
 
 A first launch writes the newest row densely; in a second each program streams some rows of a block, gathers their
-counterparts from it and leaves one partial sum a row and block, in float64. They are added in a fixed order: no atomics.
+counterparts from it and leaves one partial sum a row and block, in float64. These are added in a fixed order, without
+atomics.
 """
 
 import torch

@@ -6,8 +6,8 @@
 | `reference.py` | the definition, in PyTorch |
 | `triton_ops/` | Triton kernels |
 
-A backend is a module with the three operations. On an accelerator it is `triton` where Triton can be imported, else, and
-on a CPU, `reference`. The environment variable `EFCP_KERNELS`, or `use_backend`, forces one.
+A backend is a module with the three operations. On an accelerator it is `triton` where Triton can be imported; else,
+and on a CPU, `reference`. The environment variable `EFCP_KERNELS`, or `use_backend`, forces one.
 """
 
 import importlib
@@ -97,7 +97,7 @@ def compress_(
 
     Of each block the k elements of largest magnitude are kept; of equal ones those at lower positions. The row is
     written to the window rounded to its dtype, and the error keeps what the rounding leaves. Where `finite` is false,
-    the row is zero and the error stays as it was. (EFCP, arXiv 2306.06098, algorithm 1; 'compress' and 'error feedback'.)
+    the row is zero and the error stays as it was. (EFCP, arXiv 2306.06098, algorithm 1.)
 
     Args:
         grad: (n,) contiguous, floating point; never changed.

@@ -1,9 +1,9 @@
 """`compress_` in Triton: blockwise Top-k selection with fused error-feedback update, one program a block.
 
 The bits of |a|, read as an integer, order like |a|, so the k-th largest magnitude is found bit by bit, from the
-highest: a bit belongs to the threshold if at least k keys reach it. The search ends early when exactly k do. Prefix sums over
-the block then number the selected elements, which are written in ascending order; among elements equal to the
-threshold the lowest are taken.
+highest: a bit belongs to the threshold if at least k keys reach it. The search ends early when exactly k do. Prefix
+sums over the block then number the selected elements, which are written in ascending order; among elements equal to
+the threshold the lowest are taken.
 
 A block of up to CHUNK elements is read once and stays in registers. Of a larger one the first CHUNK elements do, the
 others are read again in every pass.
@@ -17,13 +17,14 @@ from torch import Tensor
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.triton_ops.common import triton_accumulation_dtype
 
-MAX_CHUNK = 8192
+MAX_THREADS = 512  # of a program, with warps of 32
 
 
 def configuration(size: int, numel_bytes: int) -> tuple[int, int]:
-    """(CHUNK, num_warps) for blocks of a size: 16 elements of 4 bytes, or 8 of 8 bytes, a thread."""
-    chunk = min(triton.next_power_of_2(size), MAX_CHUNK * 4 // numel_bytes)
-    return chunk, max(1, min(16, chunk * numel_bytes // 2048))
+    """(CHUNK, num_warps) for blocks of a size: 64 bytes a thread, or 32 where a second chunk needs registers, too."""
+    thread = 64 if size * numel_bytes <= 64 * MAX_THREADS else 32
+    chunk = min(triton.next_power_of_2(size), thread * MAX_THREADS // numel_bytes)
+    return chunk, max(1, chunk * numel_bytes // thread // 32)
 
 
 @triton.jit

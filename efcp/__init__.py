@@ -1,0 +1,24 @@
+"""Full-matrix second-order optimizers whose gradient window is compressed with error feedback (arXiv 2306.06098)."""
+
+from efcp.memory import MemoryReport, estimate_memory, memory_report
+from efcp.optimizer import EFCP
+from efcp.preconditioners import GGT, MFAC
+from efcp.ready_made import DenseGGT, DenseMFAC, SparseGGT, SparseMFAC
+from efcp.windows import Identity, TopK
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EFCP",
+    "GGT",
+    "MFAC",
+    "DenseGGT",
+    "DenseMFAC",
+    "Identity",
+    "MemoryReport",
+    "SparseGGT",
+    "SparseMFAC",
+    "TopK",
+    "estimate_memory",
+    "memory_report",
+]

@@ -1,0 +1,36 @@
+"""Checks of arguments: errors that name the argument, what is allowed, and the value."""
+
+from typing import Any
+
+import torch
+
+
+def require(condition: bool, name: str, allowed: str, value: Any) -> None:
+    """Raises ValueError("{name} must {allowed}, got {value}") unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name} must {allowed}, got {value!r}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def require_number(name: str, value: Any, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    """Raises ValueError unless value is a number in [low, high), or in (low, high) where `open_low`."""
+    inside = is_number(value) and low <= value < high and not (open_low and value == low)
+    if high < float("inf"):
+        allowed = f"lie in {'(' if open_low else '['}{low:g}, {high:g})"
+    else:
+        allowed = f"be a finite number {'>' if open_low else '≥'} {low:g}"
+    require(inside, name, allowed, value)
+
+
+def require_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raises ValueError unless value is an integer from low to high."""
+    inside = isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)
+    require(inside, name, f"be an integer ≥ {low}" if high is None else f"be an integer from {low} to {high}", value)
+
+
+def require_dtype(name: str, value: Any, allowed: tuple[torch.dtype, ...]) -> None:
+    """Raises ValueError unless value is one of the dtypes."""
+    require(value in allowed, name, f"be one of {', '.join(map(str, allowed))}", value)

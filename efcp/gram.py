@@ -1,0 +1,57 @@
+"""The Gram matrix S = G Gᵀ of the whole window, as a ring buffer.
+
+Row and column `slot` belong to the gradient that was written there last; slots are filled in turn. A step replaces one
+row of the window, hence one row and column of S. State:
+
+    step             ()      int64    gradients taken in so far
+    skipped_steps    ()      int64    of these, such with an Inf or NaN
+    gram             (m, m)  float64  S
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def allocate_gram(window: int, device: torch.device) -> dict[str, Tensor]:
+    """The state of a Gram matrix of a window of zero rows."""
+    return {
+        "step": torch.zeros((), dtype=torch.int64, device=device),
+        "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
+        "gram": torch.zeros(window, window, dtype=torch.float64, device=device),
+    }
+
+
+@dataclass(frozen=True)
+class Gram:
+    """The Gram matrix in a state that also holds what preconditioners derive from it."""
+
+    state: dict[str, Any]
+
+    @property
+    def matrix(self) -> Tensor:
+        """S: (m, m) float64."""
+        return self.state["gram"]
+
+    def next_slot(self, finite: Tensor) -> Tensor:
+        """Counts a step, and returns the slot of its gradient: (1,) int64."""
+        slot = (self.state["step"] % len(self.matrix)).view(1)
+        self.state["step"] += 1
+        self.state["skipped_steps"] += ~finite
+        return slot
+
+    def replace(self, slot: Tensor, dots: Tensor) -> None:
+        """Writes row and column `slot`.
+
+        Args:
+            slot: (1,) int64.
+            dots: (m,) float64, inner products of all rows of the window with the new one.
+        """
+        self.matrix.index_copy_(0, slot, dots.unsqueeze(0))
+        self.matrix.index_copy_(1, slot, dots.unsqueeze(1))
+
+    def squared_norm(self, weights: Tensor) -> Tensor:
+        """‖Gᵀw‖² = wᵀSw, () float64: the squared norm of an update at the price of a few m² operations."""
+        return torch.dot(weights, self.matrix @ weights).clamp(min=0)

@@ -1,0 +1,91 @@
+"""How many bytes an optimizer's state takes: measured, or estimated before anything is allocated."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from efcp.optimizer import EFCP
+from efcp.ready_made import SparseMFAC
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes of an optimizer's state.
+
+    Attributes:
+        tensors: bytes by name of the tensors in `optimizer.state[p]`, summed over parameters.
+        numel: elements of all parameters.
+    """
+
+    tensors: dict[str, int]
+    numel: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(self.tensors.values())
+
+    @property
+    def per_parameter(self) -> float:
+        """Bytes per parameter element. Adam in float32 takes 8."""
+        return self.total / max(1, self.numel)
+
+    def __str__(self) -> str:
+        rows = [*sorted(self.tensors.items(), key=lambda item: -item[1]), ("total", self.total)]
+        lines = [f"{'state':<16}{'bytes':>16}{'per parameter':>16}"]
+        lines += [f"{name:<16}{size:>16,}{size / max(1, self.numel):>16.3f}" for name, size in rows]
+        return "\n".join(lines)
+
+
+def memory_report(optimizer: Optimizer) -> MemoryReport:
+    """The bytes of every tensor in an optimizer's state; of any `torch.optim.Optimizer`."""
+    tensors: dict[str, int] = {}
+    for state in optimizer.state.values():
+        for name, value in _tensors(state):
+            tensors[name] = tensors.get(name, 0) + value.numel() * value.element_size()
+    return MemoryReport(tensors, sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
+
+
+def estimate_memory(
+    model_or_numel: nn.Module | int | Iterable[Any], optimizer: type[EFCP] = SparseMFAC, **options: Any
+) -> MemoryReport:
+    """The report that an optimizer would give once every parameter has had a gradient. Nothing is allocated.
+
+    >>> estimate_memory(25_557_032, window=1024, density=0.01).per_parameter  # ResNet-50 as one float32 vector
+
+    Args:
+        model_or_numel: a model, of which the parameters count that require gradients; or a number of float32 elements;
+            or what the optimizer takes for `params`: tensors, named tensors or param groups.
+        optimizer: the optimizer's class.
+        options: its other arguments.
+
+    Raises:
+        ValueError, TypeError: as the optimizer does.
+    """
+    if isinstance(model_or_numel, int):
+        params: Iterable[Any] = [torch.empty(model_or_numel, device="meta")]
+    elif isinstance(model_or_numel, nn.Module):
+        params = [p for p in model_or_numel.parameters() if p.requires_grad]
+    else:
+        params = model_or_numel
+    instance = optimizer([_on_meta(p) for p in params], **options)
+    instance.allocate_state()
+    return memory_report(instance)
+
+
+def _on_meta(param: Any) -> Any:
+    """A tensor, a named tensor or a param group, with its tensors on the meta device."""
+    if isinstance(param, Tensor):
+        return torch.empty_like(param, device="meta", requires_grad=False)
+    if isinstance(param, tuple):
+        return param[0], _on_meta(param[1])
+    params = param["params"]
+    return {**param, "params": _on_meta(params) if isinstance(params, Tensor) else [_on_meta(p) for p in params]}
+
+
+def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    return ((name, value) for name, value in state.items() if isinstance(value, Tensor))

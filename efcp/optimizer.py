@@ -1,0 +1,276 @@
+"""The optimizer: θ ← (1 − lr·wd) θ − lr · Gᵀ f(S) e_t, with the last m compressed gradients as rows of G, and S = GGᵀ.
+
+Three parts that know nothing of each other meet in `EFCP.step`: a window (`efcp.windows`) compresses gradients and
+keeps them, the Gram matrix (`efcp.gram`) keeps their inner products, and a preconditioner (`efcp.preconditioners`)
+turns these into weights. State lives on the parameters, in `optimizer.state[p]`:
+
+    of each parameter that has had a gradient: the tensors of its window; momentum (n,) and average (n,) where used
+    of the first parameter, in addition: the Gram matrix, and what the preconditioner derives from it
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from efcp.checkpoint import Exact, check_options, check_same, check_tensors
+from efcp.checks import require, require_integer, require_number
+from efcp.gram import Gram, allocate_gram
+from efcp.kernels import accumulation_dtype
+from efcp.parameter import WindowedParameter
+from efcp.preconditioners import MFAC, Preconditioner
+from efcp.windows import Compressor, TopK
+
+
+class EFCP(Optimizer):
+    """Preconditioning with a compressed gradient window (EFCP, arXiv 2306.06098): any compressor, any preconditioner.
+
+    Options of the compressor, such as `density`, and of the preconditioner, such as `damping`, become options of the
+    param groups. Each group may have its own lr, momentum, beta1, weight_decay, maximize and compressor options; on the
+    others all groups must agree. `window` and the compressor's options are fixed from the first step on.
+
+    A step leaves `p.grad` as it is. A parameter whose grad is None stays as it is, and contributes a zero row to the
+    window. A step with an Inf or NaN in a gradient, or one whose squared norm overflows, leaves parameters, momentum
+    and error as they are, contributes a zero row, and counts in `skipped_steps`.
+
+    Args:
+        params: parameters, named parameters, or param groups; floating point, on any devices.
+        lr: learning rate ≥ 0, a float or a tensor of one element.
+        compressor: `TopK(...)` or `Identity()`.
+        preconditioner: `MFAC(...)` or `GGT(...)`.
+        window: m, how many gradients are kept, ≥ 1.
+        momentum: heavy ball on the update, in [0, 1).
+        beta1: decay of an average of the gradients, which is compressed in their place, in [0, 1).
+        weight_decay: decoupled, multiplied by lr, ≥ 0.
+        max_update_norm: longer updates u are scaled down to this norm, > 0; None for no limit.
+        maximize: maximise the objective.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        compressor: Compressor = TopK(),
+        preconditioner: Preconditioner = MFAC(),
+        *,
+        window: int = 1024,
+        momentum: float = 0.0,
+        beta1: float = 0.0,
+        weight_decay: float = 0.0,
+        max_update_norm: float | None = None,
+        maximize: bool = False,
+    ) -> None:
+        self.compressor, self.preconditioner = compressor, preconditioner
+        defaults = {
+            "lr": lr,
+            "window": window,
+            "momentum": momentum,
+            "beta1": beta1,
+            "weight_decay": weight_decay,
+            "max_update_norm": max_update_norm,
+            "maximize": maximize,
+            **compressor.options,
+            **preconditioner.options,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step.
+
+        Args:
+            closure: evaluates the model again, with gradients, and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: for sparse gradients.
+            ValueError: where param groups disagree on an option that they must share.
+            In both cases nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._check_gradients()
+        max_update_norm, preconditioner = self._shared("max_update_norm"), self._shared_preconditioner()
+        params = self._windowed_parameters()
+        if not any(p.param.grad is not None for p in params):
+            return loss
+
+        gram = self._gram()
+        finite = self._gradients_are_finite(gram.matrix.device)
+        slot = gram.next_slot(finite)
+        dots = torch.zeros_like(gram.matrix[0])
+        for p in params:
+            dots += p.push(slot, finite).to(dots.device, non_blocking=True)
+        gram.replace(slot, dots)
+        weights = preconditioner.weights(gram, slot)
+        if max_update_norm is not None:
+            weights = weights * (max_update_norm / gram.squared_norm(weights).sqrt()).clamp(max=1.0)
+        weights = torch.where(finite, weights, 0.0)
+        for p in params:
+            p.update_(weights, finite)
+        return loss
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped for an Inf or NaN in a gradient. Reading it waits for the device."""
+        return int(self.state.get(next(self._params()), {}).get("skipped_steps", 0))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state, bit for bit.
+
+        Raises:
+            ValueError: for a state of another window, compressor, preconditioner or model; it says what differs, and
+                nothing has been changed.
+        """
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._checked(loaded))  # after those of users
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "compressor": self.compressor, "preconditioner": self.preconditioner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for param, saved in state["state"].items():
+            if isinstance(saved, Exact):
+                state["state"][param] = saved.on(param.device)
+        super().__setstate__(state)
+
+    def allocate_state(self) -> None:
+        """Allocates all state now, instead of when a parameter has its first gradient."""
+        self._gram()
+        for group in self.param_groups:
+            compressor = self._compressor_of(group)
+            for p in group["params"]:
+                self._fill(self.state[p], p, group, compressor)
+
+    # ---- what a step works on
+
+    def _params(self) -> Iterator[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _shared(self, name: str) -> Any:
+        """The value of an option on which all param groups must agree."""
+        values = [group[name] for group in self.param_groups]
+        require(all(v == values[0] for v in values), name, "be the same in all param groups", values)
+        return values[0]
+
+    def _shared_preconditioner(self) -> Preconditioner:
+        return type(self.preconditioner)(**{name: self._shared(name) for name in self.preconditioner.options})
+
+    def _compressor_of(self, group: dict[str, Any]) -> Compressor:
+        return type(self.compressor)(**{name: group[name] for name in self.compressor.options})
+
+    def _gram(self) -> Gram:
+        state = self.state[next(self._params())]
+        if "gram" not in state:
+            state.update(self._allocate_shared(next(self._params()).device))
+        return Gram(state)
+
+    def _windowed_parameters(self) -> list[WindowedParameter]:
+        """The parameters that have a window; those with a first gradient get theirs."""
+        params = []
+        for group in self.param_groups:
+            compressor = self._compressor_of(group)
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._fill(self.state[p], p, group, compressor)
+                if compressor.rows_name in self.state.get(p, ()):
+                    params.append(WindowedParameter(p, group, self.state[p], compressor))
+        return params
+
+    def _gradients_are_finite(self, device: torch.device) -> Tensor:
+        """() bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow."""
+        squares = []
+        for p in self._params():
+            if p.grad is not None:
+                norm = torch.linalg.vector_norm(p.grad, dtype=accumulation_dtype(p.grad.dtype))
+                squares.append(norm.square().to(device, torch.float64, non_blocking=True))
+        return torch.stack(squares).isfinite().all()
+
+    # ---- state
+
+    def _allocate_shared(self, device: torch.device) -> dict[str, Any]:
+        """What the state of the first parameter holds for all."""
+        window = self._shared("window")
+        return {**allocate_gram(window, device), **self._shared_preconditioner().allocate(window, device)}
+
+    @staticmethod
+    def _fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
+        """Adds to the state of a parameter what is missing."""
+        if compressor.rows_name not in state:
+            state.update(compressor.allocate(param, group["window"]))
+        for name, decay in (("momentum", group["momentum"]), ("average", group["beta1"])):
+            if decay > 0 and name not in state:
+                state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
+
+    # ---- checks
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            require(lr.numel() == 1, "lr", "have one element", lr)
+        else:
+            require_number("lr", lr, 0)
+        require_number("momentum", group["momentum"], 0, 1)
+        require_number("beta1", group["beta1"], 0, 1)
+        require_number("weight_decay", group["weight_decay"], 0)
+        require_integer("window", group["window"], 1)
+        require(isinstance(group["maximize"], bool), "maximize", "be True or False", group["maximize"])
+        if self._shared("max_update_norm") is not None:
+            require_number("max_update_norm", group["max_update_norm"], 0, open_low=True)
+        self._shared("window")
+        self._shared_preconditioner()
+        self._compressor_of(group)
+        for p in group["params"]:
+            if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                allowed = "float16, bfloat16, float32 or float64"
+                raise TypeError(f"params must be of dtype {allowed}, got {p.dtype} of shape {tuple(p.shape)}")
+
+    def _check_gradients(self) -> None:
+        for p in self._params():
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"gradients must be dense, got {p.grad.layout} for a parameter of shape {tuple(p.shape)}"
+                )
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict, if it fits the optimizer, made so that loading does not cast it."""
+        groups, states = state_dict["param_groups"], state_dict["state"]
+        check_same("state_dict", "the number of param groups", len(groups), len(self.param_groups))
+        first = next(self._params())
+        for number, (saved_group, group) in enumerate(zip(groups, self.param_groups, strict=True)):
+            where = f"param_groups[{number}]"
+            compressor = self._compressor_of(group)
+            check_same(where, "the number of parameters", len(saved_group["params"]), len(group["params"]))
+            check_options(where, saved_group, group, ["window", *compressor.options])
+            for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
+                saved = states.get(key, {})
+                expected: dict[str, Any] = {}
+                if p is first and states:
+                    expected |= self._allocate_shared(torch.device("meta"))
+                if compressor.rows_name in saved:
+                    used = {"momentum": "momentum" in saved, "beta1": "average" in saved, "window": group["window"]}
+                    self._fill(expected, torch.empty_like(p, device="meta"), used, compressor)
+                check_tensors(f"{where}, parameter {position}", saved, expected)
+        return {**state_dict, "state": {key: Exact(saved) for key, saved in states.items()}}

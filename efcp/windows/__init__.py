@@ -1,0 +1,7 @@
+"""Windows: what is kept of the last m gradients of a parameter. `base.py` says what a window does."""
+
+from efcp.windows.base import Compressor, Window
+from efcp.windows.dense import Identity
+from efcp.windows.sparse import TopK
+
+__all__ = ["Compressor", "Identity", "TopK", "Window"]

@@ -1,0 +1,88 @@
+"""The sparse window: of each gradient blockwise Top-k is kept, and error feedback hands the rest to the next one.
+
+State of a parameter, with its blocks as `efcp.kernels.blocks` describes them:
+
+    error    (n,)             what the window has not got yet; absent without error feedback
+    values   (blocks, m, k)   rows of the window
+    indices  (blocks, m, k)   their positions within the block
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efcp import kernels
+from efcp.checks import is_number, require, require_dtype, require_integer
+from efcp.kernels import Blocks
+from efcp.windows.base import Compressor, Window
+
+
+@dataclass(frozen=True)
+class TopK(Compressor):
+    """Keeps the entries of largest magnitude in each block of a parameter (EFCP, arXiv 2306.06098, section 4.1).
+
+    Args:
+        density: the share of entries kept, in (0, 1]: ceil(density · L) of a block of L.
+        block_size: elements of a block, from 1 to 32768.
+        value_dtype: of the kept entries: torch.bfloat16, torch.float16 or torch.float32.
+        error_dtype: of the error: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for
+            float64 parameters and float32 for all others.
+        error_feedback: add what was not kept of a gradient to the next one.
+
+    Raises:
+        ValueError: for values that are not allowed.
+    """
+
+    density: float = 0.01
+    block_size: int = 4096
+    value_dtype: torch.dtype = torch.bfloat16
+    error_dtype: torch.dtype | None = None
+    error_feedback: bool = True
+
+    rows_name = "values"
+
+    def __post_init__(self) -> None:
+        require(is_number(self.density) and 0 < self.density <= 1, "density", "lie in (0, 1]", self.density)
+        require_integer("block_size", self.block_size, 1, kernels.MAX_BLOCK_SIZE)
+        require_dtype("value_dtype", self.value_dtype, (torch.bfloat16, torch.float16, torch.float32))
+        if self.error_dtype is not None:
+            require_dtype("error_dtype", self.error_dtype, (torch.bfloat16, torch.float32, torch.float64))
+        require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
+
+    def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
+        blocks, device = self._blocks(param.numel()), param.device
+        shape = (blocks.count, window, blocks.kept)
+        positions = torch.arange(blocks.kept, dtype=blocks.index_dtype, device=device)  # distinct, as in rows to come
+        state = {
+            "values": torch.zeros(shape, dtype=self.value_dtype, device=device),
+            "indices": positions.expand(shape).contiguous(),
+        }
+        if self.error_feedback:
+            dtype = self.error_dtype or kernels.accumulation_dtype(param.dtype)
+            state["error"] = torch.zeros(param.numel(), dtype=dtype, device=device)
+        return state
+
+    def bind(self, state: dict[str, Tensor], numel: int) -> "SparseWindow":
+        return SparseWindow(state["values"], state["indices"], state.get("error"), self._blocks(numel))
+
+    def _blocks(self, numel: int) -> Blocks:
+        return Blocks(numel, self.block_size, self.density)
+
+
+@dataclass(frozen=True)
+class SparseWindow(Window):
+    values: Tensor
+    indices: Tensor
+    error: Tensor | None
+    blocks: Blocks
+
+    def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> Tensor:
+        kernels.compress_(grad, self.error, self.values, self.indices, slot, finite, self.blocks)
+        return kernels.window_dots(self.values, self.indices, slot, self.blocks)
+
+    def clear(self, slot: Tensor) -> None:
+        self.values.index_fill_(1, slot, 0.0)
+
+    def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
+        kernels.window_apply_(target, self.values, self.indices, weights, scale, self.blocks)

@@ -53,7 +53,8 @@ class WindowedParameter:
         flat = self.param.reshape(-1)  # a copy where the parameter is not contiguous
         if group["momentum"] > 0:
             velocity = self.state["momentum"]
-            self.window.apply_(velocity, weights, torch.where(finite, group["momentum"], 1.0).double())
+            decay = torch.where(finite, lr.new_full((), group["momentum"]), 1.0)
+            self.window.apply_(velocity, weights, decay)
             flat.mul_(scale).addcmul_(velocity, step)
         else:
             self.window.apply_(flat, step * weights, scale)

@@ -64,7 +64,7 @@ def compress_(
 def window_dots(values: Tensor, indices: Tensor, slot: Tensor, blocks: Blocks) -> Tensor:
     window = values.shape[1]
     dots = torch.zeros(window, dtype=torch.float64, device=values.device)
-    for part in blocks.parts(max(1, PART // (window * blocks.kept)) * blocks.size):
+    for part in blocks.parts(min(PART, PART // (window * blocks.kept) * blocks.size)):
         index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
         value = values[part.blocks, :, : part.kept].double()
         newest = torch.zeros(len(index), part.length, dtype=torch.float64, device=values.device)
@@ -79,7 +79,7 @@ def window_apply_(
     window = values.shape[1]
     dtype = accumulation_dtype(target.dtype)
     scale, weights = scale.to(dtype), weights.to(dtype)
-    for part in blocks.parts(max(1, PART // (window * blocks.kept)) * blocks.size):
+    for part in blocks.parts(min(PART, PART // (window * blocks.kept) * blocks.size)):
         index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
         terms = values[part.blocks, :, : part.kept].to(dtype) * weights[:, None]
         total = target[part.elements].view(-1, part.length).to(dtype) * scale

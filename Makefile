@@ -1,0 +1,48 @@
+# A virtual environment in .venv, made on first use; `make help` lists the targets.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+INSTALLED := $(VENV)/installed
+DEVELOPED := $(VENV)/developed
+FOLDERS := kernels perf analysis
+
+.PHONY: help demo test test-slow lint clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+
+demo: $(INSTALLED)  ## install, and draw the memory-accuracy trade-off on MNIST (about 5 minutes)
+	$(BIN)/python -m efcp.analysis.tradeoff
+
+test: $(DEVELOPED)  ## install, and run the tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-slow: $(DEVELOPED)  ## run the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(DEVELOPED) build/types  ## check style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p efcp
+
+clean:  ## remove the virtual environment and everything built
+	rm -rf $(VENV) build results *.egg-info
+
+$(VENV)/pyvenv.cfg:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	$(PIP) --editable '.[analysis]'
+	touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	$(PIP) --editable '.[analysis,dev]'
+	touch $@
+
+# The package as it is when installed, with the folders beside efcp/ inside it, for the type checker.
+build/types: $(wildcard efcp/*) Makefile
+	rm -rf $@
+	mkdir -p $@/efcp
+	ln -s $(addprefix $(CURDIR)/,$(wildcard efcp/*) $(FOLDERS)) $@/efcp/
+	touch $@

@@ -35,6 +35,10 @@ class Gram:
         """S: (m, m) float64."""
         return self.state["gram"]
 
+    def on_its_device(self, tensors: list[Tensor]) -> Tensor:
+        """Stacks tensors from any devices."""
+        return torch.stack([t.to(self.matrix.device, non_blocking=True) for t in tensors])
+
     def next_slot(self, finite: Tensor) -> Tensor:
         """Counts a step, and returns the slot of its gradient: (1,) int64."""
         slot = (self.state["step"] % len(self.matrix)).view(1)

@@ -19,8 +19,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from efcp.checkpoint import Exact, check_options, check_same, check_tensors
 from efcp.checks import require, require_integer, require_number
 from efcp.gram import Gram, allocate_gram
-from efcp.kernels import accumulation_dtype
-from efcp.parameter import WindowedParameter
+from efcp.parameters import Member, ParameterSet
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
 
@@ -102,23 +101,20 @@ class EFCP(Optimizer):
                 loss = closure()
         self._check_gradients()
         max_update_norm, preconditioner = self._shared("max_update_norm"), self._shared_preconditioner()
-        params = self._windowed_parameters()
-        if not any(p.param.grad is not None for p in params):
+        if all(p.grad is None for p in self._params()):
             return loss
 
-        gram = self._gram()
-        finite = self._gradients_are_finite(gram.matrix.device)
+        gram, sets = self._gram(), self._parameter_sets()
+        finite = gram.on_its_device([s.gradients_are_finite() for s in sets]).all()
         slot = gram.next_slot(finite)
-        dots = torch.zeros_like(gram.matrix[0])
-        for p in params:
-            dots += p.push(slot, finite).to(dots.device, non_blocking=True)
+        dots = gram.on_its_device([s.push(slot, finite) for s in sets]).sum(0)
         gram.replace(slot, dots)
         weights = preconditioner.weights(gram, slot)
         if max_update_norm is not None:
             weights = weights * (max_update_norm / gram.squared_norm(weights).sqrt()).clamp(max=1.0)
         weights = torch.where(finite, weights, 0.0)
-        for p in params:
-            p.update_(weights, finite)
+        for s in sets:
+            s.update_(weights, finite)
         return loss
 
     @property
@@ -187,26 +183,20 @@ class EFCP(Optimizer):
             state.update(self._allocate_shared(next(self._params()).device))
         return Gram(state)
 
-    def _windowed_parameters(self) -> list[WindowedParameter]:
+    def _parameter_sets(self) -> list[ParameterSet]:
         """The parameters that have a window; those with a first gradient get theirs."""
-        params = []
-        for group in self.param_groups:
+        sets: dict[tuple[int, torch.device, torch.dtype], ParameterSet] = {}
+        for number, group in enumerate(self.param_groups):
             compressor = self._compressor_of(group)
             for p in group["params"]:
+                state = self.state[p] if p.grad is not None else self.state.get(p, {})
                 if p.grad is not None:
-                    self._fill(self.state[p], p, group, compressor)
-                if compressor.rows_name in self.state.get(p, ()):
-                    params.append(WindowedParameter(p, group, self.state[p], compressor))
-        return params
-
-    def _gradients_are_finite(self, device: torch.device) -> Tensor:
-        """() bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow."""
-        squares = []
-        for p in self._params():
-            if p.grad is not None:
-                norm = torch.linalg.vector_norm(p.grad, dtype=accumulation_dtype(p.grad.dtype))
-                squares.append(norm.square().to(device, torch.float64, non_blocking=True))
-        return torch.stack(squares).isfinite().all()
+                    self._fill(state, p, group, compressor)
+                if compressor.rows_name in state:
+                    key = number, p.device, p.dtype
+                    members = sets.setdefault(key, ParameterSet(group, p.device, p.dtype)).members
+                    members.append(Member(p, state, compressor.bind(state, p.numel())))
+        return list(sets.values())
 
     # ---- state
 

@@ -102,7 +102,7 @@ def compress_(
     Args:
         grad: (n,) contiguous, floating point; never changed.
         error: (n,) contiguous, floating point, updated in place; None for no error feedback, that is a = g.
-        values: (blocks, m, k) bfloat16, float16 or float32; row `slot` is overwritten.
+        values: (blocks, m, k) bfloat16 or float32; row `slot` is overwritten.
         indices: (blocks, m, k) of dtype `blocks.index_dtype`; row `slot` is overwritten.
         slot: (1,) int64, the row to write, on the device of the others.
         finite: () bool, on the device of the others.

@@ -8,6 +8,7 @@ State of a parameter, with its blocks as `efcp.kernels.blocks` describes them:
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class TopK(Compressor):
     Args:
         density: the share of entries kept, in (0, 1]: ceil(density · L) of a block of L.
         block_size: elements of a block, from 1 to 32768.
-        value_dtype: of the kept entries: torch.bfloat16, torch.float16 or torch.float32.
+        value_dtype: of the kept entries: torch.bfloat16 or torch.float32; float16 could overflow.
         error_dtype: of the error: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for
             float64 parameters and float32 for all others.
         error_feedback: add what was not kept of a gradient to the next one.
@@ -45,7 +46,7 @@ class TopK(Compressor):
     def __post_init__(self) -> None:
         require(is_number(self.density) and 0 < self.density <= 1, "density", "lie in (0, 1]", self.density)
         require_integer("block_size", self.block_size, 1, kernels.MAX_BLOCK_SIZE)
-        require_dtype("value_dtype", self.value_dtype, (torch.bfloat16, torch.float16, torch.float32))
+        require_dtype("value_dtype", self.value_dtype, (torch.bfloat16, torch.float32))
         if self.error_dtype is not None:
             require_dtype("error_dtype", self.error_dtype, (torch.bfloat16, torch.float32, torch.float64))
         require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
@@ -67,7 +68,10 @@ class TopK(Compressor):
         return SparseWindow(state["values"], state["indices"], state.get("error"), self._blocks(numel))
 
     def _blocks(self, numel: int) -> Blocks:
-        return Blocks(numel, self.block_size, self.density)
+        return _blocks(numel, self.block_size, self.density)
+
+
+_blocks = lru_cache(maxsize=4096)(Blocks)  # most parameters are as large in every step
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from torch import Tensor
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.triton_ops.common import triton_accumulation_dtype
 
-MAX_THREADS = 512  # of a program, with warps of 32
+CHUNK_BYTES = 16384
 
 
 def configuration(size: int, numel_bytes: int) -> tuple[int, int]:
     """(CHUNK, num_warps) for blocks of a size: 64 bytes a thread, or 32 where a second chunk needs registers, too."""
-    thread = 64 if size * numel_bytes <= 64 * MAX_THREADS else 32
-    chunk = min(triton.next_power_of_2(size), thread * MAX_THREADS // numel_bytes)
+    chunk = min(triton.next_power_of_2(size), CHUNK_BYTES // numel_bytes)
+    thread = 64 if size <= chunk else 32
     return chunk, max(1, chunk * numel_bytes // thread // 32)
 
 

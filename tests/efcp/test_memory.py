@@ -53,7 +53,7 @@ def test_estimate_allocates_nothing_and_takes_groups():
 
 
 def test_paper_settings():
-    """At m = 1024 and 1% a parameter takes 41 bytes of window, and its error; at m = 128 both are less than Adam's 8."""
+    """At m = 1024 and 1% a parameter takes 41 bytes of window; at m = 128, with its error, less than Adam's 8."""
     large = estimate_memory(11_000_000, window=1024, density=0.01, error_dtype=torch.bfloat16)
     assert large.tensors["values"] + large.tensors["indices"] == pytest.approx(41 * 11e6, rel=0.01)
     assert large.tensors["error"] == 2 * 11_000_000

@@ -326,7 +326,7 @@ BAD_OPTIONS = {
     "damping": (0.0, "damping must be a finite number > 0, got 0.0"),
     "value_dtype": (
         torch.int8,
-        "value_dtype must be one of torch.bfloat16, torch.float16, torch.float32, got torch.int8",
+        "value_dtype must be one of torch.bfloat16, torch.float32, got torch.int8",
     ),
     "error_dtype": (torch.float16, "error_dtype must be one of torch.bfloat16, torch.float32, torch.float64"),
     "error_feedback": (0, "error_feedback must be True or False, got 0"),

@@ -1,0 +1,37 @@
+"""On a GPU: the same updates as on a CPU, and no step that waits for it. Needs one."""
+
+import pytest
+import torch
+
+from efcp import MFAC, Identity, TopK
+from tests.efcp.problems import Problem
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
+
+
+@pytest.mark.parametrize("compressor", [Identity(), TopK(0.1, 16), TopK(0.05, 4096)], ids=["dense", "small", "large"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_updates_are_those_of_the_cpu_and_nothing_waits(compressor, dtype):
+    def problem():
+        options = {"momentum": 0.9, "weight_decay": 0.1, "max_update_norm": 1.0}
+        return Problem(
+            shapes=[(5000,), (30, 7), ()], dtype=dtype, compressor=compressor, preconditioner=MFAC(), **options
+        )
+
+    here, there = problem(), problem()
+    for p in there.params:
+        p.data = p.data.cuda()
+    for step in range(8):
+        here.set_gradients()
+        for p, q in zip(here.params, there.params, strict=True):
+            q.grad = p.grad.cuda()
+        here.optimizer.step()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step not in (0, 5) else "default")  # Triton compiles in the first
+        try:
+            there.optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    tolerance = 100 * torch.finfo(dtype).eps
+    torch.testing.assert_close(there.flat().cpu(), here.flat(), rtol=tolerance, atol=tolerance)

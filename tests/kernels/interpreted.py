@@ -1,0 +1,45 @@
+"""The Triton kernels in Triton's interpreter, against the definition. Run by test_triton.py, in a process of its own.
+
+The interpreter executes the language itself, without a compiler, so it tells a mistake in a kernel from one in Triton.
+It is slow: tiny shapes.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
+
+import numpy as np
+import torch
+from triton import language as tl
+from triton.runtime import interpreter
+
+from efcp.kernels import triton_ops
+from tests.kernels.kernel_cases import BFLOAT16, FLOAT32, FLOAT64, Case, check_apply, check_compress, check_dots
+
+CASES = [
+    Case(1, 4096, 0.01, values=FLOAT32),
+    Case(63, 7, 0.37, kind="ties", grad=BFLOAT16, values=FLOAT32),
+    Case(100, 64, 0.07, error=None, values=FLOAT32, finite=False),
+    Case(100, 300, 0.1, grad=FLOAT64, error=FLOAT32, values=FLOAT32, slot=2),
+    Case(63, 16, 1.0, error=BFLOAT16, slot=0),
+]
+
+
+def round_to_bfloat16(convert):
+    """Where a GPU rounds a float32 to the nearest bfloat16, ties to even, the interpreter cuts its lower half off."""
+
+    def converted(data, source, destination, rounding):
+        if source == tl.float32 and destination == tl.bfloat16:
+            return torch.from_numpy(np.array(data)).to(BFLOAT16).view(torch.int16).numpy().view(np.uint16)
+        return convert(data, source, destination, rounding)
+
+    return converted
+
+
+if __name__ == "__main__":
+    interpreter._convert_float = round_to_bfloat16(interpreter._convert_float)
+    for case in CASES:
+        print(case)
+        check_compress(triton_ops.compress_, case)
+        check_dots(triton_ops.window_dots, case)
+        check_apply(triton_ops.window_apply_, case)

@@ -1,0 +1,109 @@
+"""Which backend runs an operation."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from efcp import kernels
+from efcp.kernels import BACKENDS, Blocks, backend_name, use_backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("EFCP_KERNELS", raising=False)
+
+
+def test_the_definition_runs_on_a_cpu():
+    assert backend_name(CPU) == "reference"
+
+
+def test_triton_runs_on_an_accelerator():
+    pytest.importorskip("triton")
+    assert backend_name(CUDA) == "triton"
+
+
+def test_the_definition_runs_on_an_accelerator_without_triton(monkeypatch):
+    monkeypatch.setattr(kernels, "_has_triton", lambda: False)
+    assert backend_name(CUDA) == "reference"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_the_environment_forces_a_backend(monkeypatch, name):
+    monkeypatch.setenv("EFCP_KERNELS", name)
+    assert backend_name(CPU) == backend_name(CUDA) == name
+
+
+def test_an_empty_variable_forces_none(monkeypatch):
+    monkeypatch.setenv("EFCP_KERNELS", "")
+    assert backend_name(CPU) == "reference"
+
+
+def test_use_backend_goes_before_the_environment_and_ends(monkeypatch):
+    monkeypatch.setenv("EFCP_KERNELS", "triton")
+    with use_backend("reference"):
+        assert backend_name(CUDA) == "reference"
+        with use_backend("triton"):
+            assert backend_name(CPU) == "triton"
+        assert backend_name(CUDA) == "reference"
+        with use_backend(None):
+            assert backend_name(CPU) == "triton"
+    assert backend_name(CPU) == "triton"
+
+
+def test_use_backend_ends_with_an_exception():
+    with pytest.raises(KeyError), use_backend("triton"):
+        raise KeyError
+    assert backend_name(CPU) == "reference"
+
+
+def test_a_wrong_name_is_refused(monkeypatch):
+    allowed = f"must be one of {', '.join(BACKENDS)}, got 'cudnn'"
+    with pytest.raises(ValueError, match=f"^name {allowed}$"), use_backend("cudnn"):
+        pass
+    assert backend_name(CPU) == "reference"
+    monkeypatch.setenv("EFCP_KERNELS", "cudnn")
+    with pytest.raises(ValueError, match=f"^EFCP_KERNELS {allowed}$"):
+        backend_name(CPU)
+
+
+def test_operations_go_to_the_backend(monkeypatch):
+    blocks = Blocks(10, 4, 0.5)
+    window = torch.zeros(3, 2, 2), torch.zeros(3, 2, 2, dtype=torch.uint8)
+    slot, scale, x = torch.tensor([0]), torch.tensor(1.0), torch.zeros(10)
+    calls = {
+        "compress_": (x, None, *window, slot, torch.tensor(True), blocks),
+        "window_dots": (*window, slot, blocks),
+        "window_apply_": (x, *window, torch.zeros(2), scale, blocks),
+    }
+    for name, arguments in calls.items():
+        received = []
+        monkeypatch.setattr(f"efcp.kernels.reference.{name}", lambda *args, received=received: received.append(args))
+        with use_backend("reference"):
+            getattr(kernels, name)(*arguments)
+        assert len(received) == 1
+        assert all(a is b for a, b in zip(received[0], arguments, strict=True))
+
+
+def test_works_without_triton():
+    script = """
+import sys
+
+sys.modules["triton"] = None  # import fails from now on
+import torch
+from efcp.kernels import Blocks, backend_name, compress_, window_apply_, window_dots
+
+assert backend_name(torch.device("cuda", 0)) == "reference"
+blocks = Blocks(5, 4, 0.5)
+values, indices = torch.zeros(2, 1, 2), torch.zeros(2, 1, 2, dtype=torch.uint8)
+slot, grad = torch.tensor([0]), torch.tensor([1.0, -3.0, 2.0, 0.0, 4.0])
+compress_(grad, None, values, indices, slot, torch.tensor(True), blocks)
+assert window_dots(values, indices, slot, blocks).tolist() == [29.0]
+window_apply_(grad, values, indices, -torch.ones(1), torch.tensor(1.0), blocks)
+assert grad.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
+"""
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr

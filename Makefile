@@ -33,11 +33,11 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
-	$(PIP) --editable '.[analysis]'
+	$(PIP) --editable '.[analysis,cpu]'
 	touch $@
 
 $(DEVELOPED): $(INSTALLED)
-	$(PIP) --editable '.[analysis,dev]'
+	$(PIP) --editable '.[analysis,cpu,dev]'
 	touch $@
 
 # The package as it is when installed, with the folders beside efcp/ inside it, for the type checker.

@@ -3,8 +3,8 @@
 from efcp.memory import MemoryReport, estimate_memory, memory_report
 from efcp.optimizer import EFCP
 from efcp.preconditioners import GGT, MFAC
-from efcp.ready_made import DenseGGT, DenseMFAC, SparseGGT, SparseMFAC
-from efcp.windows import Identity, TopK
+from efcp.ready_made import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
+from efcp.windows import Identity, LowRank, TopK
 
 __version__ = "0.1.0"
 
@@ -15,6 +15,9 @@ __all__ = [
     "DenseGGT",
     "DenseMFAC",
     "Identity",
+    "LowRank",
+    "LowRankGGT",
+    "LowRankMFAC",
     "MemoryReport",
     "SparseGGT",
     "SparseMFAC",

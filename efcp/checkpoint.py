@@ -2,8 +2,11 @@
 
 `torch.optim.Optimizer.load_state_dict` casts floating-point and integer state to the dtype of the parameter. In
 bfloat16, indices above 256 are lost, and so is the precision of float64 matrices.
+
+What is loaded is read once: positions are used as addresses, and one NaN would stay.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,14 +21,36 @@ class Exact:
         self.state = state
 
     def on(self, device: torch.device) -> dict[str, Any]:
-        """A copy of the state on a device."""
-        return {k: v.to(device, copy=True) if isinstance(v, Tensor) else v for k, v in self.state.items()}
+        """A copy of the state on a device, contiguous."""
+        return {k: _copy(v, device) if isinstance(v, Tensor) else v for k, v in self.state.items()}
+
+
+def _copy(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def check_same(where: str, name: str, saved: Any, own: Any) -> None:
     """Raises ValueError unless a thing is the same in the state and in the optimizer."""
     if saved != own:
         raise ValueError(f"{where}: {name} is {saved!r} in the state, but {own!r} in the optimizer")
+
+
+def check_structure(state_dict: dict[str, Any]) -> None:
+    """Checks that there are param groups with distinct parameters, and states of these only."""
+    groups, states = state_dict.get("param_groups"), state_dict.get("state")
+    well_formed = (
+        isinstance(groups, list)
+        and isinstance(states, dict)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+        and all(isinstance(state, dict) for state in states.values())
+    )
+    if not (well_formed and isinstance(groups, list) and isinstance(states, dict)):
+        raise ValueError("state_dict: not the state of an optimizer")
+    keys = [key for group in groups for key in group["params"]]
+    if len(set(keys)) < len(keys):
+        raise ValueError("state_dict: a parameter is in the param groups twice")
+    if unknown := states.keys() - set(keys):
+        raise ValueError(f"state_dict: there is state of {len(unknown)} parameters that are in no param group")
 
 
 def check_options(where: str, saved: dict[str, Any], own: dict[str, Any], fixed: Iterable[str]) -> None:
@@ -50,5 +75,21 @@ def check_tensors(where: str, saved: dict[str, Any], expected: dict[str, Any]) -
         if isinstance(own, Tensor) and isinstance(value, Tensor):
             check_same(where, f"the shape of {name}", tuple(value.shape), tuple(own.shape))
             check_same(where, f"the dtype of {name}", value.dtype, own.dtype)
+            check_same(where, f"the layout of {name}", value.layout, own.layout)
         else:
             check_same(where, f"the type of {name}", type(value).__name__, type(own).__name__)
+
+
+def check_content(where: str, name: str, holds: bool | Tensor, allowed: str) -> None:
+    """Raises ValueError unless what a state holds is allowed."""
+    if not holds:
+        raise ValueError(f"{where}: {name} must {allowed}; the state is damaged")
+
+
+def check_numbers(where: str, state: dict[str, Any]) -> None:
+    """Checks that tensors are finite, and that numbers are, and not negative."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            check_content(where, name, value.isfinite().all(), "be finite")
+        else:
+            check_content(where, name, 0 <= value < math.inf, "be finite and not negative")

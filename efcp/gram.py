@@ -6,6 +6,7 @@ row of the window, hence one row and column of S. State:
     step             ()      int64    gradients taken in so far
     skipped_steps    ()      int64    of these, such with an Inf or NaN
     gram             (m, m)  float64  S
+    weights          (m,)    float64  w of the newest update, which is Gᵀw; zero after a skipped step
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from efcp.checkpoint import check_content, check_numbers
+
 
 def allocate_gram(window: int, device: torch.device) -> dict[str, Tensor]:
     """The state of a Gram matrix of a window of zero rows."""
@@ -21,7 +24,16 @@ def allocate_gram(window: int, device: torch.device) -> dict[str, Tensor]:
         "step": torch.zeros((), dtype=torch.int64, device=device),
         "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
         "gram": torch.zeros(window, window, dtype=torch.float64, device=device),
+        "weights": torch.zeros(window, dtype=torch.float64, device=device),
     }
+
+
+def check_gram(where: str, state: dict[str, Any]) -> None:
+    """Raises ValueError unless a saved state of the right names, shapes and dtypes makes sense."""
+    check_numbers(where, state)
+    check_content(where, "gram", torch.equal(state["gram"], state["gram"].t()), "be symmetric")
+    counted = 0 <= int(state["skipped_steps"]) <= int(state["step"])
+    check_content(where, "step", counted, "not be negative, nor less than skipped_steps")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ turns these into weights. State lives on the parameters, in `optimizer.state[p]`
     of the first parameter, in addition: the Gram matrix, and what the preconditioner derives from it
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -16,12 +16,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from efcp.checkpoint import Exact, check_options, check_same, check_tensors
+from efcp.checkpoint import Exact, check_options, check_same, check_structure, check_tensors
 from efcp.checks import require, require_integer, require_number
-from efcp.gram import Gram, allocate_gram
+from efcp.diagnostics import norms_and_rotation, scaling_quantiles
+from efcp.gram import Gram, allocate_gram, check_gram
 from efcp.parameters import Member, ParameterSet
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
+
+OPTIONS = ("lr", "window", "momentum", "beta1", "weight_decay", "max_update_norm", "maximize")
+FOREIGN_KEYS = {  # of param groups; not options of the optimizer, but of those that work with it
+    *("params", "param_names"),  # torch.optim.Optimizer
+    *("initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),  # schedulers
+    "name",  # for people to read, in logs
+}
 
 
 class EFCP(Optimizer):
@@ -38,7 +46,7 @@ class EFCP(Optimizer):
     Args:
         params: parameters, named parameters, or param groups; floating point, on any devices.
         lr: learning rate ≥ 0, a float or a tensor of one element.
-        compressor: `TopK(...)` or `Identity()`.
+        compressor: `TopK(...)`, `LowRank(...)` or `Identity()`.
         preconditioner: `MFAC(...)` or `GGT(...)`.
         window: m, how many gradients are kept, ≥ 1.
         momentum: heavy ball on the update, in [0, 1).
@@ -113,6 +121,7 @@ class EFCP(Optimizer):
         if max_update_norm is not None:
             weights = weights * (max_update_norm / gram.squared_norm(weights).sqrt()).clamp(max=1.0)
         weights = torch.where(finite, weights, 0.0)
+        gram.state["weights"].copy_(weights)
         for s in sets:
             s.update_(weights, finite)
         return loss
@@ -122,10 +131,41 @@ class EFCP(Optimizer):
         """How many steps were skipped for an Inf or NaN in a gradient. Reading it waits for the device."""
         return int(self.state.get(next(self._params()), {}).get("skipped_steps", 0))
 
+    def diagnostics(self, quantiles: bool = False) -> dict[str, float | None]:
+        """What the last step did, for logs. Waits for the device.
+
+        The update u is as it was applied, before momentum and lr. g is the gradient in `p.grad`, hence not there after
+        `zero_grad()`, and scaled where a gradient scaler has scaled it.
+
+        Args:
+            quantiles: also those of |u/g|, for which u is computed again, one parameter at a time: about as much work
+                as two steps.
+
+        Returns:
+            Floats, or None where there is no such number:
+                grad_norm: ‖g‖.
+                compressed_norm: ‖c‖, c the newest row of the window; 0 after a skipped step.
+                error_norm: ‖e‖, the error that the next step adds to its gradient.
+                update_norm: ‖u‖; 0 after a skipped step.
+                cosine: cos(c, u), by how much preconditioning has turned the gradient.
+                scaling_q25, scaling_q50, scaling_q75: quantiles of |u/g| over all entries with g ≠ 0; of N sorted
+                    numbers the quantile q is number ⌊q (N − 1)⌋, counted from 0.
+        """
+        first = next(self._params())
+        state = self.state.get(first, {})
+        gram = Gram(state if "gram" in state else allocate_gram(self._shared("window"), first.device))
+        members = list(self._members())
+        result = norms_and_rotation(gram, members)
+        return {**result, **scaling_quantiles(gram, members)} if quantiles else result
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict):
+            self._check_keys(param_group)
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
+            self._check_keys(self.param_groups[-1])  # again, with what `defaults` has added
+            self._check_params(self.param_groups[-1]["params"])
+            self._check_options(self.param_groups)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -133,9 +173,12 @@ class EFCP(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, bit for bit.
 
+        Nothing is cast: between parameters of different dtypes, a state can be loaded where none of its tensors has
+        their dtype (TopK without momentum and beta1, the same `error_dtype`), and is refused elsewhere.
+
         Raises:
-            ValueError: for a state of another window, compressor, preconditioner or model; it says what differs, and
-                nothing has been changed.
+            ValueError: for a state of another window, compressor, preconditioner or model, and for a damaged one; it
+                says what is wrong, and nothing has been changed.
         """
         handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._checked(loaded))  # after those of users
         try:
@@ -151,6 +194,7 @@ class EFCP(Optimizer):
             if isinstance(saved, Exact):
                 state["state"][param] = saved.on(param.device)
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # else it would be an option of groups to come
 
     def allocate_state(self) -> None:
         """Allocates all state now, instead of when a parameter has its first gradient."""
@@ -165,22 +209,23 @@ class EFCP(Optimizer):
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
-    def _shared(self, name: str) -> Any:
+    def _shared(self, name: str, groups: list[dict[str, Any]] | None = None) -> Any:
         """The value of an option on which all param groups must agree."""
-        values = [group[name] for group in self.param_groups]
+        values = [group[name] for group in groups or self.param_groups]
         require(all(v == values[0] for v in values), name, "be the same in all param groups", values)
         return values[0]
 
-    def _shared_preconditioner(self) -> Preconditioner:
-        return type(self.preconditioner)(**{name: self._shared(name) for name in self.preconditioner.options})
+    def _shared_preconditioner(self, groups: list[dict[str, Any]] | None = None) -> Preconditioner:
+        return type(self.preconditioner)(**{name: self._shared(name, groups) for name in self.preconditioner.options})
 
     def _compressor_of(self, group: dict[str, Any]) -> Compressor:
         return type(self.compressor)(**{name: group[name] for name in self.compressor.options})
 
     def _gram(self) -> Gram:
-        state = self.state[next(self._params())]
+        window, state = self._shared("window"), self.state[next(self._params())]
         if "gram" not in state:
             state.update(self._allocate_shared(next(self._params()).device))
+        require(len(state["gram"]) == window, "window", f"stay what it was, {len(state['gram'])}", window)
         return Gram(state)
 
     def _parameter_sets(self) -> list[ParameterSet]:
@@ -192,11 +237,20 @@ class EFCP(Optimizer):
                 state = self.state[p] if p.grad is not None else self.state.get(p, {})
                 if p.grad is not None:
                     self._fill(state, p, group, compressor)
-                if compressor.rows_name in state:
+                if compressor.rows_name(p) in state:
                     key = number, p.device, p.dtype
                     members = sets.setdefault(key, ParameterSet(group, p.device, p.dtype)).members
-                    members.append(Member(p, state, compressor.bind(state, p.numel())))
+                    members.append(Member(p, state, compressor.bind(state, p)))
         return list(sets.values())
+
+    def _members(self) -> Iterator[Member]:
+        """The parameters that have a window by now."""
+        for group in self.param_groups:
+            compressor = self._compressor_of(group)
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                if compressor.rows_name(p) in state:
+                    yield Member(p, state, compressor.bind(state, p))
 
     # ---- state
 
@@ -208,7 +262,7 @@ class EFCP(Optimizer):
     @staticmethod
     def _fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
         """Adds to the state of a parameter what is missing."""
-        if compressor.rows_name not in state:
+        if compressor.rows_name(param) not in state:
             state.update(compressor.allocate(param, group["window"]))
         for name, decay in (("momentum", group["momentum"]), ("average", group["beta1"])):
             if decay > 0 and name not in state:
@@ -216,23 +270,37 @@ class EFCP(Optimizer):
 
     # ---- checks
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            require(lr.numel() == 1, "lr", "have one element", lr)
-        else:
-            require_number("lr", lr, 0)
-        require_number("momentum", group["momentum"], 0, 1)
-        require_number("beta1", group["beta1"], 0, 1)
-        require_number("weight_decay", group["weight_decay"], 0)
-        require_integer("window", group["window"], 1)
-        require(isinstance(group["maximize"], bool), "maximize", "be True or False", group["maximize"])
-        if self._shared("max_update_norm") is not None:
-            require_number("max_update_norm", group["max_update_norm"], 0, open_low=True)
-        self._shared("window")
-        self._shared_preconditioner()
-        self._compressor_of(group)
-        for p in group["params"]:
+    def _check_options(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            lr = group["lr"]
+            if isinstance(lr, Tensor):
+                require(lr.numel() == 1, "lr", "have one element", lr)
+            else:
+                require_number("lr", lr, 0)
+            require_number("momentum", group["momentum"], 0, 1)
+            require_number("beta1", group["beta1"], 0, 1)
+            require_number("weight_decay", group["weight_decay"], 0)
+            require_integer("window", group["window"], 1)
+            require(isinstance(group["maximize"], bool), "maximize", "be True or False", group["maximize"])
+            if group["max_update_norm"] is not None:
+                require_number("max_update_norm", group["max_update_norm"], 0, open_low=True)
+            self._compressor_of(group)
+        self._shared("max_update_norm", groups)
+        self._shared("window", groups)
+        self._shared_preconditioner(groups)
+
+    def _check_keys(self, group: dict[str, Any], where: str = "param group", more: Iterable[str] = ()) -> None:
+        """Checks that a param group has no options that the optimizer would ignore."""
+        own = [*OPTIONS, *self.compressor.options, *self.preconditioner.options]
+        if unknown := sorted(map(str, group.keys() - own - FOREIGN_KEYS - set(more))):
+            name = type(self).__name__
+            raise ValueError(f"{where}: {name} has no option {', '.join(unknown)}; its options are {', '.join(own)}")
+
+    @staticmethod
+    def _check_params(params: list[Tensor]) -> None:
+        if len(set(params)) < len(params):
+            raise ValueError("params must not hold a parameter twice; a param group does")
+        for p in params:
             if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 allowed = "float16, bfloat16, float32 or float64"
                 raise TypeError(f"params must be of dtype {allowed}, got {p.dtype} of shape {tuple(p.shape)}")
@@ -246,6 +314,7 @@ class EFCP(Optimizer):
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict, if it fits the optimizer, made so that loading does not cast it."""
+        check_structure(state_dict)
         groups, states = state_dict["param_groups"], state_dict["state"]
         check_same("state_dict", "the number of param groups", len(groups), len(self.param_groups))
         first = next(self._params())
@@ -253,14 +322,21 @@ class EFCP(Optimizer):
             where = f"param_groups[{number}]"
             compressor = self._compressor_of(group)
             check_same(where, "the number of parameters", len(saved_group["params"]), len(group["params"]))
-            check_options(where, saved_group, group, ["window", *compressor.options])
+            check_options(where, saved_group, group, ["window", *compressor.options, *self.preconditioner.fixed])
+            self._check_keys(saved_group, where, more=group)
             for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
                 saved = states.get(key, {})
                 expected: dict[str, Any] = {}
                 if p is first and states:
                     expected |= self._allocate_shared(torch.device("meta"))
-                if compressor.rows_name in saved:
+                if compressor.rows_name(p) in saved:
                     used = {"momentum": "momentum" in saved, "beta1": "average" in saved, "window": group["window"]}
                     self._fill(expected, torch.empty_like(p, device="meta"), used, compressor)
-                check_tensors(f"{where}, parameter {position}", saved, expected)
+                here = f"{where}, parameter {position}"
+                check_tensors(here, saved, expected)
+                if "gram" in expected:
+                    check_gram(here, saved)
+                if compressor.rows_name(p) in saved:
+                    compressor.check(here, saved, p)
+        self._check_options(groups)
         return {**state_dict, "state": {key: Exact(saved) for key, saved in states.items()}}

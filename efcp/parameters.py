@@ -79,10 +79,11 @@ class ParameterSet:
                 window.apply_(flat, weights, scale)
             if not param.is_contiguous():
                 param.copy_(flat.view(param.shape))
+            torch.autograd.graph.increment_version(param)  # kernels write behind autograd's back
 
     def _averaged(self, grad: Tensor, state: dict[str, Any], finite: Tensor) -> Tensor:
         """The average of gradients that beta1 asks for, (n,); without beta1 the gradient itself."""
         if self.group["beta1"] == 0:
             return grad
         average = state["average"]
-        return torch.where(finite, average.lerp(grad, 1 - self.group["beta1"]), average, out=average)
+        return torch.where(finite, average.lerp(grad.to(average.dtype), 1 - self.group["beta1"]), average, out=average)

@@ -6,7 +6,7 @@ from torch.optim.optimizer import ParamsT
 
 from efcp.optimizer import EFCP
 from efcp.preconditioners import GGT, MFAC
-from efcp.windows import Identity, TopK
+from efcp.windows import Identity, LowRank, TopK
 
 
 class SparseMFAC(EFCP):
@@ -33,6 +33,39 @@ class SparseMFAC(EFCP):
             params,
             lr,
             TopK(density, block_size, value_dtype, error_dtype, error_feedback),
+            MFAC(damping),
+            window=window,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            max_update_norm=max_update_norm,
+            maximize=maximize,
+        )
+
+
+class LowRankMFAC(EFCP):
+    """M-FAC over a window of low-rank gradients. Arguments: see `EFCP`, `LowRank` and `MFAC`."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        window: int = 1024,
+        rank: int = 4,
+        power_iterations: int = 1,
+        damping: float = 1e-4,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        max_update_norm: float | None = None,
+        value_dtype: torch.dtype = torch.bfloat16,
+        error_dtype: torch.dtype | None = None,
+        error_feedback: bool = True,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            LowRank(rank, power_iterations, value_dtype, error_dtype, error_feedback),
             MFAC(damping),
             window=window,
             momentum=momentum,
@@ -83,6 +116,7 @@ class SparseGGT(EFCP):
         eps: float = 1e-5,
         beta1: float = 0.0,
         beta2: float = 1.0,
+        refresh_every: int = 1,
         block_size: int = 4096,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -96,7 +130,44 @@ class SparseGGT(EFCP):
             params,
             lr,
             TopK(density, block_size, value_dtype, error_dtype, error_feedback),
-            GGT(eps, beta2),
+            GGT(eps, beta2, refresh_every),
+            window=window,
+            momentum=momentum,
+            beta1=beta1,
+            weight_decay=weight_decay,
+            max_update_norm=max_update_norm,
+            maximize=maximize,
+        )
+
+
+class LowRankGGT(EFCP):
+    """Full-matrix Adagrad over a window of low-rank gradients. Arguments: see `EFCP`, `LowRank` and `GGT`."""
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        window: int = 100,
+        rank: int = 4,
+        power_iterations: int = 1,
+        eps: float = 1e-5,
+        beta1: float = 0.0,
+        beta2: float = 1.0,
+        refresh_every: int = 1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        max_update_norm: float | None = None,
+        value_dtype: torch.dtype = torch.bfloat16,
+        error_dtype: torch.dtype | None = None,
+        error_feedback: bool = True,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            LowRank(rank, power_iterations, value_dtype, error_dtype, error_feedback),
+            GGT(eps, beta2, refresh_every),
             window=window,
             momentum=momentum,
             beta1=beta1,
@@ -118,6 +189,7 @@ class DenseGGT(EFCP):
         eps: float = 1e-5,
         beta1: float = 0.0,
         beta2: float = 1.0,
+        refresh_every: int = 1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         max_update_norm: float | None = None,
@@ -127,7 +199,7 @@ class DenseGGT(EFCP):
             params,
             lr,
             Identity(),
-            GGT(eps, beta2),
+            GGT(eps, beta2, refresh_every),
             window=window,
             momentum=momentum,
             beta1=beta1,

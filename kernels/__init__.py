@@ -4,14 +4,15 @@
 |---|---|
 | `blocks.py` | the layout: blocks, rows, padding |
 | `reference.py` | the definition, in PyTorch |
-| `triton_ops/` | Triton kernels |
+| `triton_ops/` | Triton kernels, for GPUs |
+| `cpu.py` | compiled by Numba, for CPUs |
+| `operators.py` | the operations as nodes of a compiled graph |
 
-A backend is a module with the three operations. On an accelerator it is `triton` where Triton can be imported; else,
-and on a CPU, `reference`. The environment variable `EFCP_KERNELS`, or `use_backend`, forces one.
+A backend is a module with the three operations. On a GPU it is `triton`, on a CPU `cpu`, where Triton or Numba can be
+imported; else it is `reference`. The environment variable `EFCP_KERNELS`, or `use_backend`, forces one.
 """
 
 import importlib
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from efcp.kernels import operators
 from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks
 from efcp.kernels.reference import accumulation_dtype
 
@@ -36,7 +38,12 @@ __all__ = [
     "window_dots",
 ]
 
-BACKENDS = {"reference": "efcp.kernels.reference", "triton": "efcp.kernels.triton_ops"}
+BACKENDS = {
+    "reference": "efcp.kernels.reference",
+    "triton": "efcp.kernels.triton_ops",
+    "cpu": "efcp.kernels.cpu",
+}
+FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}  # by type of device
 
 _forced: str | None = None
 
@@ -52,7 +59,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Within the context, run the operations of a backend on every device.
 
     Args:
-        name: "reference", "triton" or None, which leaves the choice to the device. It goes before `EFCP_KERNELS`.
+        name: "reference", "triton", "cpu" or None, which leaves the choice to the device. It goes before `EFCP_KERNELS`.
 
     Raises:
         ValueError: for another name.
@@ -66,8 +73,13 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _can_import(name: str) -> bool:
+    """Whether what a backend is made with is installed, and works."""
+    try:
+        importlib.import_module(BACKENDS[name])
+    except ImportError:
+        return False
+    return True
 
 
 def backend_name(device: torch.device) -> str:
@@ -77,11 +89,18 @@ def backend_name(device: torch.device) -> str:
         ValueError: if the environment variable `EFCP_KERNELS` names none.
     """
     forced = _forced or _checked(os.environ.get("EFCP_KERNELS") or None, "EFCP_KERNELS")
-    return forced or ("triton" if device.type in ("cuda", "xpu") and _has_triton() else "reference")
+    if forced is not None:
+        return forced
+    fastest = FASTEST.get(device.type, "reference")
+    return fastest if _can_import(fastest) else "reference"
 
 
 def _backend(tensor: Tensor) -> ModuleType:
     return importlib.import_module(BACKENDS[backend_name(tensor.device)])
+
+
+def _layout(blocks: Blocks) -> tuple[int, int, float]:
+    return blocks.numel, blocks.block_size, blocks.density
 
 
 def compress_(
@@ -108,7 +127,10 @@ def compress_(
         finite: () bool, on the device of the others.
         blocks: the layout of the parameter.
     """
-    _backend(grad).compress_(grad, error, values, indices, slot, finite, blocks)
+    if torch.compiler.is_compiling():
+        operators.compress_(grad, error, values, indices, slot, finite, *_layout(blocks))
+    else:
+        _backend(grad).compress_(grad, error, values, indices, slot, finite, blocks)
 
 
 def window_dots(values: Tensor, indices: Tensor, slot: Tensor, blocks: Blocks) -> Tensor:
@@ -122,6 +144,8 @@ def window_dots(values: Tensor, indices: Tensor, slot: Tensor, blocks: Blocks) -
     Returns:
         (m,) float64.
     """
+    if torch.compiler.is_compiling():
+        return operators.window_dots(values, indices, slot, *_layout(blocks))
     return _backend(values).window_dots(values, indices, slot, blocks)
 
 
@@ -138,4 +162,7 @@ def window_apply_(
         scale: () floating point, on the target's device.
         blocks: the layout of the parameter.
     """
-    _backend(target).window_apply_(target, values, indices, weights, scale, blocks)
+    if torch.compiler.is_compiling():
+        operators.window_apply_(target, values, indices, weights, scale, *_layout(blocks))
+    else:
+        _backend(target).window_apply_(target, values, indices, weights, scale, blocks)

@@ -2,6 +2,7 @@
 
 from efcp.windows.base import Compressor, Window
 from efcp.windows.dense import Identity
+from efcp.windows.lowrank import LowRank
 from efcp.windows.sparse import TopK
 
-__all__ = ["Compressor", "Identity", "TopK", "Window"]
+__all__ = ["Compressor", "Identity", "LowRank", "TopK", "Window"]

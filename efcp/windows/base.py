@@ -9,9 +9,11 @@ A new compressor is a file beside this one with both classes.
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
+
+from efcp.checkpoint import check_numbers
 
 
 class Window(ABC):
@@ -49,8 +51,6 @@ class Window(ABC):
 class Compressor(ABC):
     """Options of a window. They become options of the param groups, where each group may have its own."""
 
-    rows_name: ClassVar[str]  # the tensor of state that is there once a parameter has a window
-
     @property
     def options(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,5 +63,17 @@ class Compressor(ABC):
         """
 
     @abstractmethod
-    def bind(self, state: dict[str, Tensor], numel: int) -> Window:
-        """The window of a parameter of `numel` elements with this state."""
+    def rows_name(self, param: Tensor) -> str:
+        """The name of a tensor that is in the state of a parameter once that has a window."""
+
+    def check(self, where: str, state: dict[str, Any], param: Tensor) -> None:
+        """Raises ValueError unless a parameter's saved state, of the right names, shapes and dtypes, makes sense.
+
+        Args:
+            where: for messages.
+        """
+        check_numbers(where, state)
+
+    @abstractmethod
+    def bind(self, state: dict[str, Tensor], param: Tensor) -> Window:
+        """The window of a parameter with this state."""

@@ -14,12 +14,13 @@ from efcp.windows.base import Compressor, Window
 class Identity(Compressor):
     """Compresses nothing: dense M-FAC (arXiv 2107.03356) and dense GGT (arXiv 1806.02958)."""
 
-    rows_name = "rows"
-
     def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
         return {"rows": torch.zeros(window, param.numel(), dtype=param.dtype, device=param.device)}
 
-    def bind(self, state: dict[str, Tensor], numel: int) -> "DenseWindow":
+    def rows_name(self, param: Tensor) -> str:
+        return "rows"
+
+    def bind(self, state: dict[str, Tensor], param: Tensor) -> "DenseWindow":
         return DenseWindow(state["rows"])
 
 

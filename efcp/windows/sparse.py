@@ -9,14 +9,18 @@ State of a parameter, with its blocks as `efcp.kernels.blocks` describes them:
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from efcp import kernels
+from efcp.checkpoint import check_content
 from efcp.checks import is_number, require, require_dtype, require_integer
 from efcp.kernels import Blocks
 from efcp.windows.base import Compressor, Window
+
+CHECKED = 1 << 18  # entries of the window that are looked at together when a state is loaded
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,6 @@ class TopK(Compressor):
     error_dtype: torch.dtype | None = None
     error_feedback: bool = True
 
-    rows_name = "values"
-
     def __post_init__(self) -> None:
         require(is_number(self.density) and 0 < self.density <= 1, "density", "lie in (0, 1]", self.density)
         require_integer("block_size", self.block_size, 1, kernels.MAX_BLOCK_SIZE)
@@ -64,8 +66,30 @@ class TopK(Compressor):
             state["error"] = torch.zeros(param.numel(), dtype=dtype, device=device)
         return state
 
-    def bind(self, state: dict[str, Tensor], numel: int) -> "SparseWindow":
-        return SparseWindow(state["values"], state["indices"], state.get("error"), self._blocks(numel))
+    def rows_name(self, param: Tensor) -> str:
+        return "values"
+
+    def check(self, where: str, state: dict[str, Any], param: Tensor) -> None:
+        super().check(where, state, param)
+        blocks, window = self._blocks(param.numel()), state["values"].shape[1]
+        for part in blocks.parts(max(1, CHECKED // (window * blocks.kept)) * blocks.size):
+            index = state["indices"][part.blocks, :, : part.kept].long()
+            check_content(
+                where,
+                "indices",
+                (index[..., 0] >= 0).all() & (index[..., -1] < part.length).all() & (index.diff() > 0).all(),
+                "ascend in each row, and lie within their blocks",
+            )
+        values, indices = (state[name][blocks.full :, :, blocks.kept_in_tail :] for name in ("values", "indices"))
+        padding = (values == 0) & (indices >= 0) & (indices.long() < blocks.size)
+        check_content(where, "padding", padding.all(), "have values 0, and positions in a block")
+
+    def bind(self, state: dict[str, Tensor], param: Tensor) -> "SparseWindow":
+        values, error, blocks = state["values"], state.get("error"), self._blocks(param.numel())
+        require(values.shape[::2] == (blocks.count, blocks.kept), "density and block_size", "stay what they were", self)
+        require(values.dtype == self.value_dtype, "value_dtype", f"stay {values.dtype}", self.value_dtype)
+        require((error is not None) == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
+        return SparseWindow(values, state["indices"], error, blocks)
 
     def _blocks(self, numel: int) -> Blocks:
         return _blocks(numel, self.block_size, self.density)

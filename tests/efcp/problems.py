@@ -2,15 +2,23 @@
 
 import torch
 
-from efcp import EFCP, GGT, MFAC, Identity, TopK
+from efcp import EFCP, GGT, MFAC, Identity, LowRank, TopK
 
 COMPRESSORS = {
     "dense": Identity(),
     "sparse": TopK(density=0.1, block_size=16, value_dtype=torch.float32),
     "sparse-bf16": TopK(density=0.3, block_size=8, error_dtype=torch.bfloat16),
     "sparse-no-feedback": TopK(density=0.3, block_size=8, error_feedback=False),
+    "low-rank": LowRank(rank=2, value_dtype=torch.float32),
+    "low-rank-bf16": LowRank(rank=1, power_iterations=2, error_dtype=torch.bfloat16),
+    "low-rank-no-feedback": LowRank(rank=1, error_feedback=False),
 }
-PRECONDITIONERS = {"mfac": MFAC(damping=1e-2), "ggt": GGT(eps=1e-3), "ggt-decay": GGT(eps=1e-3, beta2=0.8)}
+PRECONDITIONERS = {
+    "mfac": MFAC(damping=1e-2),
+    "ggt": GGT(eps=1e-3),
+    "ggt-decay": GGT(eps=1e-3, beta2=0.8),
+    "ggt-refresh": GGT(eps=1e-3, beta2=0.9, refresh_every=2),
+}
 
 
 class Problem:
@@ -46,6 +54,8 @@ def window_rows(optimizer, param):
     state = optimizer.state[param]
     if "rows" in state:
         return state["rows"].double()
+    if "left" in state:
+        return (state["left"].double().transpose(1, 2) @ state["right"].double()).flatten(1)
     group = next(g for g in optimizer.param_groups if any(p is param for p in g["params"]))
     values, indices = state["values"].double(), state["indices"].long()
     blocks, window, _ = values.shape

@@ -15,7 +15,7 @@ def dense_update(preconditioner, G, slot):
     eye = torch.eye(d, dtype=torch.float64)
     if isinstance(preconditioner, MFAC):
         return torch.linalg.solve(preconditioner.damping * eye + G.t() @ G / m, G[slot])
-    age = (slot - torch.arange(m)) % m
+    age = ((slot - torch.arange(m)) % m).double()
     decayed = G * preconditioner.beta2 ** age[:, None]
     eigenvalues, Q = torch.linalg.eigh(decayed.t() @ decayed)
     return Q @ ((Q.t() @ G[slot]) / (eigenvalues.clamp(min=0).sqrt() + preconditioner.eps))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import efcp
-from efcp import DenseGGT, DenseMFAC, SparseGGT, SparseMFAC, estimate_memory, memory_report
+from efcp import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC, estimate_memory, memory_report
 
 OPTIMIZERS = [
     (SparseMFAC, {"window": 20, "density": 0.03, "momentum": 0.9}),
@@ -13,6 +13,11 @@ OPTIMIZERS = [
     (DenseMFAC, {"window": 5}),
     (SparseGGT, {"window": 7, "beta1": 0.9}),
     (DenseGGT, {"window": 7}),
+    (DenseGGT, {"window": 7, "refresh_every": 3}),
+    (DenseGGT, {"window": 2, "refresh_every": 3}),
+    (LowRankMFAC, {"window": 7, "rank": 3}),
+    (LowRankMFAC, {"window": 7, "value_dtype": torch.float32, "error_dtype": torch.bfloat16, "momentum": 0.9}),
+    (LowRankGGT, {"window": 7, "error_feedback": False, "beta1": 0.9}),
 ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from efcp import EFCP, DenseGGT, DenseMFAC, SparseGGT, SparseMFAC
+from efcp import EFCP, DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
 from tests.efcp.problems import Problem
 
 OPTIMIZERS = {
@@ -19,7 +19,11 @@ OPTIMIZERS = {
     "SparseMFAC-no-feedback": (SparseMFAC, {"density": 0.1, "error_feedback": False}),
     "DenseMFAC": (DenseMFAC, {"weight_decay": 0.1}),
     "SparseGGT": (SparseGGT, {"density": 0.1, "beta1": 0.5, "beta2": 0.9}),
+    "SparseGGT-refresh": (SparseGGT, {"density": 0.1, "beta2": 0.9, "refresh_every": 4}),
     "DenseGGT": (DenseGGT, {"max_update_norm": 1.0}),
+    "LowRankMFAC": (LowRankMFAC, {"rank": 2, "momentum": 0.9}),
+    "LowRankMFAC-float32": (LowRankMFAC, {"rank": 1, "value_dtype": torch.float32, "error_dtype": torch.bfloat16}),
+    "LowRankGGT": (LowRankGGT, {"rank": 2, "power_iterations": 2, "beta1": 0.5, "error_feedback": False}),
 }
 SHAPES = ((700,), (5, 9), ())
 ROOT = Path(__file__).parents[2]

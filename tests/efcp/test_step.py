@@ -195,7 +195,7 @@ def test_first_parameter_may_never_have_a_gradient(compressor):
         problem.params[0].grad = None
         problem.optimizer.step()
     assert "gram" in problem.optimizer.state[problem.params[0]]
-    assert compressor.rows_name not in problem.optimizer.state[problem.params[0]]
+    assert compressor.rows_name(problem.params[0]) not in problem.optimizer.state[problem.params[0]]
 
 
 def test_step_without_any_gradient_does_nothing():
@@ -265,6 +265,16 @@ def test_gradients_are_not_changed(compressor, preconditioner):
         before = [p.grad.clone() for p in problem.params]
         problem.optimizer.step()
         assert all(torch.equal(p.grad, g) for p, g in zip(problem.params, before, strict=True))
+
+
+def test_autograd_notices_a_step_between_forward_and_backward():
+    p = torch.nn.Parameter(torch.randn(3))
+    optimizer = SparseMFAC([p], window=2)
+    loss = p.square().sum()
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # ---- non-finite gradients

@@ -1,0 +1,164 @@
+"""Memory against accuracy: what compressing the gradient window costs, and what error feedback gives back.
+
+    python -m efcp.analysis.tradeoff
+
+A small network learns to classify real images with SGD, Adam, dense M-FAC, sparse M-FAC at several densities with and
+without error feedback, and sparse GGT. Every method has the same epochs, schedule, seeds and grid of learning rates;
+its rate is chosen on the validation split, with seeds of their own, and the test split is looked at once by each final
+run. Damping is the same for all. Written to the output folder: `runs.csv`, one row a run; `table.md`; `tradeoff.png`.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from efcp.analysis.data import NAMES, load_data, resolve_name
+from efcp.analysis.methods import compared_methods
+from efcp.analysis.plots import plot_tradeoff
+from efcp.analysis.running import RecordFile, Trainer
+from efcp.analysis.summary import choose_lrs, markdown, read_runs, remarks, summarise
+from efcp.analysis.training import Run, Task, time_steps
+
+LRS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+_FIRST_TUNING_SEED = 1000  # far from those of final runs, which count from 0
+
+EXAMPLES = """\
+examples:
+  the default, of a few minutes:
+    python -m efcp.analysis.tradeoff
+  remake table and plot from an earlier run's CSV:
+    python -m efcp.analysis.tradeoff --plot-only --out results/tradeoff
+  larger: Fashion-MNIST from a folder, all training images, five seeds, tuned on two, more densities:
+    python -m efcp.analysis.tradeoff --data fashion-mnist --data-dir ~/data/fashion-mnist --train-size 55000 \\
+        --epochs 5 --batch-size 128 --window 128 --densities 0.1 0.03 0.01 0.003 0.001 --seeds 5 --tune-seeds 2 \\
+        --out results/tradeoff-large
+  go on after an interruption, or add seeds or learning rates to what is there:
+    the same command with --resume
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        if not args.plot_only:
+            run_experiment(args)
+        report(args.out)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\ninterrupted: finished runs are in {args.out}, and --resume goes on from there\n")
+
+
+def run_experiment(args: argparse.Namespace) -> None:
+    """Tunes, trains and times; writes `runs.csv` as runs finish.
+
+    Raises:
+        ValueError, FileNotFoundError: for settings that cannot work, before anything runs.
+    """
+    for option, values in (("--lrs", args.lrs), ("--densities", args.densities)):
+        if len(set(values)) < len(values):
+            raise ValueError(f"{option} must be distinct, got {' '.join(map(str, values))}")
+    name = resolve_name(args.data, args.data_dir)
+    data = load_data(name, args.data_dir, args.train_size)
+    train_size, _, height, width = data.train.images.shape
+    if args.batch_size > train_size:
+        raise ValueError(f"--batch-size must be at most the training size {train_size}, got {args.batch_size}")
+    task = Task(name, (height, width), train_size, args.width, args.epochs, args.batch_size)
+    methods = compared_methods(args.window, args.damping, args.densities)
+    records = RecordFile(args.out / "runs.csv", args.resume)
+
+    tuning_seeds = range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + args.tune_seeds)
+    tuning = [Run("tune", task, m, lr, seed) for m in methods for lr in sorted(args.lrs) for seed in tuning_seeds]
+    records.check(tuning)
+    steps = (len(tuning) + len(methods) * args.seeds) * task.steps
+    print(f"{name}: {train_size:,} training images, {len(methods)} methods, {steps:,} steps in all", flush=True)
+    with closing(Trainer(data, args.jobs)) as trainer:
+        trainer.complete(tuning, records, "tuning")
+        lrs = choose_lrs(read_runs(records.path))
+        final = [Run("final", task, m, lrs[m.label], seed) for m in methods for seed in range(args.seeds)]
+        trainer.complete(final, records, "final runs")
+    timing = [replace(run, phase="timing") for run in final if run.seed == 0]
+    for run in tqdm(timing, desc="timing", unit="method"):
+        records.add(time_steps(run, data))
+    records.sort(tuning + final + timing)
+
+
+def report(folder: Path) -> None:
+    """Prints and writes the table, and draws the plot, from the CSV in a folder."""
+    runs = read_runs(folder / "runs.csv")
+    summary = summarise(runs)
+    text = markdown(summary) + "\n\n" + "\n".join(f"- {line}" for line in remarks(runs, summary)) + "\n"
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    first = runs[runs["phase"] == "final"].iloc[0]
+    title = f"{first['data_set']}, CNN of {first['numel']:,.0f} parameters, window {runs['window'].max():g}"
+    plot_tradeoff(summary, title, folder / "tradeoff.png")
+    print(f"\n{text}\nWritten to {folder}: runs.csv, table.md, tradeoff.png")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m efcp.analysis.tradeoff",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=_HelpFormatter,
+    )
+    count, positive, share = _number(int, 1), _number(float, 0, open_low=True), _number(float, 0, 1, open_low=True)
+    parser.add_argument("--data", choices=("auto", *NAMES), default="auto", help="auto: Fashion-MNIST where found")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder of Fashion-MNIST's IDX files; else EFCP_DATA is looked at"
+    )
+    parser.add_argument("--train-size", type=count, help="training images (3,000 of MNIST 5k, 10,000 of Fashion-MNIST)")
+    parser.add_argument("--epochs", type=count, default=5)
+    parser.add_argument("--batch-size", type=count, default=64)
+    parser.add_argument("--width", type=count, default=16, help="of the network: 16 gives 105,866 parameters")
+    parser.add_argument("--window", type=count, default=64, help="gradients kept, m")
+    parser.add_argument("--densities", type=share, nargs="+", default=[0.1, 0.01, 0.001], help="of sparse M-FAC, k/d")
+    parser.add_argument("--damping", type=positive, default=3e-3, help="of M-FAC, λ")
+    parser.add_argument("--lrs", type=positive, nargs="+", default=list(LRS), help="the grid, the same for all methods")
+    parser.add_argument("--seeds", type=count, default=3, help="final runs of each method")
+    parser.add_argument("--tune-seeds", type=count, default=1, help="tuning runs of each method at each lr")
+    parser.add_argument("--jobs", type=count, default=_cores(), help="runs at once")
+    parser.add_argument("--out", type=Path, default=Path("results/tradeoff"), help="folder for CSV, table and plot")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that the CSV of --out already holds")
+    parser.add_argument("--plot-only", action="store_true", help="remake table and plot from the CSV of --out")
+    return parser
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and description and examples as they are."""
+
+
+def _number(
+    kind: Callable[[str], float], low: float, high: float = math.inf, *, open_low: bool = False
+) -> Callable[[str], float]:
+    """A type of argument: a finite number in [low, high], or in (low, high] where `open_low`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value) or (open_low and value == low):
+            what = "an integer" if kind is int else "a number"
+            bounds = f"{'>' if open_low else '≥'} {low:g}" + (f" and ≤ {high:g}" if high < math.inf else "")
+            raise argparse.ArgumentTypeError(f"must be {what} {bounds}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What a step did: lengths of the vectors in it, the rotation of the gradient, and how its entries were scaled.
+
+With S the Gram matrix, w the weights of the newest update u = Gᵀw and t the slot of the newest row c:
+
+    ‖c‖² = S_tt,  ‖u‖² = wᵀSw,  ⟨c, u⟩ = (Sw)_t
+
+so that only the norms of g and e cost more than m² operations. The quantiles of |u/g| (EFCP, arXiv 2306.06098, section
+6.3) need u itself. It is computed anew from the windows, one parameter at a time.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from efcp.gram import Gram
+from efcp.kernels import accumulation_dtype
+from efcp.parameters import Member
+
+QUANTILES = {"scaling_q25": 0.25, "scaling_q50": 0.5, "scaling_q75": 0.75}
+
+
+def norms_and_rotation(gram: Gram, members: Iterable[Member]) -> dict[str, float | None]:
+    """The norms of g, c, e and u, and cos(c, u); see `EFCP.diagnostics`."""
+    members = list(members)
+    S, weights = gram.matrix, gram.state["weights"]
+    slot = (gram.state["step"] - 1) % len(S)
+    product = S @ weights
+    squares = torch.stack([S.diagonal()[slot], torch.dot(weights, product).clamp(min=0), product[slot]])
+    compressed, update, inner = squares.tolist()
+    lengths = math.sqrt(compressed) * math.sqrt(update)
+    return {
+        "grad_norm": _norm([m.param.grad for m in members if m.param.grad is not None]),
+        "compressed_norm": math.sqrt(compressed),
+        "error_norm": _norm([m.state["error"] for m in members if "error" in m.state]) or 0.0,
+        "update_norm": math.sqrt(update),
+        "cosine": max(-1.0, min(1.0, inner / lengths)) if lengths > 0 else None,
+    }
+
+
+def scaling_quantiles(gram: Gram, members: Iterable[Member]) -> dict[str, float | None]:
+    """Quantiles of |u/g| over the entries with g ≠ 0; see `EFCP.diagnostics`.
+
+    Magnitudes are float32, whose bits order like the numbers. Counts of their upper 16 bits find the bin of each
+    quantile, counts of the lower 16 bits within that bin the quantile: exact, and each time with the ratios of one
+    parameter in memory.
+    """
+    members, weights = [m for m in members if m.param.grad is not None], gram.state["weights"]
+    upper = _count(keys >> 16 for keys in _ratio_bits(members, weights))
+    total = int(upper.sum())
+    if total == 0:
+        return dict.fromkeys(QUANTILES)
+    ends = upper.cumsum(0)
+    wanted = torch.tensor([math.floor(q * (total - 1)) for q in QUANTILES.values()])
+    bins = torch.searchsorted(ends, wanted, right=True)
+    wanted -= ends[bins] - upper[bins]  # ranks within the bins
+    lower = [torch.zeros(1 << 16, dtype=torch.int64) for _ in QUANTILES]
+    for keys in _ratio_bits(members, weights):
+        for counts, chosen in zip(lower, bins.tolist(), strict=True):
+            counts += _count([keys[keys >> 16 == chosen] & 0xFFFF])
+    low = torch.stack([torch.searchsorted(c.cumsum(0), w, right=True) for c, w in zip(lower, wanted, strict=True)])
+    return dict(zip(QUANTILES, (bins << 16 | low).int().view(torch.float32).tolist(), strict=True))
+
+
+def _norm(tensors: list[Tensor]) -> float | None:
+    """The norm of some tensors taken as one vector; None without any."""
+    if not tensors:
+        return None
+    norms = [torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double() for t in tensors]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
+
+
+def _ratio_bits(members: list[Member], weights: Tensor) -> Iterator[Tensor]:
+    """The bits of |u/g| as float32, parameter by parameter: (entries with g ≠ 0,) int32."""
+    for param, _, window in members:
+        assert param.grad is not None
+        grad = param.grad.reshape(-1).to(accumulation_dtype(param.dtype))
+        update, device = torch.zeros_like(grad), param.device
+        window.apply_(update, weights.to(device), torch.ones((), dtype=torch.float64, device=device))
+        yield (update / grad)[grad != 0].abs().float().view(torch.int32)
+
+
+def _count(keys: Iterable[Tensor]) -> Tensor:
+    """How often each number below 2¹⁶ occurs: (65536,) int64, on the CPU."""
+    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    for some in keys:
+        counts += torch.bincount(some, minlength=1 << 16).cpu()
+    return counts

@@ -1,0 +1,153 @@
+"""The low-rank window: of each gradient matrix a rank-r approximation is kept, and error feedback hands on the rest.
+
+A parameter of two or more dimensions is taken as a matrix, the first dimension × all others. Row i of its window is
+Pᵢ Qᵢᵀ, of which the factors are kept. State of a parameter of R × C elements:
+
+    left   (m, r, R)  Pᵢᵀ: r orthonormal rows, up to rounding
+    right  (m, r, C)  Qᵢᵀ
+    basis  (C, r)     where the next power iteration starts
+    error  (n,)       what the window has not got yet; absent without error feedback
+
+Vectors and scalars, and matrices so small that their factors would be no smaller, are kept whole: rows (m, n).
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efcp.checks import require, require_dtype, require_integer
+from efcp.kernels import accumulation_dtype
+from efcp.windows.base import Compressor, Window
+from efcp.windows.dense import Identity
+
+PART = 1 << 22  # entries of factors in a temporary
+
+
+@dataclass(frozen=True)
+class LowRank(Compressor):
+    """Keeps a rank-r approximation of each gradient matrix, found by power iteration (PowerSGD, arXiv 1905.13727).
+
+    Iterations start where those of the last step ended; the very first starts from random numbers that depend on the
+    shape alone, hence are the same in every process. Products with parameters that are not float64 are in float32, and
+    in TF32 where `torch.set_float32_matmul_precision` asks for it; inner products of rows always in float64.
+
+    Args:
+        rank: r ≥ 1. A matrix of R × C elements with r · (R + C) ≥ R · C is kept whole.
+        power_iterations: of each step, ≥ 1. More bring the approximation closer to the best of that rank.
+        value_dtype: of the factors: torch.bfloat16 or torch.float32; float16 could overflow.
+        error_dtype: of the error: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for
+            float64 parameters and float32 for all others.
+        error_feedback: add what was not kept of a gradient to the next one.
+
+    Raises:
+        ValueError: for values that are not allowed.
+    """
+
+    rank: int = 4
+    power_iterations: int = 1
+    value_dtype: torch.dtype = torch.bfloat16
+    error_dtype: torch.dtype | None = None
+    error_feedback: bool = True
+
+    def __post_init__(self) -> None:
+        require_integer("rank", self.rank, 1)
+        require_integer("power_iterations", self.power_iterations, 1)
+        require_dtype("value_dtype", self.value_dtype, (torch.bfloat16, torch.float32))
+        if self.error_dtype is not None:
+            require_dtype("error_dtype", self.error_dtype, (torch.bfloat16, torch.float32, torch.float64))
+        require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
+
+    def rows_name(self, param: Tensor) -> str:
+        return "left" if self._factors(param) else Identity().rows_name(param)
+
+    def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
+        if not self._factors(param):
+            return Identity().allocate(param, window)
+        (rows, columns), r, device = _matrix_shape(param), self.rank, param.device
+        dtype = accumulation_dtype(param.dtype)
+        generator = torch.Generator().manual_seed(0)
+        state = {
+            "left": torch.zeros(window, r, rows, dtype=self.value_dtype, device=device),
+            "right": torch.zeros(window, r, columns, dtype=self.value_dtype, device=device),
+            "basis": torch.randn(columns, r, generator=generator, dtype=dtype, device="cpu").to(device),
+        }
+        if self.error_feedback:
+            state["error"] = torch.zeros(param.numel(), dtype=self.error_dtype or dtype, device=device)
+        return state
+
+    def bind(self, state: dict[str, Tensor], param: Tensor) -> Window:
+        if not self._factors(param):
+            require("left" not in state, "rank", "stay what it was", self.rank)
+            return Identity().bind(state, param)
+        left, error = state["left"], state.get("error")
+        require(left.shape[1] == self.rank and "rows" not in state, "rank", "stay what it was", self.rank)
+        require(left.dtype == self.value_dtype, "value_dtype", f"stay {left.dtype}", self.value_dtype)
+        require((error is not None) == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
+        return LowRankWindow(left, state["right"], state["basis"], error, self.power_iterations)
+
+    def _factors(self, param: Tensor) -> bool:
+        """Whether factors are kept of a parameter, not whole rows."""
+        return param.dim() >= 2 and self.rank * sum(_matrix_shape(param)) < param.numel()
+
+
+def _matrix_shape(param: Tensor) -> tuple[int, int]:
+    return param.shape[0], math.prod(param.shape[1:])
+
+
+@dataclass(frozen=True)
+class LowRankWindow(Window):
+    left: Tensor
+    right: Tensor
+    basis: Tensor
+    error: Tensor | None
+    power_iterations: int
+
+    def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> Tensor:
+        A = grad.to(self.basis.dtype, copy=True).masked_fill_(~finite, 0.0)
+        if self.error is not None:
+            A.add_(self.error)
+        A = A.view(self.left.shape[2], self.right.shape[2])
+        Q = self.basis
+        for _ in range(self.power_iterations):
+            P = torch.linalg.qr(A @ Q).Q  # (R, r); Householder's is orthonormal whatever the rank of A @ Q
+            Q = A.t() @ P  # (C, r)
+        longest = Q.abs().amax(0)  # a column of zeros, or of a size that overflows when squared, would be a bad start
+        self.basis.copy_(torch.where(finite & (longest > 0), Q / longest, self.basis))
+
+        left, right = P.to(self.left.dtype), torch.where(finite, Q, 0.0).to(self.right.dtype)
+        self.left.index_copy_(0, slot, left.t().unsqueeze(0))
+        self.right.index_copy_(0, slot, right.t().unsqueeze(0))
+        if self.error is not None:  # where not finite, A is the error and the row is zero
+            self.error.copy_(A.addmm_(left.to(A.dtype), right.to(A.dtype).t(), alpha=-1).view(-1))
+        return self._dots(left.double(), right.double())
+
+    def clear(self, slot: Tensor) -> None:
+        self.right.index_fill_(0, slot, 0.0)
+
+    def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
+        dtype = accumulation_dtype(target.dtype)
+        total = target.view(self.left.shape[2], self.right.shape[2]).to(dtype)  # itself where it has this dtype
+        total.mul_(scale)
+        for rows in self._parts():
+            P = self.left[rows].to(dtype) * weights[rows, None, None].to(dtype)  # (rows, r, R)
+            total.addmm_(P.flatten(0, 1).t(), self.right[rows].to(dtype).flatten(0, 1))
+        if total.dtype != target.dtype:
+            target.copy_(total.view(-1))
+
+    def _dots(self, left: Tensor, right: Tensor) -> Tensor:
+        """⟨Pᵢ Qᵢᵀ, P Qᵀ⟩ = Σ (PᵢᵀP) ∘ (QᵢᵀQ) for all rows i, with P (R, r) and Q (C, r) of the newest: (m,) float64."""
+        return torch.cat(
+            [
+                ((self.left[rows].double() @ left) * (self.right[rows].double() @ right)).sum((1, 2))
+                for rows in self._parts()
+            ]
+        )
+
+    def _parts(self) -> Iterator[slice]:
+        """Rows in parts, so that no temporary grows with the window."""
+        window, rank, rows = self.left.shape
+        step = max(1, PART // (rank * (rows + self.right.shape[2])))
+        return (slice(first, first + step) for first in range(0, window, step))

@@ -1,0 +1,676 @@
+"""The operations of the sparse window on a CPU, compiled by Numba.
+
+The blocks are shared out among threads; a thread takes one block at a time and works in a scratch of that block's size,
+so that memory is read and written once and no temporary grows with the parameter. The compiled functions see addresses
+and dtype codes, not arrays: a call costs microseconds, and one compilation serves many combinations of dtypes.
+
+Results do not depend on the number of threads. `compress_` and `window_apply_` give the bits of the definition;
+`window_dots` adds up the same float64 terms in another fixed order.
+
+The threads are Python's (the compiled code runs without the GIL), not those of one of Numba's threading layers: of the
+layers that are always at hand, one aborts when two threads call it, the other in a forked child. Small operations run
+in the caller.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+from typing import Any
+
+import llvmlite.ir as ir
+import numpy as np
+import torch
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from efcp.kernels.blocks import Blocks
+
+__all__ = ["compress_", "window_apply_", "window_dots"]
+
+PARALLEL = 1 << 16  # elements, or entries of the window, from which on an operation is worth several threads
+PIECES = 64  # at most so many float64 partial sums per row in `window_dots`, whatever the number of threads
+LANES = 64  # elements whose comparisons make one bit mask
+
+FLOAT32, BFLOAT16, FLOAT16, FLOAT64, NONE = range(5)
+SIZES = (4, 2, 2, 8, 0)  # bytes, by code
+CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float64: FLOAT64}
+
+
+def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiles a part of a kernel."""
+    return njit(nogil=True, error_model="numpy")(function)
+
+
+def _kernel(*constants: object, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compiles what Python calls, at the first call, and keeps the machine code on disk.
+
+    Numba's cache sees changes of this file only: what a kernel is made of has to stand here. Constants that a kernel is
+    compiled for become part of its name: two processes that write into the same index of the cache at the same time can
+    end up with each other's code.
+    """
+
+    def compiled(function: Callable[..., None]) -> Callable[..., None]:
+        function.__qualname__ = "-".join(map(str, [function.__name__, *constants]))
+        kernel = njit(nogil=True, error_model="numpy", **options)(function)
+        with suppress(RuntimeError):  # neither this folder nor the user's cache can be written
+            kernel.enable_caching()
+        return kernel
+
+    return compiled
+
+
+def _instruction(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes a function in compiled code of LLVM's instructions; it is called without the typing context."""
+    return intrinsic(function)
+
+
+# Memory behind an address. Unlike an index into an array, no index here is tested for being negative.
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+
+def _loader(stored: ir.Type, result: types.Type) -> Callable[..., Any]:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        address, index = arguments
+        value = builder.load(builder.gep(builder.inttoptr(address, stored.as_pointer()), [index]))
+        return builder.zext(value, I64) if isinstance(stored, ir.IntType) else value
+
+    @_instruction
+    def load(typing_context: Any, address: Any, index: Any) -> Any:
+        return result(types.int64, types.int64), codegen
+
+    return load
+
+
+def _storer(stored: ir.Type, accepted: types.Type) -> Callable[..., Any]:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        address, index, value = arguments
+        if isinstance(stored, ir.IntType):
+            value = builder.trunc(value, stored)
+        builder.store(value, builder.gep(builder.inttoptr(address, stored.as_pointer()), [index]))
+        return context.get_dummy_value()
+
+    @_instruction
+    def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+        return types.void(types.int64, types.int64, accepted), codegen
+
+    return store
+
+
+_load_u8, _store_u8 = _loader(I8, types.uint64), _storer(I8, types.uint64)
+_load_u16, _store_u16 = _loader(I16, types.uint64), _storer(I16, types.uint64)
+_load_i64 = _loader(I64, types.int64)
+_load_f32, _store_f32 = _loader(ir.FloatType(), types.float32), _storer(ir.FloatType(), types.float32)
+_load_f64, _store_f64 = _loader(ir.DoubleType(), types.float64), _storer(ir.DoubleType(), types.float64)
+
+
+@_instruction
+def _float_of_bits(typing_context: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.bitcast(builder.trunc(arguments[0], I32), ir.FloatType())
+
+    return types.float32(types.int64), codegen
+
+
+@_instruction
+def _bits_of_float(typing_context: Any, number: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.zext(builder.bitcast(arguments[0], I32), I64)
+
+    return types.int64(types.float32), codegen
+
+
+@_instruction
+def _prefetch(typing_context: Any, address: Any) -> Any:
+    """Fetches 64 bytes into the second-level cache. Any address will do."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        pointer = I8.as_pointer()
+        function_type = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function_type)
+        to_read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), to_read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@_instruction
+def _mask_at_least(typing_context: Any, address: Any, key: Any) -> Any:
+    """64 bits: which of the 64 keys at an address, their signs put aside, are at least `key`."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        number = ir.IntType(key.bitwidth)
+        vector = ir.VectorType(number, LANES)
+        keys = builder.load(builder.inttoptr(arguments[0], vector.as_pointer()), align=key.bitwidth // 8)
+        keys = builder.and_(keys, ir.Constant(vector, [2 ** (key.bitwidth - 1) - 1] * LANES))
+        bound = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[1], ir.Constant(I32, 0))
+        zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
+        bound = builder.shuffle_vector(bound, ir.Constant(vector, ir.Undefined), zeros)
+        return builder.bitcast(builder.icmp_signed(">=", keys, bound), I64)
+
+    return types.uint64(types.int64, key), codegen
+
+
+@_instruction
+def _trailing_zeros(typing_context: Any, mask: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), codegen
+
+
+# Numbers of any dtype, to and from float32 by the bits, so that no setting of the processor flushes a denormal. Numba
+# makes all integers 64 bits wide; where a carry beyond 32 is cut off, the compiler sees that lanes of 32 will do.
+
+LOW = 0xFFFFFFFF
+
+
+@_jit
+def _bfloat16_to_float32(number: int) -> float:
+    return _float_of_bits(np.int64(number) << 16)
+
+
+@_jit
+def _float16_to_float32(number: int) -> float:
+    number = np.int64(number)
+    magnitude = (number & 0x7FFF) << 13
+    rebased = magnitude + ((127 - 15) << 23)
+    denormal = _bits_of_float(_float_of_bits(rebased + (1 << 23)) - np.float32(2.0**-14))
+    infinite = rebased + ((128 - 16) << 23)
+    bits = denormal if magnitude < 1 << 23 else infinite if magnitude >= 31 << 23 else rebased
+    return _float_of_bits(bits | (number & 0x8000) << 16)
+
+
+@_jit
+def _float32_to_bfloat16(number: float) -> int:
+    bits = _bits_of_float(number)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & LOW) >> 16
+    return rounded if number == number else 0x7FC0
+
+
+@_jit
+def _float32_to_float16(number: float) -> int:
+    bits = _bits_of_float(number)
+    magnitude = bits & 0x7FFFFFFF
+    normal = ((magnitude + ((magnitude >> 13) & 1) + 0xFFF - ((127 - 15) << 23)) & LOW) >> 13
+    denormal = _bits_of_float(_float_of_bits(magnitude) + np.float32(0.5)) - (126 << 23)
+    infinite = 0x7E00 if magnitude > 255 << 23 else 0x7C00
+    half = denormal if magnitude < 113 << 23 else infinite if magnitude >= (127 + 16) << 23 else normal
+    return half | (bits >> 16) & 0x8000
+
+
+@_jit
+def _number(code: int, address: int, index: int) -> float:
+    """One number, as float64; exact."""
+    if code == FLOAT32:
+        return np.float64(_load_f32(address, index))
+    if code == FLOAT64:
+        return _load_f64(address, index)
+    if code == BFLOAT16:
+        return np.float64(_bfloat16_to_float32(_load_u16(address, index)))
+    return np.float64(_float16_to_float32(_load_u16(address, index)))
+
+
+@_jit
+def _value(code: int, values: int, entry: int) -> float:
+    """One value of the window, as float32."""
+    if code == BFLOAT16:
+        return _bfloat16_to_float32(_load_u16(values, entry))
+    if code == FLOAT16:
+        return _float16_to_float32(_load_u16(values, entry))
+    return _load_f32(values, entry)
+
+
+@_jit
+def _store_value(code: int, values: int, entry: int, number: float) -> float:
+    """Stores a float32 in the window, and returns what is stored."""
+    if code == BFLOAT16:
+        _store_u16(values, entry, _float32_to_bfloat16(number))
+    elif code == FLOAT16:
+        _store_u16(values, entry, _float32_to_float16(number))
+    else:
+        _store_f32(values, entry, number)
+    return _value(code, values, entry)
+
+
+@_jit
+def _index(size: int, indices: int, entry: int) -> int:
+    return _load_u8(indices, entry) if size == 1 else _load_u16(indices, entry)
+
+
+@_jit
+def _store_index(size: int, indices: int, entry: int, index: int) -> None:
+    if size == 1:
+        _store_u8(indices, entry, index)
+    else:
+        _store_u16(indices, entry, index)
+
+
+@_jit
+def _read(code: int, address: int, first: int, length: int, out: np.ndarray) -> None:
+    if code == FLOAT32:
+        for j in range(length):
+            out[j] = _load_f32(address, first + j)
+    elif code == BFLOAT16:
+        for j in range(length):
+            out[j] = _bfloat16_to_float32(_load_u16(address, first + j))
+    elif code == FLOAT16:
+        for j in range(length):
+            out[j] = _float16_to_float32(_load_u16(address, first + j))
+    else:
+        for j in range(length):
+            out[j] = _load_f64(address, first + j)
+
+
+@_jit
+def _add(code: int, address: int, first: int, length: int, out: np.ndarray) -> None:
+    if code == FLOAT32:
+        for j in range(length):
+            out[j] += _load_f32(address, first + j)
+    elif code == BFLOAT16:
+        for j in range(length):
+            out[j] += _bfloat16_to_float32(_load_u16(address, first + j))
+    elif code == FLOAT16:
+        for j in range(length):
+            out[j] += _float16_to_float32(_load_u16(address, first + j))
+    else:
+        for j in range(length):
+            out[j] += out.dtype.type(_load_f64(address, first + j))
+
+
+@_jit
+def _write(code: int, address: int, first: int, length: int, numbers: np.ndarray) -> None:
+    if code == FLOAT32:
+        for j in range(length):
+            _store_f32(address, first + j, np.float32(numbers[j]))
+    elif code == BFLOAT16:
+        for j in range(length):
+            _store_u16(address, first + j, _float32_to_bfloat16(np.float32(numbers[j])))
+    elif code == FLOAT16:
+        for j in range(length):
+            _store_u16(address, first + j, _float32_to_float16(np.float32(numbers[j])))
+    else:
+        for j in range(length):
+            _store_f64(address, first + j, np.float64(numbers[j]))
+
+
+Ahead = tuple[int, int, int, int]  # the next block: where its gradient starts, bytes an element, the same of its error
+
+
+# Selection. The key of a number is its bits without the sign: an integer that orders as the magnitude does.
+
+
+@_jit
+def _count(bits: np.ndarray, length: int, key: int, most: int) -> int:
+    """How many keys are at least `key`. In the integer type of the bits throughout, so that all its lanes count."""
+    count = np.int32(0)
+    for j in range(length):
+        count = np.int32(count + np.int32(bits.dtype.type(bits[j] & most) >= key))
+    return count
+
+
+@_jit
+def _largest(bits: np.ndarray, length: int, most: int) -> int:
+    largest = bits.dtype.type(0)
+    for j in range(length):
+        largest = max(largest, bits.dtype.type(bits[j] & most))
+    return largest
+
+
+@_jit
+def _coarse_threshold(bits: np.ndarray, length: int, kept: int, enough: int, guess: int, most: int) -> tuple[int, int]:
+    """A key that at least `kept` and at most `enough` elements reach, or, where ties forbid it, the largest that `kept`
+    reach; and how many reach it.
+
+    The search goes from the guess (0: none) in growing steps until the key lies between two others, then bisects.
+    """
+    integer = bits.dtype.type
+    low, reached = integer(0), np.int64(length)
+    if reached <= enough:
+        return low, reached
+    high = most  # reached by fewer than `kept`
+    key = guess if guess > 0 else max(integer(1), _largest(bits, length, most))
+    step = np.int64(most >> 13)
+    while high - low > 1:
+        count = np.int64(_count(bits, length, key, most))
+        if count < kept:
+            high, following = key, np.int64(key) - step
+        else:
+            low, reached, following = key, count, np.int64(key) + step
+            if count <= enough:
+                break
+        if not low < following < high:
+            following = low + ((np.int64(high) - low) >> 1)
+        key, step = integer(following), step << 1
+    return low, reached
+
+
+@_jit
+def _fine_threshold(keys: np.ndarray, length: int, kept: int, low: int, most: int) -> int:
+    """The largest key that `kept` of the keys reach, or a smaller one that no more reach; all of them reach `low`."""
+    integer = keys.dtype.type
+    reached = np.int64(length)
+    high = np.int64(_largest(keys, length, most)) + 1
+    while reached != kept and high - low > 1:
+        key = integer(low + ((high - low) >> 1))
+        count = np.int64(_count(keys, length, key, most))
+        if count >= kept:
+            low, reached = key, count
+        else:
+            high = np.int64(key)
+    return low
+
+
+@_jit
+def _collect(
+    bits: np.ndarray, length: int, key: int, most: int, ties: int, limit: int, found: np.ndarray, ahead: Ahead
+) -> int:
+    """Positions, ascending, of at most `limit` elements that reach a key, and of at most `ties` that just do.
+
+    On the way it fetches what is needed next, in small portions, so that neither memory nor the processor waits.
+    """
+    grad, grad_size, error, error_size = ahead
+    address = bits.ctypes.data
+    count = np.uint64(0)
+    for start in range(0, length, LANES):
+        for line in range(start * grad_size, (start + LANES) * grad_size, 64):
+            _prefetch(grad + line)
+        for line in range(start * error_size, (start + LANES) * error_size, 64):
+            _prefetch(error + line)
+        mask = _mask_at_least(address + start * bits.itemsize, key)
+        if start + LANES > length:
+            mask &= (np.uint64(1) << np.uint64(length - start)) - np.uint64(1)
+        while mask != np.uint64(0):
+            position = np.uint64(start) + _trailing_zeros(mask)
+            mask &= mask - np.uint64(1)
+            if bits.dtype.type(bits[position] & most) == key:
+                if ties == 0:
+                    continue
+                ties -= 1
+            if count == np.uint64(limit):
+                return limit
+            found[count] = position
+            count += np.uint64(1)
+    return np.int64(count)
+
+
+@_jit
+def _select(
+    bits: np.ndarray, length: int, kept: int, guess: int, most: int, found: np.ndarray, keys: np.ndarray, ahead: Ahead
+) -> int:
+    """Positions, ascending, of the `kept` largest keys, of equal ones the first, into `found`.
+
+    Few passes over the block find a key that somewhat more elements reach, and the choice among those is made apart.
+
+    Returns:
+        a guess for a similar block.
+    """
+    enough = len(keys)
+    guess, reached = _coarse_threshold(bits, length, kept, enough, guess, most)
+    if reached > enough:  # only because of ties
+        ties = kept - np.int64(_count(bits, length, bits.dtype.type(guess + 1), most))
+        _collect(bits, length, guess, most, ties, kept, found, ahead)
+        return guess
+    reached = _collect(bits, length, guess, most, length, reached, found, ahead)
+    for i in range(reached):
+        keys[i] = bits[found[i]] & most
+    threshold = _fine_threshold(keys, reached, kept, guess, most)
+    ties = kept - np.int64(_count(keys, reached, bits.dtype.type(threshold + 1), most))
+    count = np.uint64(0)
+    for i in range(reached):  # without a branch, which no processor could predict
+        tied = np.int64(keys[i] == threshold)
+        found[count] = found[i]
+        count += np.uint64(np.int64(keys[i] > threshold) | (tied & np.int64(ties > 0)))
+        ties -= tied
+    return guess
+
+
+# The operations on some of a parameter's blocks.
+
+
+@cache
+def _compress_kernel(wide: bool) -> Callable[..., None]:
+    real, integer = (np.float64, np.int64) if wide else (np.float32, np.int32)
+
+    @_kernel(wide)
+    def compress(
+        grad: int, grad_code: int, error: int, error_code: int, values: int, value_code: int, indices: int,
+        index_size: int, slot: int, finite: int, window: int, size: int, full: int, tail: int, kept: int,
+        kept_in_tail: int, first: int, last: int,
+    ) -> None:  # fmt: skip
+        row = _load_i64(slot, 0)
+        most = integer(np.iinfo(integer).max)
+        a = np.zeros(size + LANES, real)  # a mask may look beyond the end
+        bits = a.view(integer)
+        found = np.zeros(size, np.uint16)
+        keys = np.empty(min(size, kept + max(kept >> 1, 64)), integer)
+        guess = integer(0)
+        grad_size, error_size = SIZES[grad_code], SIZES[error_code]
+        for block in range(first, last):
+            length = size if block < full else tail
+            chosen = kept if block < full else kept_in_tail
+            entry = (block * window + row) * kept
+            start = block * size
+            if _load_u8(finite, 0) == 0:
+                for j in range(chosen):
+                    _store_value(value_code, values, entry + j, np.float32(0))
+                    _store_index(index_size, indices, entry + j, j)
+                continue
+            _read(grad_code, grad, start, length, a)
+            if error_code != NONE:
+                _add(error_code, error, start, length, a)
+            following = start + size
+            ahead = (grad + following * grad_size, grad_size, error + following * error_size, error_size)
+            guess = _select(bits, length, chosen, guess, most, found, keys, ahead)
+            for j in range(chosen):
+                position = found[j]
+                stored = _store_value(value_code, values, entry + j, np.float32(a[position]))
+                _store_index(index_size, indices, entry + j, position)
+                a[position] -= stored
+            if error_code != NONE:
+                _write(error_code, error, start, length, a)
+
+    return compress
+
+
+@cache
+def _dots_kernel(value_code: int, index_size: int) -> Callable[..., None]:
+    # The product of two bfloat16 or float16 numbers is exact in float32, where one factor is scaled so that it neither
+    # overflows nor (above 1e-29 times the largest) underflows.
+    narrow = value_code != FLOAT32
+
+    # Sums are taken in an order that suits the processor's vectors, the same every time.
+    @_kernel(value_code, index_size, fastmath={"reassoc"})
+    def dots(
+        sums: int, pieces: int, values: int, indices: int, slot: int, window: int, size: int, full: int, count: int,
+        kept: int, kept_in_tail: int, first: int, last: int,
+    ) -> None:  # fmt: skip
+        row = _load_i64(slot, 0)
+        newest = np.zeros(size, np.float32)
+        total = np.empty(window, np.float64)
+        for piece in range(first, last):
+            total[:] = 0.0
+            for block in range(piece * count // pieces, (piece + 1) * count // pieces):
+                chosen = kept if block < full else kept_in_tail
+                entry = block * window * kept
+                own = entry + row * kept
+                unit = 1.0
+                if narrow:
+                    largest = np.float32(0)
+                    for j in range(own, own + chosen):
+                        largest = max(largest, abs(_value(value_code, values, j)))
+                    unit = math.ldexp(1.0, (_bits_of_float(largest) >> 23) - 126)
+                for j in range(own, own + chosen):
+                    newest[_index(index_size, indices, j)] = np.float64(_value(value_code, values, j)) / unit
+                for i in range(window):
+                    dot = np.float64(0)
+                    for j in range(entry + i * kept, entry + i * kept + chosen):
+                        one = newest[_index(index_size, indices, j)]
+                        other = _value(value_code, values, j)
+                        dot += np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
+                    total[i] += unit * dot
+                for j in range(own, own + chosen):
+                    newest[_index(index_size, indices, j)] = np.float32(0)
+            for i in range(window):
+                _store_f64(sums, piece * window + i, total[i])
+
+    return dots
+
+
+@_kernel()
+def _add_up(sums: int, pieces: int, window: int) -> None:
+    """The first row of a (pieces, window) float64 matrix becomes the sum of its rows, added in order."""
+    for piece in range(1, pieces):
+        for i in range(window):
+            _store_f64(sums, i, _load_f64(sums, i) + _load_f64(sums, piece * window + i))
+
+
+@_instruction
+def _eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> Any:
+    """Eight consecutive bfloat16 values, each times a weight."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        address, index, factor = arguments
+        halves, words, numbers = (ir.VectorType(lane, 8) for lane in (I16, I32, ir.FloatType()))
+        first = builder.gep(builder.inttoptr(address, I16.as_pointer()), [index])
+        bits = builder.zext(builder.load(builder.bitcast(first, halves.as_pointer()), align=2), words)
+        value = builder.bitcast(builder.shl(bits, ir.Constant(words, [16] * 8)), numbers)
+        factors = ir.Constant(numbers, ir.Undefined)
+        for lane in range(8):
+            factors = builder.insert_element(factors, factor, ir.Constant(I32, lane))
+        product = builder.fmul(value, factors)
+        terms = [builder.extract_element(product, ir.Constant(I32, lane)) for lane in range(8)]
+        return context.make_tuple(builder, signature.return_type, terms)
+
+    return types.UniTuple(types.float32, 8)(types.int64, types.int64, types.float32), codegen
+
+
+@cache
+def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Callable[..., None]:
+    real = np.float64 if wide else np.float32
+    eight = value_code == BFLOAT16 and not wide  # at a time: a third fewer instructions
+
+    @_kernel(wide, value_code, index_size)
+    def apply(
+        target: int, target_code: int, values: int, indices: int, weights: int, weight_code: int, weight_stride: int,
+        scale: int, scale_code: int, window: int, size: int, full: int, tail: int, kept: int, kept_in_tail: int,
+        first: int, last: int,
+    ) -> None:  # fmt: skip
+        factor = real(_number(scale_code, scale, 0))
+        weight = np.empty(window, real)
+        for i in range(window):
+            weight[i] = real(_number(weight_code, weights, i * weight_stride))
+        total = np.empty(size, real)
+        for block in range(first, last):
+            length = size if block < full else tail
+            chosen = kept if block < full else kept_in_tail
+            _read(target_code, target, block * size, length, total)
+            for j in range(length):
+                total[j] *= factor
+            for i in range(window):
+                entry = (block * window + i) * kept
+                last_entry = entry + chosen
+                if eight:
+                    for j in range(entry, last_entry - 7, 8):
+                        terms = _eight_terms(values, j, weight[i])
+                        for lane in range(8):
+                            total[_index(index_size, indices, j + lane)] += terms[lane]
+                    entry = last_entry - chosen % 8
+                for j in range(entry, last_entry):
+                    total[_index(index_size, indices, j)] += real(_value(value_code, values, j)) * weight[i]
+            _write(target_code, target, block * size, length, total)
+
+    return apply
+
+
+# Threads.
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="efcp")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+
+
+def _run(kernel: Callable[..., None], arguments: tuple[int, ...], pieces: int, work: int) -> None:
+    """Calls kernel(*arguments, first, last) until all pieces are done, in as many threads as PyTorch is set to."""
+    threads = 1 if work < PARALLEL else min(torch.get_num_threads(), pieces)
+    if threads == 1:
+        kernel(*arguments, 0, pieces)
+        return
+    shares = min(pieces, 8 * threads)  # small enough that a thread which another process holds up keeps nobody waiting
+    queue = deque((pieces * i // shares, pieces * (i + 1) // shares) for i in range(shares))
+
+    def take_shares() -> None:
+        while True:
+            try:
+                first, last = queue.popleft()
+            except IndexError:
+                return
+            kernel(*arguments, first, last)
+
+    helpers = [_pool().submit(take_shares) for _ in range(threads - 1)]
+    take_shares()
+    for helper in helpers:
+        if not helper.cancel():
+            helper.result()
+
+
+# The operations.
+
+
+def compress_(
+    grad: Tensor,
+    error: Tensor | None,
+    values: Tensor,
+    indices: Tensor,
+    slot: Tensor,
+    finite: Tensor,
+    blocks: Blocks,
+) -> None:
+    kernel = _compress_kernel(grad.dtype is torch.float64)
+    arguments = (
+        grad.data_ptr(), CODES[grad.dtype],
+        0 if error is None else error.data_ptr(), NONE if error is None else CODES[error.dtype],
+        values.data_ptr(), CODES[values.dtype], indices.data_ptr(), indices.itemsize,
+        slot.data_ptr(), finite.data_ptr(),
+        values.shape[1], blocks.size, blocks.full, blocks.tail, blocks.kept, blocks.kept_in_tail,
+    )  # fmt: skip
+    _run(kernel, arguments, blocks.count, blocks.numel)
+
+
+def window_dots(values: Tensor, indices: Tensor, slot: Tensor, blocks: Blocks) -> Tensor:
+    kernel = _dots_kernel(CODES[values.dtype], indices.itemsize)
+    window = values.shape[1]
+    pieces = max(1, min(blocks.count, PIECES))
+    sums = torch.empty(pieces * window, dtype=torch.float64)
+    arguments = (
+        sums.data_ptr(), pieces, values.data_ptr(), indices.data_ptr(), slot.data_ptr(),
+        window, blocks.size, blocks.full, blocks.count, blocks.kept, blocks.kept_in_tail,
+    )  # fmt: skip
+    _run(kernel, arguments, pieces, values.numel())
+    if pieces == 1:
+        return sums
+    _add_up(sums.data_ptr(), pieces, window)
+    return sums[:window].clone()
+
+
+def window_apply_(
+    target: Tensor, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor, blocks: Blocks
+) -> None:
+    kernel = _apply_kernel(target.dtype is torch.float64, CODES[values.dtype], indices.itemsize)
+    arguments = (
+        target.data_ptr(), CODES[target.dtype], values.data_ptr(), indices.data_ptr(),
+        weights.data_ptr(), CODES[weights.dtype], weights.stride(0), scale.data_ptr(), CODES[scale.dtype],
+        values.shape[1], blocks.size, blocks.full, blocks.tail, blocks.kept, blocks.kept_in_tail,
+    )  # fmt: skip
+    _run(kernel, arguments, blocks.count, blocks.numel + values.numel())

@@ -1,0 +1,248 @@
+"""The experiment from end to end, on images written here: what is recorded, and what decides."""
+
+import csv
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+from efcp import memory_report
+from efcp.analysis.data import DataSet, Split, load_data
+from efcp.analysis.methods import Method, compared_methods
+from efcp.analysis.models import small_cnn
+from efcp.analysis.running import Trainer
+from efcp.analysis.summary import choose_lrs, markdown, read_runs, remarks, summarise
+from efcp.analysis.tradeoff import main
+from efcp.analysis.training import COLUMNS, Run, Task, accuracy, batches, time_steps, train
+from tests.analysis.image_sets import write_image_set
+
+TASK = Task("fashion-mnist", (8, 8), train_size=200, width=4, epochs=1, batch_size=20)
+
+
+def arguments(images: Path, out: Path, *more: str) -> list[str]:
+    """A command line of few and short runs."""
+    settings = "--data fashion-mnist --train-size 200 --epochs 2 --batch-size 20 --width 4 --window 4 --jobs 1"
+    grid = "--densities 0.1 --lrs 0.01 0.03 0.1 --seeds 1"
+    return [*settings.split(), *grid.split(), "--data-dir", str(images), "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_timed_steps() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("efcp.analysis.tradeoff.time_steps", partial(time_steps, steps=2, warm_up=1))
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output folder of a finished experiment."""
+    folder = tmp_path_factory.mktemp("finished")
+    main(arguments(write_image_set(folder / "images"), folder))
+    return folder
+
+
+# ---- the files
+
+
+def test_the_csv_holds_every_run(finished: Path) -> None:
+    with (finished / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    methods = len(compared_methods(4, 1e-3, [0.1]))
+    assert list(rows[0]) == list(COLUMNS)
+    assert [row["phase"] for row in rows] == ["tune"] * 3 * methods + ["final"] * methods + ["timing"] * methods
+    for row in rows:
+        assert bool(row["test_accuracy"]) == (row["phase"] == "final")
+        assert bool(row["val_accuracy"]) == (row["phase"] != "timing")
+        assert bool(row["step_ms"]) == (row["phase"] == "timing")
+        assert row["data_set"] == "fashion-mnist"
+        assert row["torch_version"] == torch.__version__
+    final = {row["method"]: row for row in rows if row["phase"] == "final"}
+    assert float(final["Adam"]["bytes_per_parameter"]) == pytest.approx(8, abs=0.1)
+    assert final["Adam"]["window"] == final["Adam"]["state_bytes_estimated"] == ""
+    assert final["dense M-FAC"]["state_bytes"] == final["dense M-FAC"]["state_bytes_estimated"]
+    assert final["sparse M-FAC"]["steps"] == "20"
+
+
+def test_table_and_plot(finished: Path) -> None:
+    table = (finished / "table.md").read_text(encoding="utf-8")
+    for label in ("SGD (momentum 0.9)", "Adam", "dense M-FAC", "sparse M-FAC 10%, no error feedback", "sparse GGT 1%"):
+        assert f"| {label} " in table
+    png = (finished / "tradeoff.png").read_bytes()
+    assert png.startswith(b"\x89PNG")
+    assert 10_000 < len(png) < 200_000
+
+
+def test_the_csv_alone_gives_the_same_table(finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs.csv").write_bytes((finished / "runs.csv").read_bytes())
+    main(["--plot-only", "--out", str(tmp_path)])
+    assert (tmp_path / "table.md").read_bytes() == (finished / "table.md").read_bytes()
+    assert (tmp_path / "tradeoff.png").read_bytes() == (finished / "tradeoff.png").read_bytes()
+
+
+def test_resume_runs_only_what_is_missing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = (finished / "runs.csv").read_text().splitlines(keepends=True)
+    kept = [row for row in whole if not row.startswith(("tune,Adam", "timing"))]
+    (tmp_path / "runs.csv").write_text("".join(kept))
+    trained: list[Run] = []
+
+    def noted(run: Run, data: DataSet) -> dict[str, Any]:
+        trained.append(run)
+        return train(run, data)
+
+    monkeypatch.setattr("efcp.analysis.running.train", noted)
+    main(arguments(finished / "images", tmp_path, "--resume"))
+    assert {(run.phase, run.method.name) for run in trained} == {("tune", "Adam")}
+    varying = ["seconds", "step_ms", "optimizer_ms"]
+    own, other = (pd.read_csv(folder / "runs.csv").drop(columns=varying) for folder in (tmp_path, finished))
+    pd.testing.assert_frame_equal(own, other)
+
+    with pytest.raises(SystemExit):
+        main(arguments(finished / "images", tmp_path, "--resume", "--epochs", "1"))
+    assert pd.read_csv(tmp_path / "runs.csv").drop(columns=varying).equals(own)
+
+
+# ---- what decides
+
+
+def test_test_labels_do_not_move_the_chosen_lr(finished: Path, tmp_path: Path) -> None:
+    main(arguments(write_image_set(tmp_path / "images", shuffle_test=True), tmp_path))
+    own, other = read_runs(tmp_path / "runs.csv"), read_runs(finished / "runs.csv")
+    assert choose_lrs(own) == choose_lrs(other)
+    assert own["val_accuracy"].equals(other["val_accuracy"])
+    assert not own["test_accuracy"].equals(other["test_accuracy"])
+
+
+def test_the_best_mean_on_the_validation_split_is_chosen() -> None:
+    rows = [
+        ("tune", "a", 0.1, 50, 99),
+        ("tune", "a", 0.1, 90, 99),
+        ("tune", "a", 0.3, 80, 0),
+        ("tune", "a", 0.3, 70, 0),
+    ]
+    rows += [("final", "a", 0.1, 99, 99), ("tune", "b", 1.0, 60, 0), ("tune", "b", 0.1, 60, 0)]
+    runs = pd.DataFrame(rows, columns=["phase", "label", "lr", "val_accuracy", "test_accuracy"])
+    assert choose_lrs(runs) == {"a": 0.3, "b": 0.1}
+
+
+def test_jobs_do_not_change_results(finished: Path) -> None:
+    data = load_data("fashion-mnist", finished / "images", 200)
+    runs = [Run("final", TASK, m, 0.01, seed) for m in compared_methods(4, 1e-3, [0.1])[2:4] for seed in (0, 1)]
+    results = []
+    for jobs in (1, 2):
+        trainer = Trainer(data, jobs)
+        records = sorted(trainer(runs), key=lambda r: (r["method"], r["seed"]))
+        trainer.close()
+        results.append([(r["val_accuracy"], r["test_accuracy"], r["train_loss"]) for r in records])
+    assert results[0] == results[1]
+    assert results[0][0] != results[0][1]
+
+
+def test_methods_share_initialisation_and_batches(finished: Path) -> None:
+    first, again, other = (TASK.model(seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["0.weight"], other["0.weight"])
+    data = load_data("fashion-mnist", finished / "images", 200)
+    first_epoch = torch.cat([images for images, _ in batches(data.train, TASK, 0)])
+    assert torch.equal(first_epoch.sort(0).values, data.train.images.sort(0).values)
+
+
+# ---- a run
+
+
+@pytest.mark.parametrize("method", compared_methods(8, 1e-3, [0.1, 0.001])[2:], ids=lambda m: m.label)
+def test_measured_memory_equals_the_estimate(method: Method) -> None:
+    model = small_cnn(3)
+    optimizer = method.build(model, 1e-3)
+    model(torch.zeros(1, 1, 28, 28)).sum().backward()
+    optimizer.step()
+    assert memory_report(optimizer) == method.estimate(model)
+
+
+def test_a_diverged_run_counts(finished: Path) -> None:
+    data = load_data("fashion-mnist", finished / "images", 200)
+    record = train(Run("final", TASK, compared_methods(4, 1e-3, [0.1])[0], 1e30, 0), data)
+    assert record["diverged"]
+    assert record["steps"] < TASK.steps
+    assert 0 <= record["test_accuracy"] < 50
+
+
+def test_images_without_a_finite_output_are_wrong() -> None:
+    model = nn.Identity()
+    logits = torch.tensor([[0.0, 1.0], [0.0, 1.0], [float("nan"), 1.0], [0.0, float("inf")]])
+    assert accuracy(model, Split(logits, torch.tensor([1, 0, 1, 1]))) == 25
+
+
+def test_divergence_and_edges_of_the_grid_are_reported(finished: Path) -> None:
+    runs = read_runs(finished / "runs.csv")
+    runs.loc[runs["method"] == "Adam", "diverged"] = True
+    runs.loc[(runs["method"] == "Adam") & (runs["phase"] == "tune"), "val_accuracy"] = 0.0
+    runs.loc[runs["method"] == "Adam", "lr"] = 0.01
+    summary = summarise(runs)
+    assert "0.01 (edge)" in markdown(summary)
+    text = "\n".join(remarks(runs, summary))
+    assert "3 of 18 tuning runs diverged" in text
+    assert "Adam: 1 of 1 final runs diverged" in text
+
+
+# ---- the command line
+
+BAD_ARGUMENTS = {
+    "--epochs 0": "must be an integer ≥ 1, got '0'",
+    "--seeds two": "must be an integer ≥ 1, got 'two'",
+    "--densities 0.1 1.5": "must be a number > 0 and ≤ 1, got '1.5'",
+    "--damping 0": "must be a number > 0, got '0'",
+    "--lrs 0.1 inf": "must be a number > 0, got 'inf'",
+    "--lrs 0.1 0.1": "--lrs must be distinct, got 0.1 0.1",
+    "--data cifar": "invalid choice: 'cifar'",
+    "--batch-size 201": "--batch-size must be at most the training size 200, got 201",
+    "--train-size 441": "the training size must lie in [1, 440], got 441",
+    "--data-dir nowhere": "Fashion-MNIST was not found",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_ARGUMENTS)
+def test_bad_arguments_are_refused_before_anything_runs(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], bad: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(finished / "images", tmp_path / "out", *bad.split()))
+    assert caught.value.code == 2
+    assert BAD_ARGUMENTS[bad] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_keeps_finished_runs(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(run: Run, data: DataSet) -> dict[str, Any]:
+        if run.method.name == "Adam":
+            raise KeyboardInterrupt
+        return train(run, data)
+
+    monkeypatch.setattr("efcp.analysis.running.train", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(finished / "images", tmp_path))
+    assert caught.value.code == 130
+    assert "--resume" in capsys.readouterr().err
+    assert len(read_runs(tmp_path / "runs.csv")) == 3
+
+
+def test_plot_only_needs_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--plot-only", "--out", str(tmp_path)])
+    assert "runs.csv does not exist" in capsys.readouterr().err
+    (tmp_path / "runs.csv").write_text("phase,method\n")
+    with pytest.raises(SystemExit):
+        main(["--plot-only", "--out", str(tmp_path)])
+    assert "lacks the columns density" in capsys.readouterr().err
+
+
+def test_help_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--data fashion-mnist --data-dir" in capsys.readouterr().out

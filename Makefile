@@ -37,7 +37,7 @@ $(INSTALLED): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 	touch $@
 
 $(DEVELOPED): $(INSTALLED)
-	$(PIP) --editable '.[analysis,cpu,dev]'
+	$(PIP) --editable '.[analysis,cpu,integrations,dev]'
 	touch $@
 
 # The package as it is when installed, with the folders beside efcp/ inside it, for the type checker.

@@ -59,7 +59,8 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Within the context, run the operations of a backend on every device.
 
     Args:
-        name: "reference", "triton", "cpu" or None, which leaves the choice to the device. It goes before `EFCP_KERNELS`.
+        name: "reference", "triton", "cpu" or None, which leaves the choice to the device. It goes before the variable
+            `EFCP_KERNELS`.
 
     Raises:
         ValueError: for another name.

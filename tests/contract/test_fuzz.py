@@ -1,0 +1,133 @@
+"""Any sequence of what users do leaves state that is finite, and a Gram matrix that is that of the window."""
+
+import copy
+import io
+
+import hypothesis.strategies as st
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from efcp import DenseGGT, LowRankMFAC, SparseGGT, SparseMFAC, estimate_memory, memory_report
+from tests.contract.optimizers import small
+from tests.efcp.problems import window_rows
+
+SHAPES = [(3, 5), (), (17,), (4, 2, 3)]
+KINDS = st.sampled_from(["normal", "normal", "none", "zero", "nan", "inf", "huge", "large"])
+
+
+class Training(RuleBasedStateMachine):
+    """An optimizer in the hands of a careless user; what it should have counted is counted beside it."""
+
+    @initialize(cls=st.sampled_from([SparseMFAC, DenseGGT, LowRankMFAC, SparseGGT]), seed=st.integers(0, 99))
+    def start(self, cls, seed):
+        self.generator = torch.Generator().manual_seed(seed)
+        self.options = small(cls) | {"window": 3, "momentum": 0.5, "weight_decay": 0.1}
+        self.params = [self.parameter(shape) for shape in SHAPES[:2]]
+        self.optimizer = cls(self.params, **self.options)
+        self.steps = self.skipped = 0
+        self.had_gradients = set()
+
+    def parameter(self, shape):
+        return torch.nn.Parameter(torch.randn(shape, generator=self.generator))
+
+    @rule(kinds=st.lists(KINDS, min_size=4, max_size=8))
+    def step(self, kinds):
+        before = [p.detach().clone() for p in self.params]
+        for p, kind in zip(self.params, kinds * 4, strict=False):
+            p.grad = None if kind == "none" else torch.randn(p.shape, generator=self.generator)
+            if kind in ("zero", "large"):
+                p.grad.mul_({"zero": 0, "large": 1e3}[kind])
+            elif kind in ("nan", "inf", "huge"):
+                p.grad.view(-1)[-1] = {"nan": torch.nan, "inf": -torch.inf, "huge": 1e30}[kind]
+        self.optimizer.step()
+        given = [p for p in self.params if p.grad is not None]
+        bad = any(p.grad.square().sum().isfinite().logical_not() for p in given)
+        self.steps += bool(given)
+        self.skipped += bad
+        self.had_gradients |= {i for i, p in enumerate(self.params) if p.grad is not None}
+        for p, value in zip(self.params, before, strict=True):
+            assert torch.equal(p, value) or not (bad or p.grad is None)
+
+    @precondition(lambda self: len(self.optimizer.param_groups) < 4)
+    @rule(shape=st.sampled_from(SHAPES), lr=st.floats(0, 0.1))
+    def add_group(self, shape, lr):
+        p = self.parameter(shape)
+        self.params.append(p)
+        shared = {name: self.options[name] for name in ("damping", "eps") if name in self.options}
+        self.optimizer.add_param_group({"params": [p], "lr": lr, **shared})
+
+    @rule(fresh=st.booleans())
+    def save_and_load(self, fresh):
+        file = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), file)
+        file.seek(0)
+        if fresh:
+            groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
+            self.optimizer = type(self.optimizer)(groups, **self.options)
+        self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+
+    @rule()
+    def copy(self):
+        self.params, self.optimizer = copy.deepcopy((self.params, self.optimizer))
+
+    @rule(group=st.integers(0, 3), lr=st.floats(0, 0.1), tensor=st.booleans())
+    def set_lr(self, group, lr, tensor):
+        groups = self.optimizer.param_groups
+        groups[group % len(groups)]["lr"] = torch.tensor(lr) if tensor else lr
+
+    @rule(group=st.integers(0, 3), momentum=st.sampled_from([0.0, 0.5, 0.9]))
+    def set_momentum(self, group, momentum):
+        groups = self.optimizer.param_groups
+        groups[group % len(groups)]["momentum"] = momentum
+
+    @rule(factor=st.sampled_from([0.1, 0.5, 2.0]))
+    def set_damping(self, factor):
+        name = "damping" if "damping" in self.options else "eps"
+        value = min(max(self.optimizer.param_groups[0][name] * factor, 1e-3), 10.0)
+        self.options[name] = value
+        for group in self.optimizer.param_groups:
+            group[name] = value
+
+    @invariant()
+    def counts_are_right(self):
+        assert self.optimizer.skipped_steps == self.skipped
+        state = self.optimizer.state.get(self.params[0], {})
+        assert int(state.get("step", 0)) == self.steps
+
+    @invariant()
+    def all_is_finite(self):
+        assert all(p.isfinite().all() for p in self.params)
+        for state in self.optimizer.state.values():
+            assert all(value.isfinite().all() for value in state.values() if torch.is_tensor(value))
+
+    @invariant()
+    def gram_is_that_of_the_window(self):
+        if not self.steps:
+            return
+        rows = torch.cat([window_rows(self.optimizer, self.params[i]) for i in sorted(self.had_gradients)], dim=1)
+        expected = rows @ rows.t()
+        gram = self.optimizer.state[self.params[0]]["gram"]
+        scale = expected.diagonal().sqrt()
+        assert ((gram - expected).abs() <= 1e-6 * torch.outer(scale, scale) + 1e-30).all()
+
+    @invariant()
+    def memory_is_as_estimated(self):
+        if len(self.had_gradients) < len(self.params):
+            return
+        if any(group["momentum"] == 0 and "momentum" in self.optimizer.state[p] for group, p in self.members()):
+            return  # momentum that was switched off keeps its tensor
+        if any(group["momentum"] > 0 and "momentum" not in self.optimizer.state[p] for group, p in self.members()):
+            return  # switched on, with no step yet
+        groups = [{**group, "params": list(group["params"])} for group in self.optimizer.param_groups]
+        estimated = estimate_memory(groups, type(self.optimizer), **self.options)
+        assert estimated == memory_report(self.optimizer)
+
+    def members(self):
+        return ((group, p) for group in self.optimizer.param_groups for p in group["params"])
+
+
+TestTraining = Training.TestCase
+TestTraining.settings = settings(
+    max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)

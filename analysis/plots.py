@@ -1,5 +1,6 @@
 """The memory–accuracy plot, from the CSV of runs alone."""
 
+from itertools import cycle
 from pathlib import Path
 
 import pandas as pd
@@ -9,11 +10,16 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullLocator
 
-from efcp.analysis.methods import ADAM_BYTES
+from efcp.analysis.methods import ADAM_BYTES, LOW_RANK, power_iterations_label
 
 # Dark to light, so that they differ in grey too; markers and lines differ besides.
 _FEEDBACK = {"color": "#08306b", "marker": "o", "linestyle": "-", "markersize": 8}
 _NO_FEEDBACK = {"color": "#e6862e", "marker": "s", "linestyle": "--", "markersize": 8, "markerfacecolor": "white"}
+_LOW_RANK = (
+    {"color": "#5aa5d6", "marker": "v", "linestyle": "-.", "markersize": 7},
+    {"color": "#b0387e", "marker": "P", "linestyle": ":", "markersize": 8},
+    {"color": "#7f7f00", "marker": "h", "linestyle": (0, (5, 1)), "markersize": 8},
+)
 _OTHERS = {
     "dense M-FAC": {"color": "black", "marker": "*", "markersize": 14},
     "sparse GGT": {"color": "#2f8f6b", "marker": "^", "markersize": 9},
@@ -40,7 +46,13 @@ def plot_tradeoff(summary: pd.DataFrame, title: str, path: Path) -> None:
         line = sparse[sparse["error_feedback"].eq(feedback)].sort_values("bytes_per_parameter")
         if not line.empty:
             _draw(axes, line, f"sparse M-FAC, {'with' if feedback else 'without'} error feedback", style)
-            _name_densities(axes, line, below=feedback, color=style["color"])
+            names = [f"{100 * density:g}%" for density in line["density"]]
+            _name_points(axes, line, names, below=feedback, color=style["color"])
+    low_rank = summary[summary["method"] == LOW_RANK].sort_values("bytes_per_parameter")
+    for style, number in zip(cycle(_LOW_RANK), sorted(low_rank["power_iterations"].unique().tolist())):
+        line = low_rank[low_rank["power_iterations"] == number]
+        _draw(axes, line, f"{LOW_RANK}, {power_iterations_label(number)}", style)
+        _name_points(axes, line, [f"r={rank:g}" for rank in line["rank"]], below=True, color=style["color"])
     for name, style in _OTHERS.items():
         rows = summary[summary["method"] == name]
         if not rows.empty:
@@ -83,12 +95,12 @@ def _draw(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, object]) 
     )
 
 
-def _name_densities(axes: Axes, rows: pd.DataFrame, below: bool, color: object) -> None:
-    """Writes the density beside each point of a line, on the side where the other line is not expected."""
+def _name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, color: object) -> None:
+    """Writes a name beside each point of a line, on the side where the other line is not expected."""
     side = 1 if below else -1
-    for _, row in rows.iterrows():
+    for name, (_, row) in zip(names, rows.iterrows(), strict=True):
         text = axes.annotate(
-            f"{100 * row['density']:g}%",
+            name,
             (row["bytes_per_parameter"], row["test_mean"]),
             xytext=(7 * side, -5 * side),
             textcoords="offset points",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from efcp.analysis.methods import method_label
+from efcp.analysis.methods import LABELLED, method_label
 from efcp.analysis.training import COLUMNS
 
 
@@ -23,7 +23,7 @@ def read_runs(path: Path) -> pd.DataFrame:
     runs = pd.read_csv(path, float_precision="round_trip")
     if missing := [name for name in COLUMNS if name not in runs]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
-    options = runs[["method", "density", "error_feedback"]].astype(object)
+    options = runs[["method", *LABELLED]].astype(object)
     options = options.where(options.notna(), None)
     runs["label"] = [method_label(*row) for row in options.itertuples(index=False)]
     return runs
@@ -35,16 +35,17 @@ def choose_lrs(runs: pd.DataFrame) -> dict[str, float]:
     Of equally good ones the smallest.
     """
     tuning = runs[runs["phase"] == "tune"]
-    means = tuning.groupby(["label", "lr"])["val_accuracy"].mean()
-    return {str(label): float(group.idxmax()[1]) for label, group in means.groupby("label")}  # lrs ascend in a group
+    means = tuning.groupby(["label", "lr"])["val_accuracy"].mean().reset_index()
+    best = means.sort_values(["val_accuracy", "lr"], ascending=[False, True]).drop_duplicates("label")
+    return {str(label): float(lr) for label, lr in zip(best["label"], best["lr"], strict=True)}
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """One row a method, by label, in the order of the runs.
 
-    Columns: method, density, error_feedback; lr and whether it is the smallest or largest that was tried (at_edge);
-    val and test accuracy (test_mean and test_std over seeds, val_mean) in %; seeds; diverged, how many of the final
-    runs; bytes_per_parameter and estimated_per_parameter; step_ms and optimizer_ms.
+    Columns: method and the options that tell methods apart; lr and whether it is the smallest or largest that was tried
+    (at_edge); val and test accuracy (test_mean and test_std over seeds, val_mean) in %; seeds; diverged, how many of
+    the final runs; bytes_per_parameter and estimated_per_parameter; step_ms and optimizer_ms.
 
     Raises:
         ValueError: where the runs hold no final one at a chosen learning rate.
@@ -62,7 +63,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         rows.append(
             {
                 "label": label,
-                **{name: first[name] for name in ("method", "density", "error_feedback", "bytes_per_parameter")},
+                **{name: first[name] for name in ("method", *LABELLED, "bytes_per_parameter")},
                 "estimated_per_parameter": first["state_bytes_estimated"] / first["numel"],
                 "lr": lr,
                 "at_edge": lr in (tried.min(), tried.max()),

@@ -38,6 +38,8 @@ examples:
     python -m efcp.analysis.tradeoff --data fashion-mnist --data-dir ~/data/fashion-mnist --train-size 55000 \\
         --epochs 5 --batch-size 128 --window 128 --densities 0.1 0.03 0.01 0.003 0.001 --seeds 5 --tune-seeds 2 \\
         --out results/tradeoff-large
+  low-rank M-FAC as well, and its sensitivity to rank and power iterations:
+    python -m efcp.analysis.tradeoff --ranks 1 2 4 --power-iterations 1 4 --out results/tradeoff-low-rank
   go on after an interruption, or add seeds or learning rates to what is there:
     the same command with --resume
 """
@@ -63,8 +65,10 @@ def run_experiment(args: argparse.Namespace) -> None:
     Raises:
         ValueError, FileNotFoundError: for settings that cannot work, before anything runs.
     """
-    for option, values in (("--lrs", args.lrs), ("--densities", args.densities)):
+    lists = {name: getattr(args, name) for name in ("lrs", "densities", "ranks", "power_iterations")}
+    for name, values in lists.items():
         if len(set(values)) < len(values):
+            option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} must be distinct, got {' '.join(map(str, values))}")
     name = resolve_name(args.data, args.data_dir)
     data = load_data(name, args.data_dir, args.train_size)
@@ -72,7 +76,7 @@ def run_experiment(args: argparse.Namespace) -> None:
     if args.batch_size > train_size:
         raise ValueError(f"--batch-size must be at most the training size {train_size}, got {args.batch_size}")
     task = Task(name, (height, width), train_size, args.width, args.epochs, args.batch_size)
-    methods = compared_methods(args.window, args.damping, args.densities)
+    methods = compared_methods(args.window, args.damping, args.densities, args.ranks, args.power_iterations)
     records = RecordFile(args.out / "runs.csv", args.resume)
 
     tuning_seeds = range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + args.tune_seeds)
@@ -121,6 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=count, default=16, help="of the network: 16 gives 105,866 parameters")
     parser.add_argument("--window", type=count, default=64, help="gradients kept, m")
     parser.add_argument("--densities", type=share, nargs="+", default=[0.1, 0.01, 0.001], help="of sparse M-FAC, k/d")
+    parser.add_argument("--ranks", type=count, nargs="*", default=[], help="of low-rank M-FAC; none: leave it out")
+    parser.add_argument("--power-iterations", type=count, nargs="+", default=[1], help="of low-rank M-FAC, each step")
     parser.add_argument("--damping", type=positive, default=3e-3, help="of M-FAC, λ")
     parser.add_argument("--lrs", type=positive, nargs="+", default=list(LRS), help="the grid, the same for all methods")
     parser.add_argument("--seeds", type=count, default=3, help="final runs of each method")

@@ -29,6 +29,8 @@ COLUMNS = {
     "method": "its name",
     "density": "share of entries kept",
     "error_feedback": "whether what was not kept is added to the next gradient",
+    "rank": "of low-rank rows",
+    "power_iterations": "of each step, for low-rank rows",
     "window": "gradients kept",
     "damping": "of M-FAC",
     "lr": "learning rate at the first step; it falls linearly to 0",
@@ -57,7 +59,7 @@ COLUMNS = {
 }
 """The columns of a record, with units; empty where they do not apply."""
 
-PLAN = ("phase", "method", "density", "error_feedback", "window", "damping", "lr", "seed")
+PLAN = ("phase", "method", "density", "error_feedback", "rank", "power_iterations", "window", "damping", "lr", "seed")
 TASK = ("epochs", "batch_size", "width", "data_set", "train_size")
 
 

@@ -27,7 +27,7 @@ TASK = Task("fashion-mnist", (8, 8), train_size=200, width=4, epochs=1, batch_si
 def arguments(images: Path, out: Path, *more: str) -> list[str]:
     """A command line of few and short runs."""
     settings = "--data fashion-mnist --train-size 200 --epochs 2 --batch-size 20 --width 4 --window 4 --jobs 1"
-    grid = "--densities 0.1 --lrs 0.01 0.03 0.1 --seeds 1"
+    grid = "--densities 0.1 --ranks 2 --power-iterations 1 2 --lrs 0.01 0.03 0.1 --seeds 1"
     return [*settings.split(), *grid.split(), "--data-dir", str(images), "--out", str(out), *more]
 
 
@@ -52,7 +52,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_csv_holds_every_run(finished: Path) -> None:
     with (finished / "runs.csv").open() as file:
         rows = list(csv.DictReader(file))
-    methods = len(compared_methods(4, 1e-3, [0.1]))
+    methods = len(compared_methods(4, 1e-3, [0.1], [2], [1, 2]))
     assert list(rows[0]) == list(COLUMNS)
     assert [row["phase"] for row in rows] == ["tune"] * 3 * methods + ["final"] * methods + ["timing"] * methods
     for row in rows:
@@ -70,7 +70,15 @@ def test_the_csv_holds_every_run(finished: Path) -> None:
 
 def test_table_and_plot(finished: Path) -> None:
     table = (finished / "table.md").read_text(encoding="utf-8")
-    for label in ("SGD (momentum 0.9)", "Adam", "dense M-FAC", "sparse M-FAC 10%, no error feedback", "sparse GGT 1%"):
+    for label in (
+        "SGD (momentum 0.9)",
+        "Adam",
+        "dense M-FAC",
+        "sparse M-FAC 10%, no error feedback",
+        "sparse GGT 1%",
+        "low-rank M-FAC rank 2, 1 power iteration",
+        "low-rank M-FAC rank 2, 2 power iterations",
+    ):
         assert f"| {label} " in table
     png = (finished / "tradeoff.png").read_bytes()
     assert png.startswith(b"\x89PNG")
@@ -154,7 +162,7 @@ def test_methods_share_initialisation_and_batches(finished: Path) -> None:
 # ---- a run
 
 
-@pytest.mark.parametrize("method", compared_methods(8, 1e-3, [0.1, 0.001])[2:], ids=lambda m: m.label)
+@pytest.mark.parametrize("method", compared_methods(8, 1e-3, [0.1, 0.001], [2], [1, 4])[2:], ids=lambda m: m.label)
 def test_measured_memory_equals_the_estimate(method: Method) -> None:
     model = small_cnn(3)
     optimizer = method.build(model, 1e-3)
@@ -185,7 +193,7 @@ def test_divergence_and_edges_of_the_grid_are_reported(finished: Path) -> None:
     summary = summarise(runs)
     assert "0.01 (edge)" in markdown(summary)
     text = "\n".join(remarks(runs, summary))
-    assert "3 of 18 tuning runs diverged" in text
+    assert "3 of 24 tuning runs diverged" in text
     assert "Adam: 1 of 1 final runs diverged" in text
 
 

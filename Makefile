@@ -12,7 +12,7 @@ FOLDERS := kernels perf analysis
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
 
-demo: $(INSTALLED)  ## install, and draw the memory-accuracy trade-off on MNIST (about 5 minutes)
+demo: $(INSTALLED)  ## install, and draw the memory-accuracy trade-off (about 3 minutes)
 	$(BIN)/python -m efcp.analysis.tradeoff
 
 test: $(DEVELOPED)  ## install, and run the tests

@@ -43,3 +43,26 @@ def test_updates_are_those_of_the_cpu_and_nothing_waits(compressor, dtype):
             torch.cuda.set_sync_debug_mode("default")
     tolerance = max(100 * torch.finfo(dtype).eps, 1e-2 if isinstance(compressor, LowRank) else 0)
     torch.testing.assert_close(there.flat().cpu(), here.flat(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("compressor", [Identity(), TopK(0.1, 16)], ids=["dense", "sparse"])
+def test_state_moves_between_devices(compressor):
+    """A state saved on a CPU goes on on a GPU, and back."""
+    here, there, back = (Problem(compressor=compressor, momentum=0.9, lr=0.1) for _ in range(3))
+    here.step(8)
+    for p, q in zip(here.params, there.params, strict=True):
+        q.data = p.detach().cuda()
+    there.optimizer.load_state_dict(here.optimizer.state_dict())
+    for state in there.optimizer.state.values():
+        assert all(value.is_cuda for value in state.values() if isinstance(value, torch.Tensor))
+    for p, q in zip(here.params, back.params, strict=True):
+        q.data = p.detach().clone()
+    back.optimizer.load_state_dict(there.optimizer.state_dict())
+    for _ in range(3):
+        here.set_gradients()
+        for p, q, r in zip(here.params, there.params, back.params, strict=True):
+            q.grad, r.grad = p.grad.cuda(), p.grad.clone()
+        for problem in (here, there, back):
+            problem.optimizer.step()
+    assert torch.equal(back.flat(), here.flat())
+    torch.testing.assert_close(there.flat().cpu(), here.flat(), rtol=1e-6, atol=1e-8)

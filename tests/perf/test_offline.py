@@ -46,6 +46,10 @@ def apply(dtype, blocks):
     )
 
 
+@pytest.mark.skipif(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8),
+    reason="configurations are chosen for the registers that Triton 3.8 needs; 3.7 spills 16 bytes in one of them",
+)
 @pytest.mark.parametrize("block_size", [256, 4096, 32768])
 @pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "gfx942"])
 def test_registers_suffice(target, block_size):

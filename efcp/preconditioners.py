@@ -140,8 +140,8 @@ class GGT(Preconditioner):
     An eigendecomposition of an m × m matrix each step is slow for large m, and makes a GPU wait for the host once
     (`torch.linalg.eigh` checks its own success). With `refresh_every` n > 1 only every n-th step does one, of the m − n
     rows that these n steps will not replace. The weights are the same up to rounding: the n other rows, the newest
-    among them, enter exactly (`weights_with_border`), in O(m² + m n²). With n from 8 to 16 this is 2.5 times faster at
-    m = 256, and 7 times at m = 1024 (on a CPU); it takes 8 (m − n)² bytes of state.
+    among them, enter exactly (`weights_with_border`), in O(m² + m n²). This pays for windows of some hundreds of rows
+    and more; it takes 8 (m − n)² bytes of state.
 
     Args:
         eps: ε > 0.

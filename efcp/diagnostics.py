@@ -73,11 +73,12 @@ def _norm(tensors: list[Tensor]) -> float | None:
 
 def _ratio_bits(members: list[Member], weights: Tensor) -> Iterator[Tensor]:
     """The bits of |u/g| as float32, parameter by parameter: (entries with g ≠ 0,) int32."""
-    for param, _, window in members:
+    for member in members:
+        param = member.param
         assert param.grad is not None
         grad = param.grad.reshape(-1).to(accumulation_dtype(param.dtype))
-        update, device = torch.zeros_like(grad), param.device
-        window.apply_(update, weights.to(device), torch.ones((), dtype=torch.float64, device=device))
+        update, one = torch.zeros_like(grad), torch.ones((), dtype=torch.float64, device=param.device)
+        member.window.apply_([update], [], weights.to(param.device), one, one, one)
         yield (update / grad)[grad != 0].abs().float().view(torch.int32)
 
 

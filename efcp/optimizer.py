@@ -8,6 +8,7 @@ turns these into weights. State lives on the parameters, in `optimizer.state[p]`
     of the first parameter, in addition: the Gram matrix, and what the preconditioner derives from it
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
@@ -126,6 +127,15 @@ class EFCP(Optimizer):
             s.update_(weights, finite)
         return loss
 
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Computes anew what the preconditioner keeps beside the Gram matrix, which steps do by themselves.
+
+        A step of M-FAC that is replayed from a CUDA graph does not: call this once in `window` replays, or rounding
+        errors gather.
+        """
+        self._shared_preconditioner().refresh(self._gram())
+
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped for an Inf or NaN in a gradient. Reading it waits for the device."""
@@ -230,18 +240,20 @@ class EFCP(Optimizer):
 
     def _parameter_sets(self) -> list[ParameterSet]:
         """The parameters that have a window; those with a first gradient get theirs."""
-        sets: dict[tuple[int, torch.device, torch.dtype], ParameterSet] = {}
-        for number, group in enumerate(self.param_groups):
-            compressor = self._compressor_of(group)
+        sets = []
+        for group in self.param_groups:
+            compressor, alike = self._compressor_of(group), defaultdict[Any, list[Tensor]](list)
             for p in group["params"]:
-                state = self.state[p] if p.grad is not None else self.state.get(p, {})
-                if p.grad is not None:
-                    self._fill(state, p, group, compressor)
-                if compressor.rows_name(p) in state:
-                    key = number, p.device, p.dtype
-                    members = sets.setdefault(key, ParameterSet(group, p.device, p.dtype)).members
-                    members.append(Member(p, state, compressor.bind(state, p)))
-        return list(sets.values())
+                if p.grad is not None or compressor.rows_name(p) in self.state.get(p, {}):
+                    self._fill(self.state[p], p, group, compressor)
+                    alike[p.device, p.dtype, self._dtypes(p)].append(p)
+            sets += [ParameterSet(group, compressor, some, [self.state[p] for p in some]) for some in alike.values()]
+        return sets
+
+    def _dtypes(self, param: Tensor) -> tuple[torch.dtype, ...]:
+        """Of what has an entry for each of the parameter's: it keeps its dtype when the model is cast."""
+        state = self.state[param]
+        return tuple(state[name].dtype for name in ("error", "momentum", "average") if name in state)
 
     def _members(self) -> Iterator[Member]:
         """The parameters that have a window by now."""
@@ -250,7 +262,7 @@ class EFCP(Optimizer):
             for p in group["params"]:
                 state = self.state.get(p, {})
                 if compressor.rows_name(p) in state:
-                    yield Member(p, state, compressor.bind(state, p))
+                    yield Member(p, state, compressor)
 
     # ---- state
 

@@ -1,55 +1,59 @@
-"""Parameters of one param group, device and dtype in a step: their gradients into windows, windows into updates."""
+"""Parameters of one param group, device and dtype in a step: their gradients into a window, the window into updates."""
 
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from efcp.kernels import accumulation_dtype
-from efcp.windows import Window
+from efcp import kernels
+from efcp.windows import Compressor, Window
 
 
 class Member(NamedTuple):
-    """A parameter, its state and its window."""
+    """A parameter, its state, and the compressor that has made its window."""
 
     param: Tensor
     state: dict[str, Any]
-    window: Window
+    compressor: Compressor
+
+    @property
+    def window(self) -> Window:
+        """The window of this parameter alone."""
+        return self.compressor.bind([self.state], [self.param])
 
 
 class ParameterSet:
-    """Parameters with the same options, device and dtype; what depends on these alone is computed once for all."""
+    """Parameters with the same options, device and dtype, which are stepped together, in one step."""
 
-    def __init__(self, group: dict[str, Any], device: torch.device, dtype: torch.dtype) -> None:
-        self.group, self.device, self.dtype = group, device, dtype
-        self.members: list[Member] = []
+    def __init__(
+        self, group: dict[str, Any], compressor: Compressor, params: list[Tensor], states: list[dict[str, Any]]
+    ) -> None:
+        self.group, self.params, self.states, self.device = group, params, states, params[0].device
+        self.window = compressor.bind(states, params)
+
+    @cached_property
+    def grads(self) -> list[Tensor | None]:
+        """The gradients, (n,) each and contiguous."""
+        return [None if p.grad is None else p.grad.reshape(-1) for p in self.params]
 
     def gradients_are_finite(self) -> Tensor:
         """() bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow."""
-        grads = [m.param.grad for m in self.members if m.param.grad is not None]
-        if not grads:
-            return torch.ones((), dtype=torch.bool, device=self.device)
-        norms = torch._foreach_norm(grads, 2, accumulation_dtype(self.dtype))
-        return torch.stack(norms).square().isfinite().all()
+        grads = [grad for grad in self.grads if grad is not None]
+        return kernels.all_finite(grads) if grads else torch.ones((), dtype=torch.bool, device=self.device)
 
     def push(self, slot: Tensor, finite: Tensor) -> Tensor:
-        """Takes the gradients into row `slot` of the windows; without a gradient the row becomes zero.
+        """Takes the gradients into row `slot` of the window; without a gradient the row becomes zero.
 
         Args:
             slot: (1,) int64.
             finite: () bool.
 
         Returns:
-            The inner products of all rows with the new one, summed over the parameters: (m,) float64.
+            The inner products of all rows with the new one: (m,) float64.
         """
         slot, finite = slot.to(self.device, non_blocking=True), finite.to(self.device, non_blocking=True)
-        dots = [torch.zeros(self.group["window"], dtype=torch.float64, device=self.device)]
-        for param, state, window in self.members:
-            if param.grad is None:
-                window.clear(slot)
-            else:
-                dots.append(window.push(self._averaged(param.grad.reshape(-1), state, finite), slot, finite))
-        return torch.stack(dots).sum(0)
+        return self.window.push(self._averaged(finite), slot, finite)
 
     def update_(self, weights: Tensor, finite: Tensor) -> None:
         """θ ← (1 − lr·wd) θ − lr Σᵢ wᵢ Gᵢ, with heavy ball where there is momentum; all as it was where not finite.
@@ -64,26 +68,25 @@ class ParameterSet:
         scale = 1 - lr * self.group["weight_decay"]
         step = lr if self.group["maximize"] else -lr
         momentum = self.group["momentum"]
-        if momentum > 0:
-            decay = torch.where(finite, torch.full_like(lr, momentum), 1.0)
-        else:
-            weights = step * weights
-        for param, state, window in self.members:
-            if param.grad is None:
-                continue
-            flat = param.reshape(-1)  # a copy where the parameter is not contiguous
-            if momentum > 0:
-                window.apply_(state["momentum"], weights, decay)
-                flat.mul_(scale).addcmul_(state["momentum"], step)
-            else:
-                window.apply_(flat, weights, scale)
-            if not param.is_contiguous():
-                param.copy_(flat.view(param.shape))
-            torch.autograd.graph.increment_version(param)  # kernels write behind autograd's back
+        decay = torch.where(finite, torch.full_like(lr, momentum), 1.0)
+        momenta = [state["momentum"] for state in self.states] if momentum > 0 else []
+        targets = [None if p.grad is None else p.reshape(-1) for p in self.params]  # copies where not contiguous
+        self.window.apply_(targets, momenta, weights, scale, step, decay)
+        for p, target in zip(self.params, targets, strict=True):
+            if target is not None:
+                if not p.is_contiguous():
+                    p.copy_(target.view(p.shape))
+                torch.autograd.graph.increment_version(p)  # kernels write behind autograd's back
 
-    def _averaged(self, grad: Tensor, state: dict[str, Any], finite: Tensor) -> Tensor:
-        """The average of gradients that beta1 asks for, (n,); without beta1 the gradient itself."""
-        if self.group["beta1"] == 0:
-            return grad
-        average = state["average"]
-        return torch.where(finite, average.lerp(grad.to(average.dtype), 1 - self.group["beta1"]), average, out=average)
+    def _averaged(self, finite: Tensor) -> list[Tensor | None]:
+        """The averages of gradients that beta1 asks for; without beta1 the gradients themselves."""
+        beta1 = self.group["beta1"]
+        if beta1 == 0:
+            return self.grads
+        averages: list[Tensor | None] = []
+        for grad, state in zip(self.grads, self.states, strict=True):
+            if grad is not None:
+                average = state["average"]
+                torch.where(finite, average.lerp(grad.to(average.dtype), 1 - beta1), average, out=average)
+            averages.append(None if grad is None else state["average"])
+        return averages

@@ -42,6 +42,9 @@ class Preconditioner(ABC):
             (m,) float64.
         """
 
+    def refresh(self, gram: Gram) -> None:  # noqa: B027  (there may be nothing)
+        """Derives anew from the Gram matrix what is kept beside it."""
+
 
 @dataclass(frozen=True)
 class MFAC(Preconditioner):
@@ -75,9 +78,9 @@ class MFAC(Preconditioner):
         window = len(S)
         ridge = window * self.damping
         update_inverse_root_(R, S, slot, ridge)
-        if state["inverse_age"] >= window or state["inverse_damping"] != self.damping:
-            invert_(R, S, ridge)
-            state["inverse_age"], state["inverse_damping"] = 0, float(self.damping)
+        capturing = R.is_cuda and torch.cuda.is_current_stream_capturing()  # each replay would do it, or none
+        if (state["inverse_age"] >= window or state["inverse_damping"] != self.damping) and not capturing:
+            self.refresh(gram)
         state["inverse_age"] += 1
 
         target = torch.zeros_like(S[0]).index_fill_(0, slot, window)
@@ -87,6 +90,10 @@ class MFAC(Preconditioner):
         diagonal = S.diagonal() + ridge
         torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
         return torch.where(solved, weights, target / diagonal)
+
+    def refresh(self, gram: Gram) -> None:
+        invert_(gram.state["inverse_root"], gram.matrix, len(gram.matrix) * self.damping)
+        gram.state["inverse_age"], gram.state["inverse_damping"] = 0, float(self.damping)
 
 
 def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> None:

@@ -8,13 +8,13 @@
 | `cpu.py` | compiled by Numba, for CPUs |
 | `operators.py` | the operations as nodes of a compiled graph |
 
-A backend is a module with the three operations. On a GPU it is `triton`, on a CPU `cpu`, where Triton or Numba can be
+A backend is a module with the four operations. On a GPU it is `triton`, on a CPU `cpu`, where Triton or Numba can be
 imported; else it is `reference`. The environment variable `EFCP_KERNELS`, or `use_backend`, forces one.
 """
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
@@ -22,15 +22,17 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from efcp.kernels import operators
-from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks
+from efcp.kernels import operators, reference
+from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks, Rows
 from efcp.kernels.reference import accumulation_dtype
 
 __all__ = [
     "BACKENDS",
     "MAX_BLOCK_SIZE",
     "Blocks",
+    "Rows",
     "accumulation_dtype",
+    "all_finite",
     "backend_name",
     "compress_",
     "use_backend",
@@ -100,18 +102,22 @@ def _backend(tensor: Tensor) -> ModuleType:
     return importlib.import_module(BACKENDS[backend_name(tensor.device)])
 
 
-def _layout(blocks: Blocks) -> tuple[int, int, float]:
-    return blocks.numel, blocks.block_size, blocks.density
+def all_finite(grads: Sequence[Tensor]) -> Tensor:
+    """Whether gradients can be compressed: no Inf, no NaN, and a squared norm that does not overflow.
+
+    Args:
+        grads: at least one, each (n,) contiguous, of one floating point dtype and on one device.
+
+    Returns:
+        () bool: whether the sum of all squares is finite in the dtype of arithmetic, `accumulation_dtype`.
+    """
+    if torch.compiler.is_compiling():
+        return reference.all_finite(grads)
+    return _backend(grads[0]).all_finite(grads)
 
 
 def compress_(
-    grad: Tensor,
-    error: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    slot: Tensor,
-    finite: Tensor,
-    blocks: Blocks,
+    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
     """Blockwise Top-k with error feedback: a = e + g, the newest row c = Top-k(a), e = a − c.
 
@@ -119,51 +125,61 @@ def compress_(
     written to the window rounded to its dtype, and the error keeps what the rounding leaves. Where `finite` is false,
     the row is zero and the error stays as it was. (EFCP, arXiv 2306.06098, algorithm 1.)
 
+    As in the other operations, there may be many parameters: with the same dtypes, block size, density and window, and
+    on one device. There is at least one.
+
     Args:
-        grad: (n,) contiguous, floating point; never changed.
-        error: (n,) contiguous, floating point, updated in place; None for no error feedback, that is a = g.
-        values: (blocks, m, k) bfloat16 or float32; row `slot` is overwritten.
-        indices: (blocks, m, k) of dtype `blocks.index_dtype`; row `slot` is overwritten.
+        grads: of each parameter (n,) contiguous, floating point; never changed. None makes the values of the row zero,
+            and nothing else.
+        errors: of each parameter (n,) contiguous, floating point, updated in place; empty for no error feedback,
+            that is a = g.
+        rows: of each parameter, (blocks, m, k); row `slot` is overwritten.
         slot: (1,) int64, the row to write, on the device of the others.
         finite: () bool, on the device of the others.
-        blocks: the layout of the parameter.
     """
     if torch.compiler.is_compiling():
-        operators.compress_(grad, error, values, indices, slot, finite, *_layout(blocks))
+        operators.compress_(grads, errors, *operators.unpacked(rows), slot, finite)
     else:
-        _backend(grad).compress_(grad, error, values, indices, slot, finite, blocks)
+        _backend(slot).compress_(grads, errors, rows, slot, finite)
 
 
-def window_dots(values: Tensor, indices: Tensor, slot: Tensor, blocks: Blocks) -> Tensor:
+def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     """Inner products of every row of the window with row `slot`: one row of the Gram matrix S = G Gᵀ.
 
     Args:
-        values, indices: the window, (blocks, m, k).
+        rows: of each parameter, (blocks, m, k).
         slot: (1,) int64, on the window's device.
-        blocks: the layout of the parameter.
 
     Returns:
-        (m,) float64.
+        (m,) float64, summed over the parameters.
     """
     if torch.compiler.is_compiling():
-        return operators.window_dots(values, indices, slot, *_layout(blocks))
-    return _backend(values).window_dots(values, indices, slot, blocks)
+        return operators.window_dots(*operators.unpacked(rows), slot)
+    return _backend(slot).window_dots(rows, slot)
 
 
 def window_apply_(
-    target: Tensor, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor, blocks: Blocks
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
 ) -> None:
-    """target ← scale · target + Σᵢ weightsᵢ · Gᵢ, with the rows Gᵢ of the window.
+    """target ← scale · target + step · u with u = Σᵢ weightsᵢ · Gᵢ, and with momentum in place of u where there is.
+
+    That is, with heavy ball: momentum ← decay · momentum + u, target ← scale · target + step · momentum.
 
     Args:
-        target: (n,) contiguous, floating point, updated in place. Arithmetic is in float32 (float64 for a float64
-            target), rounded once at the end.
-        values, indices: the window, (blocks, m, k).
-        weights: (m,) floating point, on the target's device.
-        scale: () floating point, on the target's device.
-        blocks: the layout of the parameter.
+        targets: of each parameter (n,) contiguous, floating point, updated in place. Arithmetic is in float32 (float64
+            for float64 targets), rounded once at the end.
+        momenta: of each parameter (n,) contiguous, floating point, updated in place; empty for none.
+        rows: of each parameter, (blocks, m, k): the rows Gᵢ of the window.
+        weights: (m,) floating point, on the targets' device.
+        scale, step, decay: () floating point, on the targets' device. Without momenta `decay` is not used.
     """
     if torch.compiler.is_compiling():
-        operators.window_apply_(target, values, indices, weights, scale, *_layout(blocks))
+        operators.window_apply_(targets, momenta, *operators.unpacked(rows), weights, scale, step, decay)
     else:
-        _backend(target).window_apply_(target, values, indices, weights, scale, blocks)
+        _backend(weights).window_apply_(targets, momenta, rows, weights, scale, step, decay)

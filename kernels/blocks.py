@@ -18,6 +18,7 @@ from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 MAX_BLOCK_SIZE = 32768  # positions within a block are stored as int16
 
@@ -86,7 +87,7 @@ class Blocks:
 
     @property
     def index_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.size <= 256 else torch.int16
+        return torch.uint8 if self.block_size <= 256 else torch.int16
 
     def parts(self, max_elements: int) -> Iterator[Part]:
         """The blocks from first to last, in parts of at most max_elements elements (but at least one block)."""
@@ -101,3 +102,11 @@ class Blocks:
                 self.tail,
                 self.kept_in_tail,
             )
+
+
+class Rows(NamedTuple):
+    """The window of one parameter: values and indices (blocks, m, k), as laid out by `blocks`."""
+
+    values: Tensor
+    indices: Tensor
+    blocks: Blocks

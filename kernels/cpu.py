@@ -1,11 +1,12 @@
 """The operations of the sparse window on a CPU, compiled by Numba.
 
-The blocks are shared out among threads; a thread takes one block at a time and works in a scratch of that block's size,
-so that memory is read and written once and no temporary grows with the parameter. The compiled functions see addresses
-and dtype codes, not arrays: a call costs microseconds, and one compilation serves many combinations of dtypes.
+The blocks of all parameters are numbered through and shared out among threads; a thread takes one block at a time and
+works in a scratch of that block's size, so that memory is read and written once and no temporary grows with a
+parameter. The compiled functions see a table of addresses and sizes, and dtype codes, not arrays: a call costs
+microseconds, each parameter one more, and one compilation serves many combinations of dtypes.
 
 Results do not depend on the number of threads. `compress_` and `window_apply_` give the bits of the definition;
-`window_dots` adds up the same float64 terms in another fixed order.
+`window_dots` adds up the same float64 terms in another fixed order, and `all_finite` adds up squares in float64.
 
 The threads are Python's (the compiled code runs without the GIL), not those of one of Numba's threading layers: of the
 layers that are always at hand, one aborts when two threads call it, the other in a forked child. Small operations run
@@ -14,12 +15,14 @@ in the caller.
 
 import math
 import os
+from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import llvmlite.ir as ir
 import numpy as np
@@ -28,12 +31,14 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from efcp.kernels.blocks import Blocks
+from efcp.kernels.blocks import Rows
+from efcp.kernels.reference import accumulation_dtype
 
-__all__ = ["compress_", "window_apply_", "window_dots"]
+__all__ = ["all_finite", "compress_", "window_apply_", "window_dots"]
 
 PARALLEL = 1 << 16  # elements, or entries of the window, from which on an operation is worth several threads
-PIECES = 64  # at most so many float64 partial sums per row in `window_dots`, whatever the number of threads
+PIECES = 64  # at most so many partial sums, whatever the number of threads
+CHUNK = 4096  # elements of a gradient, the unit in which `all_finite` is shared out
 LANES = 64  # elements whose comparisons make one bit mask
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64, NONE = range(5)
@@ -41,9 +46,9 @@ SIZES = (4, 2, 2, 8, 0)  # bytes, by code
 CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float64: FLOAT64}
 
 
-def _jit(function: Callable[..., Any]) -> Callable[..., Any]:
+def _jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Compiles a part of a kernel."""
-    return njit(nogil=True, error_model="numpy")(function)
+    return njit(nogil=True, error_model="numpy", **options)(function)
 
 
 def _kernel(*constants: object, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -285,6 +290,25 @@ def _add(code: int, address: int, first: int, length: int, out: np.ndarray) -> N
 
 
 @_jit
+def _blend(
+    code: int, address: int, first: int, length: int, old_factor: float, out: np.ndarray, new_factor: float
+) -> None:
+    """out ← old_factor · numbers at the address + new_factor · out"""
+    if code == FLOAT32:
+        for j in range(length):
+            out[j] = old_factor * _load_f32(address, first + j) + new_factor * out[j]
+    elif code == BFLOAT16:
+        for j in range(length):
+            out[j] = old_factor * _bfloat16_to_float32(_load_u16(address, first + j)) + new_factor * out[j]
+    elif code == FLOAT16:
+        for j in range(length):
+            out[j] = old_factor * _float16_to_float32(_load_u16(address, first + j)) + new_factor * out[j]
+    else:
+        for j in range(length):
+            out[j] = old_factor * out.dtype.type(_load_f64(address, first + j)) + new_factor * out[j]
+
+
+@_jit
 def _write(code: int, address: int, first: int, length: int, numbers: np.ndarray) -> None:
     if code == FLOAT32:
         for j in range(length):
@@ -298,6 +322,24 @@ def _write(code: int, address: int, first: int, length: int, numbers: np.ndarray
     else:
         for j in range(length):
             _store_f64(address, first + j, np.float64(numbers[j]))
+
+
+@partial(_jit, fastmath={"reassoc"})
+def _sum_of_squares(code: int, address: int, first: int, last: int) -> float:
+    total = np.float64(0)
+    if code == FLOAT32:
+        for j in range(first, last):
+            total += np.float64(_load_f32(address, j)) ** 2
+    elif code == BFLOAT16:
+        for j in range(first, last):
+            total += np.float64(_bfloat16_to_float32(_load_u16(address, j))) ** 2
+    elif code == FLOAT16:
+        for j in range(first, last):
+            total += np.float64(_float16_to_float32(_load_u16(address, j))) ** 2
+    else:
+        for j in range(first, last):
+            total += _load_f64(address, j) ** 2
+    return total
 
 
 Ahead = tuple[int, int, int, int]  # the next block: where its gradient starts, bytes an element, the same of its error
@@ -431,7 +473,24 @@ def _select(
     return guess
 
 
-# The operations on some of a parameter's blocks.
+# The operations on some of the blocks, from `first` to before `last` in the numbering of all parameters.
+
+
+@_jit
+def _parameter(table: int, parameters: int, number: int) -> tuple[int, int, int, int, int, int, int, int, int]:
+    """A row of the table, which is stored column by column: the number of the first block behind this parameter, n, B,
+    k, k of the tail, and addresses, of values, of indices, and of the two tensors of n elements of an operation."""
+    return (
+        _load_i64(table, number),
+        _load_i64(table, number + parameters),
+        _load_i64(table, number + parameters * 2),
+        _load_i64(table, number + parameters * 3),
+        _load_i64(table, number + parameters * 4),
+        _load_i64(table, number + parameters * 5),
+        _load_i64(table, number + parameters * 6),
+        _load_i64(table, number + parameters * 7),
+        _load_i64(table, number + parameters * 8),
+    )
 
 
 @cache
@@ -440,41 +499,49 @@ def _compress_kernel(wide: bool) -> Callable[..., None]:
 
     @_kernel(wide)
     def compress(
-        grad: int, grad_code: int, error: int, error_code: int, values: int, value_code: int, indices: int,
-        index_size: int, slot: int, finite: int, window: int, size: int, full: int, tail: int, kept: int,
-        kept_in_tail: int, first: int, last: int,
+        table: int, parameters: int, largest: int, grad_code: int, error_code: int, value_code: int, index_size: int,
+        slot: int, finite: int, window: int, first: int, last: int,
     ) -> None:  # fmt: skip
         row = _load_i64(slot, 0)
         most = integer(np.iinfo(integer).max)
-        a = np.zeros(size + LANES, real)  # a mask may look beyond the end
+        a = np.zeros(largest + LANES, real)  # a mask may look beyond the end
         bits = a.view(integer)
-        found = np.zeros(size, np.uint16)
-        keys = np.empty(min(size, kept + max(kept >> 1, 64)), integer)
+        found = np.zeros(largest, np.uint16)
+        all_keys = np.empty(largest, integer)
         guess = integer(0)
         grad_size, error_size = SIZES[grad_code], SIZES[error_code]
-        for block in range(first, last):
-            length = size if block < full else tail
-            chosen = kept if block < full else kept_in_tail
-            entry = (block * window + row) * kept
-            start = block * size
-            if _load_u8(finite, 0) == 0:
+        begin = np.int64(0)
+        for number in range(parameters):
+            end, numel, size, kept, kept_in_tail, values, indices, grad, error = _parameter(table, parameters, number)
+            keys = all_keys[: min(size, kept + max(kept >> 1, 64))]
+            for block in range(max(first, begin) - begin, min(last, end) - begin):
+                start = block * size
+                length = min(size, numel - start)
+                chosen = kept if length == size else kept_in_tail
+                entry = (block * window + row) * kept
+                if grad == 0:
+                    for j in range(chosen):
+                        _store_value(value_code, values, entry + j, np.float32(0))
+                    continue
+                if _load_u8(finite, 0) == 0:
+                    for j in range(chosen):
+                        _store_value(value_code, values, entry + j, np.float32(0))
+                        _store_index(index_size, indices, entry + j, j)
+                    continue
+                _read(grad_code, grad, start, length, a)
+                if error_code != NONE:
+                    _add(error_code, error, start, length, a)
+                following = start + size
+                ahead = (grad + following * grad_size, grad_size, error + following * error_size, error_size)
+                guess = _select(bits, length, chosen, guess, most, found, keys, ahead)
                 for j in range(chosen):
-                    _store_value(value_code, values, entry + j, np.float32(0))
-                    _store_index(index_size, indices, entry + j, j)
-                continue
-            _read(grad_code, grad, start, length, a)
-            if error_code != NONE:
-                _add(error_code, error, start, length, a)
-            following = start + size
-            ahead = (grad + following * grad_size, grad_size, error + following * error_size, error_size)
-            guess = _select(bits, length, chosen, guess, most, found, keys, ahead)
-            for j in range(chosen):
-                position = found[j]
-                stored = _store_value(value_code, values, entry + j, np.float32(a[position]))
-                _store_index(index_size, indices, entry + j, position)
-                a[position] -= stored
-            if error_code != NONE:
-                _write(error_code, error, start, length, a)
+                    position = found[j]
+                    stored = _store_value(value_code, values, entry + j, np.float32(a[position]))
+                    _store_index(index_size, indices, entry + j, position)
+                    a[position] -= stored
+                if error_code != NONE:
+                    _write(error_code, error, start, length, a)
+            begin = end
 
     return compress
 
@@ -488,35 +555,40 @@ def _dots_kernel(value_code: int, index_size: int) -> Callable[..., None]:
     # Sums are taken in an order that suits the processor's vectors, the same every time.
     @_kernel(value_code, index_size, fastmath={"reassoc"})
     def dots(
-        sums: int, pieces: int, values: int, indices: int, slot: int, window: int, size: int, full: int, count: int,
-        kept: int, kept_in_tail: int, first: int, last: int,
+        table: int, parameters: int, largest: int, sums: int, pieces: int, blocks: int, slot: int, window: int,
+        first: int, last: int,
     ) -> None:  # fmt: skip
         row = _load_i64(slot, 0)
-        newest = np.zeros(size, np.float32)
+        newest = np.zeros(largest, np.float32)
         total = np.empty(window, np.float64)
         for piece in range(first, last):
             total[:] = 0.0
-            for block in range(piece * count // pieces, (piece + 1) * count // pieces):
-                chosen = kept if block < full else kept_in_tail
-                entry = block * window * kept
-                own = entry + row * kept
-                unit = 1.0
-                if narrow:
-                    largest = np.float32(0)
+            first_block, last_block = piece * blocks // pieces, (piece + 1) * blocks // pieces
+            begin = np.int64(0)
+            for number in range(parameters):
+                end, numel, size, kept, kept_in_tail, values, indices, _, _ = _parameter(table, parameters, number)
+                for block in range(max(first_block, begin) - begin, min(last_block, end) - begin):
+                    chosen = kept if (block + 1) * size <= numel else kept_in_tail
+                    entry = block * window * kept
+                    own = entry + row * kept
+                    unit = 1.0
+                    if narrow:
+                        highest = np.float32(0)
+                        for j in range(own, own + chosen):
+                            highest = max(highest, abs(_value(value_code, values, j)))
+                        unit = math.ldexp(1.0, (_bits_of_float(highest) >> 23) - 126)
                     for j in range(own, own + chosen):
-                        largest = max(largest, abs(_value(value_code, values, j)))
-                    unit = math.ldexp(1.0, (_bits_of_float(largest) >> 23) - 126)
-                for j in range(own, own + chosen):
-                    newest[_index(index_size, indices, j)] = np.float64(_value(value_code, values, j)) / unit
-                for i in range(window):
-                    dot = np.float64(0)
-                    for j in range(entry + i * kept, entry + i * kept + chosen):
-                        one = newest[_index(index_size, indices, j)]
-                        other = _value(value_code, values, j)
-                        dot += np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
-                    total[i] += unit * dot
-                for j in range(own, own + chosen):
-                    newest[_index(index_size, indices, j)] = np.float32(0)
+                        newest[_index(index_size, indices, j)] = np.float64(_value(value_code, values, j)) / unit
+                    for i in range(window):
+                        dot = np.float64(0)
+                        for j in range(entry + i * kept, entry + i * kept + chosen):
+                            one = newest[_index(index_size, indices, j)]
+                            other = _value(value_code, values, j)
+                            dot += np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
+                        total[i] += unit * dot
+                    for j in range(own, own + chosen):
+                        newest[_index(index_size, indices, j)] = np.float32(0)
+                begin = end
             for i in range(window):
                 _store_f64(sums, piece * window + i, total[i])
 
@@ -558,35 +630,71 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Callable[...,
 
     @_kernel(wide, value_code, index_size)
     def apply(
-        target: int, target_code: int, values: int, indices: int, weights: int, weight_code: int, weight_stride: int,
-        scale: int, scale_code: int, window: int, size: int, full: int, tail: int, kept: int, kept_in_tail: int,
-        first: int, last: int,
+        table: int, parameters: int, largest: int, target_code: int, momentum_code: int, weights: int,
+        weight_code: int, weight_stride: int, scale: int, scale_code: int, step: int, step_code: int,
+        decay: int, decay_code: int, window: int, first: int, last: int,
     ) -> None:  # fmt: skip
-        factor = real(_number(scale_code, scale, 0))
+        target_factor = real(_number(scale_code, scale, 0))
+        update_factor = real(_number(step_code, step, 0))
+        momentum_factor = real(_number(decay_code, decay, 0))
         weight = np.empty(window, real)
         for i in range(window):
             weight[i] = real(_number(weight_code, weights, i * weight_stride))
-        total = np.empty(size, real)
-        for block in range(first, last):
-            length = size if block < full else tail
-            chosen = kept if block < full else kept_in_tail
-            _read(target_code, target, block * size, length, total)
-            for j in range(length):
-                total[j] *= factor
-            for i in range(window):
-                entry = (block * window + i) * kept
-                last_entry = entry + chosen
-                if eight:
-                    for j in range(entry, last_entry - 7, 8):
-                        terms = _eight_terms(values, j, weight[i])
-                        for lane in range(8):
-                            total[_index(index_size, indices, j + lane)] += terms[lane]
-                    entry = last_entry - chosen % 8
-                for j in range(entry, last_entry):
-                    total[_index(index_size, indices, j)] += real(_value(value_code, values, j)) * weight[i]
-            _write(target_code, target, block * size, length, total)
+        update = np.empty(largest, real)
+        begin = np.int64(0)
+        for number in range(parameters):
+            end, numel, size, kept, kept_in_tail, values, indices, target, momentum = _parameter(
+                table, parameters, number
+            )
+            for block in range(max(first, begin) - begin, min(last, end) - begin):
+                start = block * size
+                length = min(size, numel - start)
+                chosen = kept if length == size else kept_in_tail
+                update[:length] = 0.0
+                for i in range(window):
+                    entry = (block * window + i) * kept
+                    last_entry = entry + chosen
+                    if eight:
+                        for j in range(entry, last_entry - 7, 8):
+                            terms = _eight_terms(values, j, weight[i])
+                            for lane in range(8):
+                                update[_index(index_size, indices, j + lane)] += terms[lane]
+                        entry = last_entry - chosen % 8
+                    for j in range(entry, last_entry):
+                        update[_index(index_size, indices, j)] += real(_value(value_code, values, j)) * weight[i]
+                if momentum != 0:
+                    _blend(momentum_code, momentum, start, length, momentum_factor, update, real(1))
+                    _write(momentum_code, momentum, start, length, update)
+                _blend(target_code, target, start, length, target_factor, update, update_factor)
+                _write(target_code, target, start, length, update)
+            begin = end
 
     return apply
+
+
+@_kernel()
+def _squares(table: int, gradients: int, code: int, sums: int, pieces: int, chunks: int, first: int, last: int) -> None:
+    """Sums of squares over the pieces, into `sums`; behind them goes infinity, and work stops, once one is not finite.
+
+    The table has three columns: the number of the first chunk behind a gradient, n, and the address.
+    """
+    for piece in range(first, last):
+        if _load_f64(sums, pieces) != 0.0:
+            return
+        total = 0.0
+        first_chunk, last_chunk = piece * chunks // pieces, (piece + 1) * chunks // pieces
+        begin = np.int64(0)
+        for number in range(gradients):
+            end, numel = _load_i64(table, number), _load_i64(table, number + gradients)
+            address = _load_i64(table, number + gradients * 2)
+            for chunk in range(max(first_chunk, begin) - begin, min(last_chunk, end) - begin):
+                start = chunk * CHUNK
+                total += _sum_of_squares(code, address, start, min(start + CHUNK, numel))
+            begin = end
+        if not math.isfinite(total):
+            _store_f64(sums, pieces, math.inf)
+            return
+        _store_f64(sums, piece, total)
 
 
 # Threads.
@@ -628,36 +736,73 @@ def _run(kernel: Callable[..., None], arguments: tuple[int, ...], pieces: int, w
 # The operations.
 
 
+class Group(NamedTuple):
+    """What the kernels are told about a group of parameters, and totals over these."""
+
+    table: "array[int]"
+    parameters: int
+    largest: int  # elements of a block
+    blocks: int
+    elements: int
+    entries: int  # of a row of the window
+
+    @property
+    def arguments(self) -> tuple[int, int, int]:
+        return self.table.buffer_info()[0], self.parameters, self.largest
+
+
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _group(rows: Sequence[Rows], ones: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> Group:
+    """With the table of `_parameter`, whose last two columns are `ones` and `others`, or 0 where there are none."""
+    count = len(rows)
+    values, indices, layouts = zip(*rows, strict=True)
+    ends = list(accumulate(blocks.count for blocks in layouts))
+    numels = [blocks.numel for blocks in layouts]
+    sizes = [blocks.size for blocks in layouts]
+    table = [*ends, *numels, *sizes, *(blocks.kept for blocks in layouts), *(blocks.kept_in_tail for blocks in layouts)]
+    for tensors in (values, indices, ones, others):
+        if tensors and len(tensors) != count:
+            raise ValueError(f"got {len(tensors)} tensors for {count} parameters")
+        table += _addresses(tensors) if tensors else [0] * count
+    entries = sum(blocks.count * blocks.kept for blocks in layouts)
+    return Group(array("q", table), count, max(sizes), ends[-1], sum(numels), entries)
+
+
+def all_finite(grads: Sequence[Tensor]) -> Tensor:
+    dtype, numels = grads[0].dtype, [grad.numel() for grad in grads]
+    ends = list(accumulate(-(-numel // CHUNK) for numel in numels))
+    table = array("q", [*ends, *numels, *_addresses(grads)])
+    pieces = max(1, min(ends[-1], PIECES))
+    sums = torch.zeros(pieces + 1, dtype=torch.float64)
+    arguments = (table.buffer_info()[0], len(grads), CODES[dtype], sums.data_ptr(), pieces, ends[-1])
+    _run(_squares, arguments, pieces, sum(numels))
+    return sums.sum() <= torch.finfo(accumulation_dtype(dtype)).max
+
+
 def compress_(
-    grad: Tensor,
-    error: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    slot: Tensor,
-    finite: Tensor,
-    blocks: Blocks,
+    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
-    kernel = _compress_kernel(grad.dtype is torch.float64)
+    group = _group(rows, grads, errors)
+    dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
+    values, indices, _ = rows[0]
     arguments = (
-        grad.data_ptr(), CODES[grad.dtype],
-        0 if error is None else error.data_ptr(), NONE if error is None else CODES[error.dtype],
-        values.data_ptr(), CODES[values.dtype], indices.data_ptr(), indices.itemsize,
-        slot.data_ptr(), finite.data_ptr(),
-        values.shape[1], blocks.size, blocks.full, blocks.tail, blocks.kept, blocks.kept_in_tail,
+        *group.arguments, CODES[dtype], CODES[errors[0].dtype] if errors else NONE, CODES[values.dtype],
+        indices.itemsize, slot.data_ptr(), finite.data_ptr(), values.shape[1],
     )  # fmt: skip
-    _run(kernel, arguments, blocks.count, blocks.numel)
+    _run(_compress_kernel(dtype is torch.float64), arguments, group.blocks, group.elements)
 
 
-def window_dots(values: Tensor, indices: Tensor, slot: Tensor, blocks: Blocks) -> Tensor:
-    kernel = _dots_kernel(CODES[values.dtype], indices.itemsize)
+def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+    group = _group(rows, (), ())
+    values, indices, _ = rows[0]
     window = values.shape[1]
-    pieces = max(1, min(blocks.count, PIECES))
+    pieces = max(1, min(group.blocks, PIECES))
     sums = torch.empty(pieces * window, dtype=torch.float64)
-    arguments = (
-        sums.data_ptr(), pieces, values.data_ptr(), indices.data_ptr(), slot.data_ptr(),
-        window, blocks.size, blocks.full, blocks.count, blocks.kept, blocks.kept_in_tail,
-    )  # fmt: skip
-    _run(kernel, arguments, pieces, values.numel())
+    arguments = (*group.arguments, sums.data_ptr(), pieces, group.blocks, slot.data_ptr(), window)
+    _run(_dots_kernel(CODES[values.dtype], indices.itemsize), arguments, pieces, group.entries * window)
     if pieces == 1:
         return sums
     _add_up(sums.data_ptr(), pieces, window)
@@ -665,12 +810,22 @@ def window_dots(values: Tensor, indices: Tensor, slot: Tensor, blocks: Blocks) -
 
 
 def window_apply_(
-    target: Tensor, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor, blocks: Blocks
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
 ) -> None:
-    kernel = _apply_kernel(target.dtype is torch.float64, CODES[values.dtype], indices.itemsize)
+    group = _group(rows, targets, momenta)
+    dtype, (values, indices, _) = targets[0].dtype, rows[0]
+    window = values.shape[1]
     arguments = (
-        target.data_ptr(), CODES[target.dtype], values.data_ptr(), indices.data_ptr(),
+        *group.arguments, CODES[dtype], CODES[momenta[0].dtype] if momenta else NONE,
         weights.data_ptr(), CODES[weights.dtype], weights.stride(0), scale.data_ptr(), CODES[scale.dtype],
-        values.shape[1], blocks.size, blocks.full, blocks.tail, blocks.kept, blocks.kept_in_tail,
+        step.data_ptr(), CODES[step.dtype],
+        decay.data_ptr(), CODES[decay.dtype], window,
     )  # fmt: skip
-    _run(kernel, arguments, blocks.count, blocks.numel + values.numel())
+    kernel = _apply_kernel(dtype is torch.float64, CODES[values.dtype], indices.itemsize)
+    _run(kernel, arguments, group.blocks, group.elements + group.entries * window)

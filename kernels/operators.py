@@ -2,63 +2,88 @@
 call to one as a single node, whatever the backend does inside.
 
 Calling an operator costs tens of microseconds more than calling the backend, hence the functions of `efcp.kernels` use
-them only under a compiler. An operator takes no objects: `Blocks` becomes numel, block_size and density.
+them only under a compiler. An operator takes no objects: `Rows` become lists of tensors, and the numbers of `Blocks`.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from efcp import kernels  # which imports this module, to call it
-from efcp.kernels.blocks import Blocks
+from efcp.kernels.blocks import Blocks, Rows
 
 
-@custom_op("efcp::compress_", mutates_args=("error", "values", "indices"))
+def unpacked(rows: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor], list[int], int, float]:
+    """(values, indices, numels, block_size, density), as the operators take them."""
+    blocks = [r.blocks for r in rows]
+    numels = [b.numel for b in blocks]
+    return [r.values for r in rows], [r.indices for r in rows], numels, blocks[0].block_size, blocks[0].density
+
+
+def _packed(
+    values: Sequence[Tensor], indices: Sequence[Tensor], numels: Sequence[int], block_size: int, density: float
+) -> list[Rows]:
+    return [Rows(v, i, Blocks(n, block_size, density)) for v, i, n in zip(values, indices, numels, strict=True)]
+
+
+@custom_op("efcp::compress_", mutates_args=("errors", "values", "indices"))
 def compress_(
-    grad: Tensor,
-    error: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    slot: Tensor,
-    finite: Tensor,
-    numel: int,
+    grads: Sequence[Tensor | None],
+    errors: Sequence[Tensor],
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    numels: Sequence[int],
     block_size: int,
     density: float,
+    slot: Tensor,
+    finite: Tensor,
 ) -> None:
-    blocks = Blocks(numel, block_size, density)
-    kernels._backend(grad).compress_(grad, error, values, indices, slot, finite, blocks)
+    rows = _packed(values, indices, numels, block_size, density)
+    kernels._backend(slot).compress_(grads, errors, rows, slot, finite)
 
 
 @custom_op("efcp::window_dots", mutates_args=())
-def window_dots(values: Tensor, indices: Tensor, slot: Tensor, numel: int, block_size: int, density: float) -> Tensor:
-    return kernels._backend(values).window_dots(values, indices, slot, Blocks(numel, block_size, density))
-
-
-@custom_op("efcp::window_apply_", mutates_args=("target",))
-def window_apply_(
-    target: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    scale: Tensor,
-    numel: int,
+def window_dots(
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    numels: Sequence[int],
     block_size: int,
     density: float,
+    slot: Tensor,
+) -> Tensor:
+    return kernels._backend(slot).window_dots(_packed(values, indices, numels, block_size, density), slot)
+
+
+@custom_op("efcp::window_apply_", mutates_args=("targets", "momenta"))
+def window_apply_(
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    numels: Sequence[int],
+    block_size: int,
+    density: float,
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
 ) -> None:
-    blocks = Blocks(numel, block_size, density)
-    kernels._backend(target).window_apply_(target, values, indices, weights, scale, blocks)
+    rows = _packed(values, indices, numels, block_size, density)
+    kernels._backend(weights).window_apply_(targets, momenta, rows, weights, scale, step, decay)
 
 
 @compress_.register_fake
-def _(grad, error, values, indices, slot, finite, numel, block_size, density):  # type: ignore[no-untyped-def]
+def _(grads, errors, values, indices, numels, block_size, density, slot, finite):  # type: ignore[no-untyped-def]
     pass
 
 
 @window_dots.register_fake
-def _(values, indices, slot, numel, block_size, density):  # type: ignore[no-untyped-def]
-    return values.new_empty(values.shape[1], dtype=torch.float64)
+def _(values, indices, numels, block_size, density, slot):  # type: ignore[no-untyped-def]
+    return values[0].new_empty(values[0].shape[1], dtype=torch.float64)
 
 
 @window_apply_.register_fake
-def _(target, values, indices, weights, scale, numel, block_size, density):  # type: ignore[no-untyped-def]
+def _(targets, momenta, values, indices, numels, block_size, density, weights, scale, step, decay):  # type: ignore[no-untyped-def]
     pass

@@ -1,14 +1,16 @@
-"""The definition of the three operations of the sparse window, in plain PyTorch.
+"""The definition of the operations of the sparse window, in plain PyTorch.
 
 Every faster version is tested against these. They run on any device, and work through a parameter in parts, so that
 their temporaries do not grow with it. On a CPU they are deterministic; on an accelerator `scatter_add_`, and with it
 `window_apply_`, is so only under `torch.use_deterministic_algorithms(True)`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from efcp.kernels.blocks import Blocks
+from efcp.kernels.blocks import Rows
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
 
@@ -35,53 +37,68 @@ def largest(a: Tensor, k: int) -> Tensor:
     return torch.nonzero_static(chosen, size=k * len(a))[:, 1].view(-1, k)
 
 
+def all_finite(grads: Sequence[Tensor]) -> Tensor:
+    norms = torch._foreach_norm(list(grads), 2, accumulation_dtype(grads[0].dtype))
+    return torch.stack(norms).square().sum().isfinite()
+
+
 def compress_(
-    grad: Tensor,
-    error: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    slot: Tensor,
-    finite: Tensor,
-    blocks: Blocks,
+    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
-    for part in blocks.parts(PART):
-        g = grad[part.elements].view(-1, part.length)
-        a = g.to(accumulation_dtype(grad.dtype))
-        if error is not None:
-            e = error[part.elements].view(-1, part.length)
-            a = e.to(a.dtype) + a
-        a = torch.where(finite, a, 0.0)
-        index = largest(a, part.kept)  # (blocks, k)
-        selected = a.gather(1, index)
-        stored = selected.to(values.dtype)
-        values[part.blocks, :, : part.kept].index_copy_(1, slot, stored.unsqueeze(1))
-        indices[part.blocks, :, : part.kept].index_copy_(1, slot, index.to(indices.dtype).unsqueeze(1))
-        if error is not None:
-            rest = a.scatter_(1, index, selected - stored)
-            e.copy_(torch.where(finite, rest.to(e.dtype), e))
+    for number, (grad, (values, indices, blocks)) in enumerate(zip(grads, rows, strict=True)):
+        for part in blocks.parts(PART):
+            if grad is None:
+                values[part.blocks, :, : part.kept].index_fill_(1, slot, 0.0)
+                continue
+            g = grad[part.elements].view(-1, part.length)
+            a = g.to(accumulation_dtype(grad.dtype))
+            if errors:
+                e = errors[number][part.elements].view(-1, part.length)
+                a = e.to(a.dtype) + a
+            a = torch.where(finite, a, 0.0)
+            index = largest(a, part.kept)  # (blocks, k)
+            selected = a.gather(1, index)
+            stored = selected.to(values.dtype)
+            values[part.blocks, :, : part.kept].index_copy_(1, slot, stored.unsqueeze(1))
+            indices[part.blocks, :, : part.kept].index_copy_(1, slot, index.to(indices.dtype).unsqueeze(1))
+            if errors:
+                rest = a.scatter_(1, index, selected - stored)
+                e.copy_(torch.where(finite, rest.to(e.dtype), e))
 
 
-def window_dots(values: Tensor, indices: Tensor, slot: Tensor, blocks: Blocks) -> Tensor:
-    window = values.shape[1]
-    dots = torch.zeros(window, dtype=torch.float64, device=values.device)
-    for part in blocks.parts(min(PART, PART // (window * blocks.kept) * blocks.size)):
-        index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
-        value = values[part.blocks, :, : part.kept].double()
-        newest = torch.zeros(len(index), part.length, dtype=torch.float64, device=values.device)
-        newest.scatter_(1, index.index_select(1, slot).squeeze(1), value.index_select(1, slot).squeeze(1))
-        dots += (newest.gather(1, index.flatten(1)).view_as(value) * value).sum((0, 2))
+def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+    window, device = rows[0].values.shape[1], rows[0].values.device
+    dots = torch.zeros(window, dtype=torch.float64, device=device)
+    for values, indices, blocks in rows:
+        for part in blocks.parts(min(PART, PART // (window * blocks.kept) * blocks.size)):
+            index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
+            value = values[part.blocks, :, : part.kept].double()
+            newest = torch.zeros(len(index), part.length, dtype=torch.float64, device=device)
+            newest.scatter_(1, index.index_select(1, slot).squeeze(1), value.index_select(1, slot).squeeze(1))
+            dots += (newest.gather(1, index.flatten(1)).view_as(value) * value).sum((0, 2))
     return dots
 
 
 def window_apply_(
-    target: Tensor, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor, blocks: Blocks
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
 ) -> None:
-    window = values.shape[1]
-    dtype = accumulation_dtype(target.dtype)
-    scale, weights = scale.to(dtype), weights.to(dtype)
-    for part in blocks.parts(min(PART, PART // (window * blocks.kept) * blocks.size)):
-        index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
-        terms = values[part.blocks, :, : part.kept].to(dtype) * weights[:, None]
-        total = target[part.elements].view(-1, part.length).to(dtype) * scale
-        total.scatter_add_(1, index.flatten(1), terms.flatten(1))
-        target[part.elements].view_as(total).copy_(total)
+    dtype = accumulation_dtype(targets[0].dtype)
+    weights, scale, step, decay = (x.to(dtype) for x in (weights, scale, step, decay))
+    for number, (target, (values, indices, blocks)) in enumerate(zip(targets, rows, strict=True)):
+        window = values.shape[1]
+        for part in blocks.parts(min(PART, PART // (window * blocks.kept) * blocks.size)):
+            index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
+            terms = values[part.blocks, :, : part.kept].to(dtype) * weights[:, None]
+            update = torch.zeros(len(index), part.length, dtype=dtype, device=target.device)
+            update.scatter_add_(1, index.flatten(1), terms.flatten(1))
+            update = update.flatten()
+            if momenta:
+                update += decay * momenta[number][part.elements].to(dtype)
+                momenta[number][part.elements].copy_(update)
+            target[part.elements].copy_(scale * target[part.elements].to(dtype) + step * update)

@@ -5,6 +5,7 @@ bandwidth that this machine copies or reads with, and to what PyTorch offers for
 
 | operation | bytes that have to be moved | rivals |
 |---|---|---|
+| `all_finite` | 4 an element: gradient read | the definition |
 | `compress_` | 12 an element: gradient read, error read and written | the definition; abs, topk, gather, scatter |
 | `window_dots` | the window | the definition; G c with G in CSR format |
 | `window_apply_` | the window; 8 an element: parameter read and written | the definition; Gᵀ w with Gᵀ in CSR format |
@@ -29,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from efcp import SparseMFAC
-from efcp.kernels import Blocks, cpu, reference, use_backend
+from efcp.kernels import Blocks, Rows, cpu, reference, use_backend
 
 __all__ = ["Measurement", "main", "measure"]
 
@@ -72,7 +73,7 @@ class Problem:
     slot: Tensor
     finite: Tensor
     weights: Tensor  # (m,)
-    scale: Tensor
+    one: Tensor
 
     @staticmethod
     def random(numel: int, window: int, density: float) -> "Problem":
@@ -98,11 +99,25 @@ class Problem:
         )
 
     @property
+    def rows(self) -> list[Rows]:
+        return [Rows(self.values, self.indices, self.blocks)]
+
+    def apply(self, window_apply_: Callable[..., None], target: Tensor, weights: Tensor) -> None:
+        window_apply_([target], [], self.rows, weights, self.one, self.one, self.one)
+
+    @property
     def entry_bytes(self) -> int:
         return self.values.nbytes + self.indices.nbytes
 
 
 Operation = Callable[[], object]
+
+
+def finite_operations(p: Problem) -> dict[str, Operation]:
+    return {
+        COMPILED: lambda: cpu.all_finite([p.grad]),
+        DEFINITION: lambda: reference.all_finite([p.grad]),
+    }
 
 
 def compress_operations(p: Problem) -> dict[str, Operation]:
@@ -114,7 +129,7 @@ def compress_operations(p: Problem) -> dict[str, Operation]:
         p.indices[:, p.slot] = index.to(p.indices.dtype).unsqueeze(1)
         a.scatter_(1, index, 0.0)
 
-    arguments = (p.grad, p.error, p.values, p.indices, p.slot, p.finite, p.blocks)
+    arguments = ([p.grad], [p.error], p.rows, p.slot, p.finite)
     return {
         COMPILED: lambda: cpu.compress_(*arguments),
         DEFINITION: lambda: reference.compress_(*arguments),
@@ -139,7 +154,7 @@ def has_csr(p: Problem) -> bool:
 
 
 def dots_operations(p: Problem) -> dict[str, Operation]:
-    arguments = (p.values, p.indices, p.slot, p.blocks)
+    arguments = (p.rows, p.slot)
     operations: dict[str, Operation] = {
         COMPILED: lambda: cpu.window_dots(*arguments),
         DEFINITION: lambda: reference.window_dots(*arguments),
@@ -148,16 +163,15 @@ def dots_operations(p: Problem) -> dict[str, Operation]:
         matrix = csr(p)
         unit = torch.zeros(len(p.weights)).index_fill_(0, p.slot, 1.0)
         newest = torch.zeros(p.blocks.numel)
-        reference.window_apply_(newest, p.values, p.indices, unit, p.scale, p.blocks)
+        p.apply(reference.window_apply_, newest, unit)
         operations["torch.sparse"] = lambda: matrix @ newest
     return operations
 
 
 def apply_operations(p: Problem) -> dict[str, Operation]:
-    arguments = (p.target, p.values, p.indices, p.weights, p.scale, p.blocks)
     operations: dict[str, Operation] = {
-        COMPILED: lambda: cpu.window_apply_(*arguments),
-        DEFINITION: lambda: reference.window_apply_(*arguments),
+        COMPILED: lambda: p.apply(cpu.window_apply_, p.target, p.weights),
+        DEFINITION: lambda: p.apply(reference.window_apply_, p.target, p.weights),
     }
     if has_csr(p):
         matrix, weights = csr(p).t().to_sparse_csr(), p.weights.float()
@@ -165,25 +179,28 @@ def apply_operations(p: Problem) -> dict[str, Operation]:
     return operations
 
 
+def finite_is_right(p: Problem) -> bool:
+    return bool(cpu.all_finite([p.grad])) == bool(reference.all_finite([p.grad]))
+
+
 def compress_is_right(p: Problem) -> bool:
     def run(compress_: Callable[..., None]) -> tuple[Tensor, ...]:
         error, row = p.error.clone(), (slice(None), p.slot)
-        compress_(p.grad, error, p.values, p.indices, p.slot, p.finite, p.blocks)
+        compress_([p.grad], [error], p.rows, p.slot, p.finite)
         return error, p.values[row].clone(), p.indices[row].clone()
 
     return all(map(torch.equal, run(cpu.compress_), run(reference.compress_)))
 
 
 def dots_are_right(p: Problem) -> bool:
-    arguments = (p.values, p.indices, p.slot, p.blocks)
-    expected = reference.window_dots(*arguments)
-    return torch.allclose(cpu.window_dots(*arguments), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
+    expected = reference.window_dots(p.rows, p.slot)
+    return torch.allclose(cpu.window_dots(p.rows, p.slot), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
 def apply_is_right(p: Problem) -> bool:
     def run(window_apply_: Callable[..., None]) -> Tensor:
         target = p.target.clone()
-        window_apply_(target, p.values, p.indices, p.weights, p.scale, p.blocks)
+        p.apply(window_apply_, target, p.weights)
         return target
 
     return torch.allclose(run(cpu.window_apply_), run(reference.window_apply_), rtol=1e-5, atol=1e-5)
@@ -191,6 +208,7 @@ def apply_is_right(p: Problem) -> bool:
 
 # operation: what it is checked and timed by, bytes for a problem, and the bandwidth that it is held against
 OPERATIONS = {
+    "all_finite": (finite_is_right, finite_operations, lambda p: 4 * p.blocks.numel, "read"),
     "compress_": (compress_is_right, compress_operations, lambda p: 12 * p.blocks.numel, "copy"),
     "window_dots": (dots_are_right, dots_operations, lambda p: p.entry_bytes, "read"),
     "window_apply_": (apply_is_right, apply_operations, lambda p: p.entry_bytes + 8 * p.blocks.numel, "copy"),

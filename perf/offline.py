@@ -37,6 +37,8 @@ class Compiled:
     spilled_scalars: int  # of a warp, bytes: on AMD, scalar registers in lanes of a vector register, not in memory
     stack: int  # of a thread, bytes in memory, spilled registers included
     shared: int  # of a program, bytes
+    constants: dict[str, Any] = field(repr=False)  # compile-time arguments, and others that Triton made so
+    seconds: float | None  # to compile; None where the kernel came from Triton's cache
     stages: dict[str, Path] = field(repr=False)  # what the compiler wrote: ttir, ttgir, llir, ptx or amdgcn, ...
 
 
@@ -56,7 +58,9 @@ def compile_for(target: GPUTarget) -> Iterator[list[Compiled]]:
     driver = _Driver(target)
     triton.runtime.driver.set_active(driver)
     try:
-        yield driver.compiled
+        with triton.knobs.compilation.scope():
+            triton.knobs.compilation.listener = driver.note_time
+            yield driver.compiled
     finally:
         triton.runtime.driver.set_active(before)
 
@@ -68,6 +72,7 @@ class _Driver:
         self.target = target
         self.compiled: list[Compiled] = []
         self.hashes: set[str] = set()
+        self.seconds: dict[str, float] = {}  # by hash
         self.launcher_cls = _Launcher
         self.utils = SimpleNamespace(
             # module, function, registers, spills, most threads of a program; nothing is loaded
@@ -75,6 +80,11 @@ class _Driver:
             # It is for the reader of `shared` to say what is too much.
             get_device_properties=lambda device: {"max_shared_mem": 1 << 30},
         )
+
+    def note_time(self, *, metadata: dict[str, Any], times: Any, cache_hit: bool, **rest: object) -> None:
+        """Triton calls it when it has compiled a kernel, or found it in its cache."""
+        if not cache_hit:
+            self.seconds[metadata["hash"]] = times.total / 1e6
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -99,15 +109,25 @@ class _Launcher:
         driver: Any = triton.runtime.driver.active
         if self.metadata.hash not in driver.hashes:
             driver.hashes.add(self.metadata.hash)
-            driver.compiled.append(_compiled(self.source, self.metadata))
+            driver.compiled.append(_compiled(self.source, self.metadata, driver.seconds.get(self.metadata.hash)))
 
 
-def _compiled(source: Any, metadata: Any) -> Compiled:
+def _compiled(source: Any, metadata: Any, seconds: float | None) -> Compiled:
     files = get_cache_manager(metadata.hash).get_group(f"{source.name[:150]}.json") or {}
     stages = {Path(path).suffix[1:]: Path(path) for path in files.values()}
     read = _read_hip if metadata.target.backend == "hip" else _read_cuda
-    name, target, num_warps, shared = metadata.name, metadata.target, metadata.num_warps, metadata.shared
-    return Compiled(name, target, num_warps, shared=shared, stages=stages, **read(stages))
+    arguments = source.fn.arg_names
+    constants = {".".join([arguments[path[0]], *map(str, path[1:])]): value for path, value in source.constants.items()}
+    return Compiled(
+        name=metadata.name,
+        target=metadata.target,
+        num_warps=metadata.num_warps,
+        shared=metadata.shared,
+        constants=constants,
+        seconds=seconds,
+        stages=stages,
+        **read(stages),
+    )
 
 
 def _read_cuda(stages: dict[str, Path]) -> dict[str, int]:

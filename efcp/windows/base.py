@@ -1,36 +1,69 @@
-"""What a window is: the last m compressed gradients of one parameter, as the rows of G.
+"""What a window is: the last m compressed gradients of some parameters, as the rows of G.
 
 A compressor is a set of options, such as `TopK(density=0.01)`, that are the same for all parameters of a group. From
-the state of one parameter, a dict of tensors, it makes a window, which knows how to take in a gradient, and how to do
-the two things that preconditioning needs: inner products with the newest row, and a weighted sum of all rows.
+their states, dicts of tensors, it makes a window, which knows how to take in gradients, and how to do the two things
+that preconditioning needs: inner products with the newest row, and a weighted sum of all rows.
 
 A new compressor is a file beside this one with both classes.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from efcp.checkpoint import check_numbers
 
 
 class Window(ABC):
-    """The last m compressed gradients of one parameter of n elements; a view of tensors that live in its state."""
+    """The last m compressed gradients of parameters that are stepped together; a view of tensors in their states."""
+
+    @abstractmethod
+    def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> Tensor:
+        """Compresses gradients into row `slot`, and returns the inner products of all rows with it.
+
+        Args:
+            grads: of each parameter (n,) contiguous, never changed; None makes its part of the row zero.
+            slot: (1,) int64, on the gradients' device.
+            finite: () bool, on the gradients' device; where false, the row becomes zero and all else stays as it was.
+
+        Returns:
+            (m,) float64, summed over the parameters.
+        """
+
+    @abstractmethod
+    def apply_(
+        self,
+        targets: Sequence[Tensor | None],
+        momenta: Sequence[Tensor],
+        weights: Tensor,
+        scale: Tensor,
+        step: Tensor,
+        decay: Tensor,
+    ) -> None:
+        """target ← scale · target + step · u with u = Σᵢ weightsᵢ · Gᵢ; with momentum ← decay · momentum + u for u.
+
+        Args:
+            targets: of each parameter (n,) contiguous, changed in place; None stays as it is.
+            momenta: of each parameter (n,), changed in place where the target is; empty for none.
+            weights: (m,) float64, on the targets' device.
+            scale, step, decay: () float64, on the targets' device.
+        """
+
+
+class SingleWindow(ABC):
+    """The same of one parameter of n elements."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """m."""
 
     @abstractmethod
     def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> Tensor:
-        """Compresses a gradient into row `slot`, and returns the inner products of all rows with it.
-
-        Args:
-            grad: (n,) contiguous; never changed.
-            slot: (1,) int64, on the gradient's device.
-            finite: () bool, on the gradient's device; where false, the row becomes zero and all else stays as it was.
-
-        Returns:
-            (m,) float64.
-        """
+        """As `Window.push`, with a gradient."""
 
     @abstractmethod
     def clear(self, slot: Tensor) -> None:
@@ -38,13 +71,41 @@ class Window(ABC):
 
     @abstractmethod
     def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
-        """target ← scale · target + Σᵢ weightsᵢ · Gᵢ.
+        """target ← scale · target + Σᵢ weightsᵢ · Gᵢ."""
 
-        Args:
-            target: (n,) contiguous, changed in place.
-            weights: (m,) float64, on the target's device.
-            scale: () float64, on the target's device.
-        """
+
+@dataclass(frozen=True)
+class Separate(Window):
+    """Windows of several parameters, each treated by itself."""
+
+    windows: list[SingleWindow]
+
+    def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> Tensor:
+        dots = torch.zeros(len(self.windows[0]), dtype=torch.float64, device=slot.device)
+        for window, grad in zip(self.windows, grads, strict=True):
+            if grad is None:
+                window.clear(slot)
+            else:
+                dots += window.push(grad, slot, finite)
+        return dots
+
+    def apply_(
+        self,
+        targets: Sequence[Tensor | None],
+        momenta: Sequence[Tensor],
+        weights: Tensor,
+        scale: Tensor,
+        step: Tensor,
+        decay: Tensor,
+    ) -> None:
+        for number, (window, target) in enumerate(zip(self.windows, targets, strict=True)):
+            if target is None:
+                continue
+            if momenta:
+                window.apply_(momenta[number], weights, decay)
+                target.mul_(scale).addcmul_(momenta[number], step)
+            else:
+                window.apply_(target, step * weights, scale)
 
 
 @dataclass(frozen=True)
@@ -75,5 +136,5 @@ class Compressor(ABC):
         check_numbers(where, state)
 
     @abstractmethod
-    def bind(self, state: dict[str, Tensor], param: Tensor) -> Window:
-        """The window of a parameter with this state."""
+    def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
+        """The window of parameters with these states."""

@@ -1,13 +1,13 @@
 """The dense window: gradients are kept as they are. State of a parameter: rows (m, n), in its dtype."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from efcp.kernels import accumulation_dtype
-from efcp.windows.base import Compressor, Window
+from efcp.windows.base import Compressor, Separate, SingleWindow, Window
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,16 @@ class Identity(Compressor):
     def rows_name(self, param: Tensor) -> str:
         return "rows"
 
-    def bind(self, state: dict[str, Tensor], param: Tensor) -> "DenseWindow":
-        return DenseWindow(state["rows"])
+    def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
+        return Separate([DenseWindow(state["rows"]) for state in states])
 
 
 @dataclass(frozen=True)
-class DenseWindow(Window):
+class DenseWindow(SingleWindow):
     rows: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> Tensor:
         newest = torch.where(finite, grad, 0.0)

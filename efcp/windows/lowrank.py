@@ -12,7 +12,7 @@ Vectors and scalars, and matrices so small that their factors would be no smalle
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from efcp.checks import require, require_dtype, require_integer
 from efcp.kernels import accumulation_dtype
-from efcp.windows.base import Compressor, Window
-from efcp.windows.dense import Identity
+from efcp.windows.base import Compressor, Separate, SingleWindow, Window
+from efcp.windows.dense import DenseWindow, Identity
 
 PART = 1 << 22  # entries of factors in a temporary
 
@@ -78,10 +78,13 @@ class LowRank(Compressor):
             state["error"] = torch.zeros(param.numel(), dtype=self.error_dtype or dtype, device=device)
         return state
 
-    def bind(self, state: dict[str, Tensor], param: Tensor) -> Window:
+    def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
+        return Separate([self._bind(state, param) for state, param in zip(states, params, strict=True)])
+
+    def _bind(self, state: dict[str, Tensor], param: Tensor) -> SingleWindow:
         if not self._factors(param):
             require("left" not in state, "rank", "stay what it was", self.rank)
-            return Identity().bind(state, param)
+            return DenseWindow(state["rows"])
         left, error = state["left"], state.get("error")
         require(left.shape[1] == self.rank and "rows" not in state, "rank", "stay what it was", self.rank)
         require(left.dtype == self.value_dtype, "value_dtype", f"stay {left.dtype}", self.value_dtype)
@@ -98,12 +101,15 @@ def _matrix_shape(param: Tensor) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class LowRankWindow(Window):
+class LowRankWindow(SingleWindow):
     left: Tensor
     right: Tensor
     basis: Tensor
     error: Tensor | None
     power_iterations: int
+
+    def __len__(self) -> int:
+        return len(self.left)
 
     def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> Tensor:
         A = grad.to(self.basis.dtype, copy=True).masked_fill_(~finite, 0.0)

@@ -7,6 +7,7 @@ State of a parameter, with its blocks as `efcp.kernels.blocks` describes them:
     indices  (blocks, m, k)   their positions within the block
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from efcp import kernels
 from efcp.checkpoint import check_content
 from efcp.checks import is_number, require, require_dtype, require_integer
-from efcp.kernels import Blocks
+from efcp.kernels import Blocks, Rows
 from efcp.windows.base import Compressor, Window
 
 CHECKED = 1 << 18  # entries of the window that are looked at together when a state is loaded
@@ -84,12 +85,16 @@ class TopK(Compressor):
         padding = (values == 0) & (indices >= 0) & (indices.long() < blocks.size)
         check_content(where, "padding", padding.all(), "have values 0, and positions in a block")
 
-    def bind(self, state: dict[str, Tensor], param: Tensor) -> "SparseWindow":
-        values, error, blocks = state["values"], state.get("error"), self._blocks(param.numel())
+    def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> "SparseWindow":
+        rows = [self._rows(state, param) for state, param in zip(states, params, strict=True)]
+        return SparseWindow(rows, [state["error"] for state in states] if self.error_feedback else [])
+
+    def _rows(self, state: dict[str, Tensor], param: Tensor) -> Rows:
+        values, blocks = state["values"], self._blocks(param.numel())
         require(values.shape[::2] == (blocks.count, blocks.kept), "density and block_size", "stay what they were", self)
         require(values.dtype == self.value_dtype, "value_dtype", f"stay {values.dtype}", self.value_dtype)
-        require((error is not None) == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
-        return SparseWindow(values, state["indices"], error, blocks)
+        require(("error" in state) == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
+        return Rows(values, state["indices"], blocks)
 
     def _blocks(self, numel: int) -> Blocks:
         return _blocks(numel, self.block_size, self.density)
@@ -100,17 +105,24 @@ _blocks = lru_cache(maxsize=4096)(Blocks)  # most parameters are as large in eve
 
 @dataclass(frozen=True)
 class SparseWindow(Window):
-    values: Tensor
-    indices: Tensor
-    error: Tensor | None
-    blocks: Blocks
+    rows: list[Rows]
+    errors: list[Tensor]  # none without error feedback
 
-    def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> Tensor:
-        kernels.compress_(grad, self.error, self.values, self.indices, slot, finite, self.blocks)
-        return kernels.window_dots(self.values, self.indices, slot, self.blocks)
+    def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> Tensor:
+        kernels.compress_(grads, self.errors, self.rows, slot, finite)
+        return kernels.window_dots(self.rows, slot)
 
-    def clear(self, slot: Tensor) -> None:
-        self.values.index_fill_(1, slot, 0.0)
-
-    def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
-        kernels.window_apply_(target, self.values, self.indices, weights, scale, self.blocks)
+    def apply_(
+        self,
+        targets: Sequence[Tensor | None],
+        momenta: Sequence[Tensor],
+        weights: Tensor,
+        scale: Tensor,
+        step: Tensor,
+        decay: Tensor,
+    ) -> None:
+        some = [number for number, target in enumerate(targets) if target is not None]
+        if some:
+            chosen = [target for target in targets if target is not None]
+            buffers, rows = [momenta[number] for number in some if momenta], [self.rows[number] for number in some]
+            kernels.window_apply_(chosen, buffers, rows, weights, scale, step, decay)

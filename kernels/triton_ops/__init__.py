@@ -1,7 +1,61 @@
-"""The operations of the sparse window as Triton kernels, one file each: launch configuration, kernel, launcher."""
+"""The operations of the sparse window as Triton kernels, one file each: launch configuration, kernel, launcher.
 
-from efcp.kernels.triton_ops.apply import window_apply_
+| file | what |
+|---|---|
+| `group.py` | many parameters in one launch |
+| `compress.py`, `finite.py` | `compress_` and `all_finite`, for any GPU |
+| `dots.py`, `apply.py` | `window_dots` and `window_apply_` with sums in shared memory, in Gluon: NVIDIA, Triton ≥ 3.8 |
+| `portable.py` | the same two for all others |
+"""
+
+from collections.abc import Sequence
+
+import triton
+from torch import Tensor
+
+from efcp.kernels.blocks import Rows
+from efcp.kernels.triton_ops import portable
 from efcp.kernels.triton_ops.compress import compress_
-from efcp.kernels.triton_ops.dots import window_dots
+from efcp.kernels.triton_ops.finite import all_finite
 
-__all__ = ["compress_", "window_apply_", "window_dots"]
+try:
+    from efcp.kernels.triton_ops import apply, dots
+
+    HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+except ImportError:  # a version of Triton without Gluon
+    HAS_GLUON = False
+
+__all__ = ["all_finite", "compress_", "window_apply_", "window_dots"]
+
+# Shared memory of a program at most, in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
+# specifications); others have at least as much as the least of these.
+SHARED = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}
+LEAST_SHARED = 99 << 10
+
+
+def _shared_memory() -> int:
+    """Bytes of shared memory that a Gluon program may take on the current GPU, 0 where there can be none."""
+    if not HAS_GLUON or triton.knobs.runtime.interpret:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return SHARED.get(target.arch, LEAST_SHARED) if target.backend == "cuda" and target.arch >= 80 else 0
+
+
+def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+    values, _, blocks = rows[0]
+    fits = HAS_GLUON and dots.shared_bytes(values, blocks) <= _shared_memory()
+    return (dots if fits else portable).window_dots(rows, slot)
+
+
+def window_apply_(
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
+) -> None:
+    values, _, blocks = rows[0]
+    fits = HAS_GLUON and apply.shared_bytes(targets[0], values, blocks) <= _shared_memory()
+    (apply if fits else portable).window_apply_(targets, momenta, rows, weights, scale, step, decay)

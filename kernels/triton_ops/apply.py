@@ -1,62 +1,162 @@
-"""`window_apply_` in Triton: weighted sum of all rows of the window, added to the parameter in place.
+"""`window_apply_` in Gluon: weighted sum of all rows of the window, added to the parameter in place.
 
-One program owns a block and adds row after row to an accumulator in global memory. The indices of a row are distinct,
-and a barrier separates the rows, so that plain loads and stores suffice: no atomics, and a fixed order of summation.
+One program owns a block. It keeps the sum in shared memory and adds row after row: the indices of a row are distinct,
+and a barrier separates rows, so that plain loads and stores suffice: no atomics, and a fixed order of summation. The
+window is streamed through shared memory in tiles of whole rows, the next tile being read while one is added. At the end
+the parameter is read and written once, with momentum and weight decay.
+
+A row is added in steps of COLUMNS entries, none of which may do nothing: there are no masks for shared memory. So the
+last step of a row begins earlier, and adds zero for entries that have been added before. A row shorter than a step is
+that of a short block, whose sum leaves room at the end of the memory for the entries that are missing.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
-from efcp.kernels.blocks import Blocks
+from efcp.kernels.blocks import Blocks, Rows, kept
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.triton_ops.group import DTYPES, find_block, group, triton_accumulation_dtype
 
-MAX_COLUMNS = 2048  # entries of a row that a program treats at once
-
-
-def configuration(kept: int) -> tuple[int, int]:
-    """(COLUMNS, num_warps) for rows of `kept` entries in a block."""
-    columns = min(triton.next_power_of_2(kept), MAX_COLUMNS)
-    return columns, max(1, min(8, columns // 64))
+find_block = gluon.jit(find_block.fn)
+ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
 
 
-@triton.jit
-def _apply_kernel(target, values, indices, weights, scale, total, numel, window, full_blocks, full_kept, tail_kept,
-                  SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
-    start = block * SIZE
-    kept = tl.where(block < full_blocks, full_kept, tail_kept)
-    for row in range(0, window):
-        weight = tl.load(weights + row)
-        entries = (block * window + row) * full_kept
-        for first in range(0, kept, COLUMNS):
-            column = first + tl.arange(0, COLUMNS)
-            mask = column < kept
-            index = tl.load(indices + entries + column, mask=mask, other=0).to(tl.int32)
-            value = tl.load(values + entries + column, mask=mask, other=0.0).to(weight.dtype)
-            cell = total + start + index
-            tl.store(cell, tl.load(cell, mask=mask, other=0.0) + weight * value, mask=mask)
-        tl.debug_barrier()
-    factor = tl.load(scale)
-    for first in range(0, SIZE, COLUMNS):
-        position = first + tl.arange(0, COLUMNS)
-        mask = (position < SIZE) & (start + position < numel)
-        old = tl.load(target + start + position, mask=mask, other=0.0).to(factor.dtype)
-        new = factor * old + tl.load(total + start + position, mask=mask, other=0.0)
-        tl.store(target + start + position, new.to(target.dtype.element_ty), mask=mask)
+def configuration(kept: int) -> tuple[int, int, int]:
+    """(TILE, COLUMNS, num_warps) for rows of `kept` entries in a block.
+
+    One warp adds rows of up to 127 entries: it needs no barriers but its own, and many programs fit.
+    """
+    num_warps = 1 << max(0, min(3, (kept // 64).bit_length() - 1))
+    columns = 1 << (kept.bit_length() - 1)
+    tile = max(2048, triton.next_power_of_2(kept + 16))
+    return tile, min(columns, 64 * num_warps), num_warps
+
+
+def shared_bytes(target: Tensor, values: Tensor, blocks: Blocks) -> int:
+    """Shared memory of a program."""
+    tile, _, _ = configuration(kept(blocks.block_size, blocks.density))
+    room = triton.next_power_of_2(blocks.block_size)
+    entry = values.element_size() + torch.iinfo(blocks.index_dtype).bits // 8
+    return room * torch.finfo(accumulation_dtype(target.dtype)).bits // 8 + tile * entry
+
+
+@gluon.jit
+def _load_tile(values, indices, first, last, end, TILE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Entries from `first`, rounded down to where an access may begin, up to `last`; `end` is the tensor's."""
+    position = gl.multiple_of(first // ALIGNED * ALIGNED, 16) + gl.arange(0, TILE, layout=LAYOUT)
+    if (last + ALIGNED - 1) // ALIGNED * ALIGNED <= end:
+        mask = position // ALIGNED * ALIGNED < last
+        value = gl.load(values + position, mask=mask)  # stream
+        index = gl.load(indices + position, mask=mask)  # stream
+    else:
+        mask = position < last
+        value = gl.load(values + position, mask=mask)
+        index = gl.load(indices + position, mask=mask)
+    return value, index
+
+
+@gluon.jit
+def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
+                  TARGET: gl.constexpr, VALUES: gl.constexpr, INDICES: gl.constexpr, MOMENTUM: gl.constexpr,
+                  DTYPE: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr, TILE: gl.constexpr,
+                  COLUMNS: gl.constexpr, CHUNK: gl.constexpr):  # fmt: skip
+    WARPS: gl.constexpr = gl.num_warps()
+    WIDTH: gl.constexpr = 128 // min(VALUES.primitive_bitwidth, INDICES.primitive_bitwidth)
+    TILES: gl.constexpr = gl.BlockedLayout([WIDTH], [32], [WARPS], [0])
+    STEPS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    CHUNKS: gl.constexpr = gl.BlockedLayout([128 // TARGET.primitive_bitwidth], [32], [WARPS], [0])
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+    row, block, length, kept = find_block(parameters, owners, gl.program_id(0).to(gl.int64), SIZE)
+    stride = gl.load(row + 5)
+    numel = gl.load(row + 4)
+    values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
+    indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
+    entries = block * window * stride
+    end = (numel + SIZE - 1) // SIZE * window * stride
+    end = gl.where(gl.load(row + 8) != 0, end, -1)  # else no access may take 128 bits
+
+    total = gl.allocate_shared_memory(DTYPE, [ROOM], SHARED)
+    tile_values = gl.allocate_shared_memory(VALUES, [TILE], SHARED)
+    tile_indices = gl.allocate_shared_memory(INDICES, [TILE], SHARED)
+    zero = gl.zeros([CHUNK], DTYPE, CHUNKS)
+    for chunk in gl.static_range(ROOM // CHUNK):
+        total.slice(chunk * CHUNK, CHUNK).store(zero)
+
+    rows = gl.maximum((TILE - ALIGNED) // stride.to(gl.int32), 1)  # of a tile
+    lane = gl.arange(0, COLUMNS, layout=STEPS)
+    back = gl.maximum(kept - COLUMNS, 0)
+    spare = ROOM - COLUMNS + lane
+    value, index = _load_tile(values, indices, entries, entries + gl.minimum(rows, window) * stride, end, TILE, TILES)
+    for first in range(0, window, rows):
+        tile_values.store(value)
+        tile_indices.store(index)
+        here = entries + first * stride
+        after = here + rows * stride
+        last = entries + gl.minimum(first + 2 * rows, window) * stride
+        value, index = _load_tile(values, indices, after, last, end, TILE, TILES)
+        offset = (here % ALIGNED).to(gl.int32)
+        for i in range(0, gl.minimum(rows, window - first)):
+            weight = gl.load(weights + first + i).to(DTYPE)
+            for done in range(0, kept, COLUMNS):
+                column = gl.minimum(done, back) + lane
+                place = gl.minimum(offset + i * stride.to(gl.int32) + column, TILE - 1)
+                new = (column >= done) & (column < kept)
+                term = gl.where(new, tile_values.gather(place, 0).to(DTYPE) * weight, 0.0)
+                cell = gl.where(column < kept, tile_indices.gather(place, 0).to(gl.int32), spare)
+                total.scatter(total.gather(cell, 0) + term, cell, 0)
+
+    target = gl.load(row).to(gl.pointer_type(TARGET)) + block * SIZE
+    momentum = gl.load(row + 1).to(gl.pointer_type(TARGET if MOMENTUM is None else MOMENTUM)) + block * SIZE
+    scale, step, decay = gl.load(scale).to(DTYPE), gl.load(step).to(DTYPE), gl.load(decay).to(DTYPE)
+    if (length == ROOM) & (gl.load(row + 8) != 0):
+        target, momentum = gl.multiple_of(target, 16), gl.multiple_of(momentum, 16)
+        for chunk in gl.static_range(ROOM // CHUNK):
+            position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
+            update = total.slice(chunk * CHUNK, CHUNK).load(CHUNKS)
+            if MOMENTUM is not None:
+                update += decay * gl.load(momentum + position).to(DTYPE)  # stream
+                gl.store(momentum + position, update.to(MOMENTUM))  # stream
+            old = gl.load(target + position).to(DTYPE)  # stream
+            gl.store(target + position, (scale * old + step * update).to(TARGET))  # stream
+    else:
+        for chunk in gl.static_range(ROOM // CHUNK):
+            position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
+            inside = position < length
+            update = total.slice(chunk * CHUNK, CHUNK).load(CHUNKS)
+            if MOMENTUM is not None:
+                update += decay * gl.load(momentum + position, mask=inside).to(DTYPE)
+                gl.store(momentum + position, update.to(MOMENTUM), mask=inside)
+            old = gl.load(target + position, mask=inside).to(DTYPE)
+            gl.store(target + position, (scale * old + step * update).to(TARGET), mask=inside)
 
 
 def window_apply_(
-    target: Tensor, values: Tensor, indices: Tensor, weights: Tensor, scale: Tensor, blocks: Blocks
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
 ) -> None:
-    if blocks.count == 0:
+    table = group(targets, momenta, rows)
+    if table.blocks == 0:
         return
-    dtype = accumulation_dtype(target.dtype)
-    total = torch.zeros(blocks.numel, dtype=dtype, device=target.device)
-    columns, num_warps = configuration(blocks.kept)
-    with torch.cuda.device_of(target):
-        _apply_kernel[(blocks.count,)](
-            target, values, indices, weights.to(dtype), scale.to(dtype), total, blocks.numel, values.shape[1],
-            blocks.full, blocks.kept, blocks.kept_in_tail, SIZE=blocks.size, COLUMNS=columns, num_warps=num_warps,
+    values, indices, blocks = rows[0]
+    dtype, window = targets[0].dtype, values.shape[1]
+    tile, columns, num_warps = configuration(kept(blocks.block_size, blocks.density))
+    room = triton.next_power_of_2(blocks.block_size)
+    with torch.cuda.device_of(weights):
+        _apply_kernel[(table.blocks,)](
+            table.parameters, table.owners, weights, scale, step, decay, window,
+            TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
+            MOMENTUM=DTYPES[momenta[0].dtype] if momenta else None,
+            DTYPE=triton_accumulation_dtype(dtype), SIZE=blocks.block_size, ROOM=room, TILE=tile, COLUMNS=columns,
+            CHUNK=min(room, 1024 * num_warps), num_warps=num_warps,
         )  # fmt: skip

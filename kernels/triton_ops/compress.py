@@ -1,122 +1,186 @@
 """`compress_` in Triton: blockwise Top-k selection with fused error-feedback update, one program a block.
 
-The bits of |a|, read as an integer, order like |a|, so the k-th largest magnitude is found bit by bit, from the
-highest: a bit belongs to the threshold if at least k keys reach it. The search ends early when exactly k do. Prefix
-sums over the block then number the selected elements, which are written in ascending order; among elements equal to
-the threshold the lowest are taken.
-
-A block of up to CHUNK elements is read once and stays in registers. Of a larger one the first CHUNK elements do, the
-others are read again in every pass.
+Gradient and error are read once, into registers, and the error is written once. The bits of |a|, read as an integer,
+order like |a|, so the k-th largest magnitude is found bit by bit, from the highest: a bit belongs to the threshold if
+at least k elements reach it. The search ends early when exactly k do. Prefix sums then number the selected elements,
+which are written in ascending order; among elements equal to the threshold the lowest are taken.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efcp.kernels.blocks import Blocks
-from efcp.kernels.triton_ops.common import triton_accumulation_dtype
+from efcp.kernels.blocks import Rows
+from efcp.kernels.triton_ops.group import (
+    DTYPES,
+    at_most_registers,
+    find_block,
+    group,
+    triton_accumulation_dtype,
+    warp_size,
+)
 
-CHUNK_BYTES = 16384
 
+def configuration(size: int, bytes: int, width: int, warp: int) -> tuple[int, int, int]:
+    """(CHUNK, RESIDENT, num_warps) for blocks of `size` elements of `bytes` each.
 
-def configuration(size: int, numel_bytes: int) -> tuple[int, int]:
-    """(CHUNK, num_warps) for blocks of a size: 64 bytes a thread, or 32 where a second chunk needs registers, too."""
-    chunk = min(triton.next_power_of_2(size), CHUNK_BYTES // numel_bytes)
-    thread = 64 if size <= chunk else 32
-    return chunk, max(1, chunk * numel_bytes // thread // 32)
+    A chunk is one access, of `width` elements, of each thread: prefix sums are taken over a chunk at a time, which
+    leaves most registers to the block. A thread takes 64 bytes of a block, 128 of one for which there would be too
+    many threads, and more where even that is not enough. Then only the first RESIDENT chunks are in registers, and
+    others are read in every pass.
+    """
+    size = max(warp * width, triton.next_power_of_2(size))
+    threads = max(warp, min(512, size * bytes // 64))
+    if size * bytes > 512 * 128:
+        threads = 256
+    return threads * width, min(size // (threads * width), 192 // (width * bytes)), threads // warp
 
 
 @triton.jit
-def _load(grad, error, finite, chunk, length, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
-    """a = e + g of one chunk of a block, and its keys: the bits of |a|, -1 beyond the end of the block."""
+def _sum(grad, error, finite, chunk, length,
+         CHUNK: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """a = e + g of one chunk of a block; NaN beyond its end, which no comparison finds."""
     position = chunk * CHUNK + tl.arange(0, CHUNK)
-    inside = position < length
-    a = tl.load(grad + position, mask=inside, other=0.0).to(DTYPE)
+    if MASKED:
+        a = tl.load(grad + position, mask=position < length, other=0.0).to(DTYPE)
+        if error is not None:
+            a = tl.load(error + position, mask=position < length, other=0.0).to(DTYPE) + a
+        return tl.where(position < length, tl.where(finite, a, 0.0), float("nan"))
+    a = tl.load(grad + position).to(DTYPE)  # stream
     if error is not None:
-        a = tl.load(error + position, mask=inside, other=0.0).to(DTYPE) + a
-    a = tl.where(finite, a, 0.0)
-    key = tl.abs(a).to(tl.int64 if DTYPE == tl.float64 else tl.int32, bitcast=True)
-    return a, tl.where(inside, key, -1)
+        a = tl.load(error + position).to(DTYPE) + a  # stream
+    return tl.where(finite, a, 0.0)
 
 
 @triton.jit
-def _count(key, threshold, grad, error, finite, length, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr):
-    """How many keys of a block reach the threshold; `key` are those of its first chunk."""
-    count = tl.sum((key >= threshold).to(tl.int32), 0)
-    for chunk in range(1, CHUNKS):
-        _, other = _load(grad, error, finite, chunk, length, CHUNK, DTYPE)
-        count += tl.sum((other >= threshold).to(tl.int32), 0)
-    return count
+def _reaching(a, bits, grad, error, finite, length,
+              CHUNKS: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """How many elements reach the magnitude with these bits. `a` holds the first chunks; others are read again."""
+    threshold = bits.to(DTYPE, bitcast=True)
+    count = tl.zeros((CHUNK,), tl.int32)
+    for chunk in tl.static_range(len(a)):
+        count += (tl.abs(a[chunk]) >= threshold).to(tl.int32)
+    for chunk in range(len(a), CHUNKS):
+        other = _sum(grad, error, finite, chunk, length, CHUNK, MASKED, DTYPE)
+        count += (tl.abs(other) >= threshold).to(tl.int32)
+    return tl.sum(count, 0)
 
 
 @triton.jit
-def _write(a, key, threshold, ties, error, values, indices, finite, chunk, length, written, tied_before,
-           CHUNK: tl.constexpr):  # fmt: skip
-    """Writes a chunk's error and selected elements; returns how many were written, and how many tied, so far."""
+def _write(a, threshold, ties, before, chunk, length, error, values, indices, finite,
+           CHUNK: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Writes a chunk's error and its elements among the selected.
+
+    `before` counts elements of earlier chunks: in its lower 16 bits those above the threshold, in the upper 16 those
+    equal to it, of which only so many `ties` are selected. Returns the same for the next chunk.
+    """
+    magnitude = tl.abs(a)
+    flags = (magnitude > threshold).to(tl.uint32) + ((magnitude == threshold).to(tl.uint32) << 16)
+    counts = before + tl.cumsum(flags, 0)
+    tied = counts >> 16
+    chosen = (magnitude > threshold) | ((magnitude == threshold) & (tied <= ties))
+    rank = (counts & 0xFFFF) + tl.minimum(tied, ties) - 1
     position = chunk * CHUNK + tl.arange(0, CHUNK)
-    tied = key == threshold
-    tied_rank = tied_before + tl.cumsum(tied.to(tl.int32), 0)
-    chosen = (key > threshold) | (tied & (tied_rank <= ties))
-    rank = written + tl.cumsum(chosen.to(tl.int32), 0) - 1
     stored = a.to(values.dtype.element_ty)
-    tl.store(values + rank, stored, mask=chosen)
-    tl.store(indices + rank, position.to(indices.dtype.element_ty), mask=chosen)
+    # The hints are untrue. They make threads store the elements that they have loaded, where else Triton would move
+    # all elements through shared memory for it; and a mask of single elements lets no store become wider.
+    place = tl.multiple_of(tl.max_contiguous(values + rank, WIDTH), 16)
+    tl.store(place, stored, mask=chosen)
+    place = tl.multiple_of(tl.max_contiguous(indices + rank, WIDTH), 16)
+    tl.store(place, position.to(indices.dtype.element_ty), mask=chosen)
     if error is not None:
-        rest = tl.where(chosen, a - stored.to(a.dtype), a)
-        tl.store(error + position, rest.to(error.dtype.element_ty), mask=(position < length) & finite)
-    return written + tl.sum(chosen.to(tl.int32), 0), tied_before + tl.sum(tied.to(tl.int32), 0)
+        rest = tl.where(chosen, a - stored.to(a.dtype), a).to(error.dtype.element_ty)
+        if MASKED:
+            tl.store(error + position, rest, mask=(position < length) & finite)
+        else:
+            tl.store(error + position, rest, mask=finite)  # stream
+    return before + tl.sum(flags, 0)
 
 
 @triton.jit
-def _compress_kernel(grad, error, values, indices, slot, finite, numel, window, full_kept, tail_kept,
-                     SIZE: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    CHUNKS: tl.constexpr = (SIZE + CHUNK - 1) // CHUNK
-    block = tl.program_id(0).to(tl.int64)
-    length = tl.minimum(numel - block * SIZE, SIZE).to(tl.int32)
-    kept = tl.where(length == SIZE, full_kept, tail_kept)
-    finite = tl.load(finite) != 0
-    grad += block * SIZE
-    if error is not None:
-        error += block * SIZE
-    row = (block * window + tl.load(slot)) * full_kept
-    values += row
-    indices += row
+def _compress_block(grad, error, values, indices, finite, length, kept,
+                    CHUNKS: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr,
+                    MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    a = ()
+    for chunk in tl.static_range(RESIDENT):
+        a = a + (_sum(grad, error, finite, chunk, length, CHUNK, MASKED, DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
 
-    a, key = _load(grad, error, finite, 0, length, CHUNK, DTYPE)
-    threshold = tl.full((), 0, key.dtype)
-    bit = tl.full((), 1, key.dtype) << (key.dtype.primitive_bitwidth - 2)
+    INT: tl.constexpr = tl.int64 if DTYPE == tl.float64 else tl.int32
+    threshold = tl.full((), 0, INT)
+    bit = tl.full((), 1, INT) << (INT.primitive_bitwidth - 2)
     count = length
     while (bit > 0) & (count != kept):
-        reached = _count(key, threshold | bit, grad, error, finite, length, CHUNKS, CHUNK, DTYPE)
+        reached = _reaching(a, threshold | bit, grad, error, finite, length, CHUNKS, CHUNK, MASKED, DTYPE)
         if reached >= kept:
             threshold |= bit
             count = reached
         bit = bit >> 1
+    above = _reaching(a, threshold + 1, grad, error, finite, length, CHUNKS, CHUNK, MASKED, DTYPE)
 
-    ties = kept - _count(key, threshold + 1, grad, error, finite, length, CHUNKS, CHUNK, DTYPE)
-    written, tied = _write(a, key, threshold, ties, error, values, indices, finite, 0, length, 0, 0, CHUNK)
-    for chunk in range(1, CHUNKS):
-        a, key = _load(grad, error, finite, chunk, length, CHUNK, DTYPE)
-        written, tied = _write(a, key, threshold, ties, error, values, indices, finite, chunk, length, written, tied,
-                               CHUNK)  # fmt: skip
+    least, ties = threshold.to(DTYPE, bitcast=True), (kept - above).to(tl.uint32)
+    before = tl.full((), 0, tl.uint32)
+    for chunk in tl.static_range(RESIDENT):
+        before = _write(a[chunk], least, ties, before, chunk, length, error, values, indices, finite,
+                        CHUNK, WIDTH, MASKED)  # fmt: skip
+    for chunk in range(RESIDENT, CHUNKS):
+        other = _sum(grad, error, finite, chunk, length, CHUNK, MASKED, DTYPE)
+        before = _write(other, least, ties, before, chunk, length, error, values, indices, finite,
+                        CHUNK, WIDTH, MASKED)  # fmt: skip
+
+
+@triton.jit
+def _compress_kernel(parameters, owners, slot, finite, window,
+                     GRAD: tl.constexpr, ERROR: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr,
+                     DTYPE: tl.constexpr, SIZE: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
+                     RESIDENT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    row, block, length, kept = find_block(parameters, owners, tl.program_id(0).to(tl.int64), SIZE)
+    stride = tl.load(row + 5)
+    entries = (block * window + tl.load(slot)) * stride
+    values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries
+    indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
+    address = tl.load(row)
+    if address == 0:  # no gradient
+        for first in range(0, kept, CHUNK):
+            column = first + tl.arange(0, CHUNK)
+            tl.store(values + column, tl.zeros((CHUNK,), VALUES), mask=column < kept)
+        return
+    finite = tl.load(finite) != 0
+    grad = address.to(tl.pointer_type(GRAD)) + block * SIZE
+    error = None
+    if ERROR is not None:
+        error = tl.load(row + 1).to(tl.pointer_type(ERROR)) + block * SIZE
+    if (length == CHUNKS * CHUNK) & (tl.load(row + 8) != 0):
+        grad = tl.multiple_of(grad, 16)
+        if ERROR is not None:
+            error = tl.multiple_of(error, 16)
+        _compress_block(grad, error, values, indices, finite, length, kept,
+                        CHUNKS, CHUNK, RESIDENT, WIDTH, False, DTYPE)  # fmt: skip
+    else:  # needs more registers, and is for few blocks
+        _compress_block(grad, error, values, indices, finite, length, kept,
+                        CHUNKS, CHUNK, RESIDENT // 2, WIDTH, True, DTYPE)  # fmt: skip
 
 
 def compress_(
-    grad: Tensor,
-    error: Tensor | None,
-    values: Tensor,
-    indices: Tensor,
-    slot: Tensor,
-    finite: Tensor,
-    blocks: Blocks,
+    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
-    if blocks.count == 0:
+    table = group(grads, errors, rows)
+    if table.blocks == 0 or not (dtypes := {grad.dtype for grad in grads if grad is not None}):
         return
-    dtype = triton_accumulation_dtype(grad.dtype)
-    chunk, num_warps = configuration(blocks.size, dtype.primitive_bitwidth // 8)
-    with torch.cuda.device_of(grad):
-        _compress_kernel[(blocks.count,)](
-            grad, error, values, indices, slot, finite.view(torch.uint8), blocks.numel, values.shape[1], blocks.kept,
-            blocks.kept_in_tail, SIZE=blocks.size, CHUNK=chunk, DTYPE=dtype, num_warps=num_warps,
+    (dtype,) = dtypes
+    accumulated = triton_accumulation_dtype(dtype)
+    size = rows[0].blocks.block_size
+    width = 16 // min(tensor.element_size() for tensor in (*grads, *errors) if tensor is not None)
+    chunk, resident, num_warps = configuration(size, accumulated.primitive_bitwidth // 8, width, warp_size())
+    # Else the assembler spills some registers, for an occupancy that is of no use here.
+    options = at_most_registers(255) if resident * chunk < size else {}
+    with torch.cuda.device_of(slot):
+        _compress_kernel[(table.blocks,)](
+            table.parameters, table.owners, slot, finite.view(torch.uint8), rows[0].values.shape[1],
+            GRAD=DTYPES[dtype], ERROR=DTYPES[errors[0].dtype] if errors else None,
+            VALUES=DTYPES[rows[0].values.dtype], INDICES=DTYPES[rows[0].indices.dtype], DTYPE=accumulated,
+            SIZE=size, CHUNKS=triton.cdiv(size, chunk), CHUNK=chunk, RESIDENT=resident, WIDTH=width,
+            num_warps=num_warps, **options,
         )  # fmt: skip

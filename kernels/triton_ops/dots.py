@@ -1,72 +1,174 @@
-"""`window_dots` in Triton: batched inner products of all rows of the window with the newest one.
+"""`window_dots` in Gluon: batched inner products of all rows of the window with the newest one.
 
-A first launch writes the newest row densely; in a second each program streams some rows of a block, gathers their
-counterparts from it and leaves one partial sum a row and block, in float64. These are added in a fixed order, without
-atomics.
+A program takes some consecutive blocks, one after the other. It spreads the block's newest row out in shared memory,
+and streams the entries of all rows in tiles of whole rows: reads indices, looks up what the newest row holds there, and
+multiplies. Prefix sums over a tile, in float64, give the sums of its rows as differences. What a program has summed up
+for each row it leaves in `partial`, whose rows are added in a fixed order: no atomics.
+
+Most entries meet a zero of the newest row. Values are therefore read after the indices, and where SKIP says so only in
+those groups of 16 bytes that have something to meet.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
-from efcp.kernels.blocks import Blocks
+from efcp.kernels.blocks import Blocks, Rows, kept
+from efcp.kernels.triton_ops.group import DTYPES, find_block, group
 
-TILE = 2048  # entries of the window in flight in a program
-
-
-def configuration(kept: int) -> tuple[int, int, int]:
-    """(ROWS, COLUMNS, num_warps): a tile of ROWS rows × COLUMNS entries of each."""
-    columns = min(triton.next_power_of_2(kept), TILE)
-    return TILE // columns, columns, 4
-
-
-@triton.jit
-def _spread_kernel(values, indices, slot, dense, window, full_blocks, full_kept, tail_kept,
-                   SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """dense[block · SIZE + index] = value, for the entries of row `slot`."""
-    block = tl.program_id(0).to(tl.int64)
-    kept = tl.where(block < full_blocks, full_kept, tail_kept)
-    row = (block * window + tl.load(slot)) * full_kept
-    for first in range(0, kept, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        index = tl.load(indices + row + column, mask=column < kept, other=0).to(tl.int32)
-        value = tl.load(values + row + column, mask=column < kept, other=0.0)
-        tl.store(dense + block * SIZE + index, value, mask=column < kept)
+find_block = gluon.jit(find_block.fn)
+ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
+NUM_WARPS = 4
+PROGRAMS = 1056  # at most, a few for each multiprocessor
 
 
-@triton.jit
-def _dots_kernel(values, indices, dense, partial, window, full_blocks, full_kept, tail_kept,
-                 SIZE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """partial[row, block] = inner product of the row's entries in the block with `dense`."""
-    block = tl.program_id(0).to(tl.int64)
-    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    kept = tl.where(block < full_blocks, full_kept, tail_kept)
-    entries = (block * window + rows.to(tl.int64)) * full_kept
-    total = tl.zeros((ROWS,), tl.float64)
-    for first in range(0, kept, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        mask = (rows < window)[:, None] & (column < kept)[None, :]
-        index = tl.load(indices + entries[:, None] + column[None, :], mask=mask, other=0).to(tl.int32)
-        value = tl.load(values + entries[:, None] + column[None, :], mask=mask, other=0.0).to(tl.float64)
-        newest = tl.load(dense + block * SIZE + index, mask=mask, other=0.0).to(tl.float64)
-        total += tl.sum(value * newest, 1)
-    tl.store(partial + rows.to(tl.int64) * tl.num_programs(0) + block, total, mask=rows < window)
+def configuration(kept: int, blocks: int, density: float) -> tuple[int, int, int, bool]:
+    """(TILE, COLUMNS, PER_PROGRAM, SKIP) for rows of `kept` entries in so many blocks.
+
+    Two tiles are read while a third is treated. A program takes more blocks where the sums that it leaves would be many
+    bytes compared with the window.
+    """
+    tile = max(2048, triton.next_power_of_2(kept + 16))
+    columns = min(1 << (kept.bit_length() - 1), 32 * NUM_WARPS)
+    return tile, columns, max(triton.cdiv(blocks, PROGRAMS), min(16, triton.cdiv(128, kept))), density <= 0.02
 
 
-def window_dots(values: Tensor, indices: Tensor, slot: Tensor, blocks: Blocks) -> Tensor:
-    window = values.shape[1]
-    dense = torch.zeros(blocks.numel, dtype=values.dtype, device=values.device)
-    partial = torch.zeros(window, blocks.count, dtype=torch.float64, device=values.device)
-    if blocks.count > 0:
-        rows, columns, num_warps = configuration(blocks.kept)
-        layout = (window, blocks.full, blocks.kept, blocks.kept_in_tail)
-        with torch.cuda.device_of(values):
-            _spread_kernel[(blocks.count,)](
-                values, indices, slot, dense, *layout, SIZE=blocks.size, COLUMNS=columns, num_warps=num_warps
-            )
-            _dots_kernel[(blocks.count, triton.cdiv(window, rows))](
-                values, indices, dense, partial, *layout, SIZE=blocks.size, ROWS=rows, COLUMNS=columns,
-                num_warps=num_warps,
+def shared_bytes(values: Tensor, blocks: Blocks) -> int:
+    """Shared memory of a program, up to what Triton adds for prefix sums."""
+    tile, *_ = configuration(kept(blocks.block_size, blocks.density), 1, blocks.density)
+    rows = triton.next_power_of_2(values.shape[1] + 32 * NUM_WARPS)
+    return triton.next_power_of_2(blocks.block_size) * values.element_size() + 8 * (tile + rows) + 1024
+
+
+@gluon.jit
+def _load(tensor, position, mask, stop, end):
+    """Entries of a tile in whole accesses, as far as the tensor goes; beyond that, entry by entry."""
+    if (stop + ALIGNED - 1) // ALIGNED * ALIGNED <= end:
+        return gl.load(tensor + position, mask=mask, other=0)  # stream
+    return gl.load(tensor + position, mask=mask & (position < stop), other=0)
+
+
+@gluon.jit
+def _read_indices(indices, number, first, stop, end):
+    """Indices of the entries from `first`, rounded down to where an access may begin, to `stop`. The tensor ends at `end`."""
+    position = first // ALIGNED * ALIGNED + number
+    return _load(indices, position, position // ALIGNED * ALIGNED < stop, stop, end)
+
+
+@gluon.jit
+def _look_up(newest, index, values, number, first, stop, end, SKIP: gl.constexpr, ROOM: gl.constexpr):
+    """(what the newest row holds, value) of the same entries; of values, where SKIP, those in vain are not read."""
+    position = first // ALIGNED * ALIGNED + number
+    flat = gl.reshape(index.to(gl.int32) & (ROOM - 1), [index.numel])
+    x = gl.convert_layout(gl.reshape(newest.gather(flat, 0), index.shape), index.type.layout)
+    mask = position // ALIGNED * ALIGNED < stop
+    if SKIP:
+        mask = mask & (gl.expand_dims(gl.max((x != 0).to(gl.int32), 1), 1) != 0)
+    return x, _load(values, position, mask, stop, end)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _dots_kernel(parameters, owners, slot, partial, window, blocks,
+                 VALUES: gl.constexpr, INDICES: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr,
+                 ROWS_ROOM: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr, PER_PROGRAM: gl.constexpr,
+                 SKIP: gl.constexpr):  # fmt: skip
+    WARPS: gl.constexpr = gl.num_warps()
+    WIDTH: gl.constexpr = 128 // INDICES.primitive_bitwidth
+    TILES: gl.constexpr = gl.BlockedLayout([1, WIDTH], [32, 1], [WARPS, 1], [1, 0])
+    FLAT: gl.constexpr = gl.BlockedLayout([WIDTH], [32], [WARPS], [0])
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    ROWS: gl.constexpr = 32 * WARPS  # at most, of a tile
+
+    newest = gl.allocate_shared_memory(VALUES, [ROOM], SHARED)
+    sums = gl.allocate_shared_memory(gl.float64, [TILE], SHARED)
+    total = gl.allocate_shared_memory(gl.float64, [ROWS_ROOM], SHARED)
+    newest.store(gl.zeros([ROOM], VALUES, FLAT))
+    total.store(gl.zeros([ROWS_ROOM], gl.float64, LANES))
+    number = gl.expand_dims(gl.arange(0, TILE // WIDTH, layout=gl.SliceLayout(1, TILES)), 1) * WIDTH
+    number = number + gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, TILES)), 0)
+    lane = gl.arange(0, ROWS, layout=LANES)
+    column = gl.arange(0, COLUMNS, layout=LANES)
+
+    program = gl.program_id(0).to(gl.int64)
+    for this in range(program * PER_PROGRAM, gl.minimum((program + 1) * PER_PROGRAM, blocks)):
+        row, block, _, kept = find_block(parameters, owners, this, SIZE)
+        stride = gl.load(row + 5)
+        values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
+        indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
+        end = (gl.load(row + 4) + SIZE - 1) // SIZE * window * stride
+        end = gl.where(gl.load(row + 8) != 0, end, -1)  # else no access may take 128 bits
+        here = block * window * stride
+        last = here + window * stride
+        rows = gl.minimum((TILE - ALIGNED) // stride, ROWS)  # of a tile
+        step = rows * stride
+
+        index = _read_indices(indices, number, here, gl.minimum(here + step, last), end)
+        source = here + gl.load(slot) * stride
+        for done in range(0, kept, COLUMNS):
+            some = gl.minimum(done, gl.maximum(kept - COLUMNS, 0)) + column
+            cell = gl.load(indices + source + some, mask=some < kept, other=0).to(gl.int32)
+            kept_value = gl.load(values + source + some, mask=some < kept, other=0.0)
+            newest.scatter(kept_value, gl.where(some < kept, cell, ROOM - COLUMNS + column), 0)
+
+        x, value = _look_up(newest, index, values, number, here, gl.minimum(here + step, last), end, SKIP, ROOM)
+        index = _read_indices(indices, number, here + step, gl.minimum(here + 2 * step, last), end)
+        for first_row in range(0, window, rows):
+            after = here + step
+            stop = gl.minimum(after + step, last)
+            next_x, next_value = _look_up(newest, index, values, number, after, stop, end, SKIP, ROOM)
+            index = _read_indices(indices, number, after + step, gl.minimum(after + 2 * step, last), end)
+
+            offset = (here % ALIGNED).to(gl.int32)
+            place = number - offset
+            width = stride.to(gl.int32)
+            count = gl.minimum(rows, window - first_row).to(gl.int32)
+            counts = (place >= 0) & (place < count * width)
+            if kept < width:  # rows of the tail end in padding
+                counts = counts & (place % width < kept)
+            product = gl.where(counts, x.to(gl.float64) * value.to(gl.float64), 0.0)
+            sums.store(gl.associative_scan(gl.convert_layout(gl.reshape(product, [TILE]), FLAT), 0, _add))
+            before = offset + lane * width - 1
+            sum = sums.gather(gl.minimum(before + width, TILE - 1), 0)
+            sum -= gl.where(before >= 0, sums.gather(gl.maximum(gl.minimum(before, TILE - 1), 0), 0), 0.0)
+            cell = first_row.to(gl.int32) + lane  # type: ignore[attr-defined]
+            total.scatter(total.gather(cell, 0) + gl.where(lane < count, sum, 0.0), cell, 0)
+            x, value, here = next_x, next_value, after
+
+        for done in range(0, kept, COLUMNS):
+            some = gl.minimum(done, gl.maximum(kept - COLUMNS, 0)) + column
+            cell = gl.load(indices + source + some, mask=some < kept, other=0).to(gl.int32)
+            zero = gl.zeros([COLUMNS], VALUES, LANES)
+            newest.scatter(zero, gl.where(some < kept, cell, ROOM - COLUMNS + column), 0)
+
+    for first_row in range(0, window, ROWS):
+        number_of_row = first_row + lane
+        sum = total.gather(number_of_row, 0)
+        gl.store(partial + program * window + number_of_row, sum, mask=number_of_row < window)
+
+
+def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+    table = group((), (), rows)
+    values, indices, blocks = rows[0]
+    window, size = values.shape[1], blocks.block_size
+    tile, columns, per_program, skip = configuration(kept(size, blocks.density), table.blocks, blocks.density)
+    programs = triton.cdiv(table.blocks, per_program)
+    partial = torch.empty(programs, window, dtype=torch.float64, device=slot.device)
+    if programs > 0:
+        with torch.cuda.device_of(slot):
+            _dots_kernel[(programs,)](
+                table.parameters, table.owners, slot, partial, window, table.blocks,
+                VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], SIZE=size,
+                ROOM=triton.next_power_of_2(size), ROWS_ROOM=triton.next_power_of_2(window + 32 * NUM_WARPS),
+                TILE=tile, COLUMNS=columns, PER_PROGRAM=per_program, SKIP=skip, num_warps=NUM_WARPS,
             )  # fmt: skip
-    return partial.sum(1)
+    return partial.sum(0)

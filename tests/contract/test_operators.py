@@ -1,11 +1,14 @@
 """The operations as operators of PyTorch, and compilers around models and steps."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._pytree import tree_leaves
 
 from efcp import SparseMFAC, kernels
-from efcp.kernels import Blocks, operators
+from efcp.kernels import Blocks, Rows, operators
 from tests.contract.optimizers import Regression, assert_same, small
 
 LAYOUTS = [(1, 4096, 0.01), (63, 16, 0.1), (1000, 256, 0.05), (4097, 4096, 0.01)]
@@ -17,41 +20,55 @@ def layout(request):
 
 
 def arguments(layout, *, window=3, error_dtype=torch.float32):
-    """A window with three random rows, and what the operations take beside it."""
-    blocks = Blocks(*layout)
-    shape = (blocks.count, window, blocks.kept)
-    values, indices = torch.zeros(shape), torch.zeros(shape, dtype=blocks.index_dtype)
-    error = None if error_dtype is None else torch.zeros(blocks.numel, dtype=error_dtype)
+    """Two parameters with three random rows each: (grads, errors, rows, slot, finite), of `compress_`."""
+    numel, block_size, density = layout
+    rows = []
+    for blocks in (Blocks(numel, block_size, density), Blocks(20, block_size, density)):
+        shape = (blocks.count, window, blocks.kept)
+        rows.append(Rows(torch.zeros(shape), torch.zeros(shape, dtype=blocks.index_dtype), blocks))
+    numels = [r.blocks.numel for r in rows]
+    errors = [] if error_dtype is None else [torch.zeros(n, dtype=error_dtype) for n in numels]
     finite = torch.tensor(True)
     for row in range(window):
-        grad = torch.randn(blocks.numel)
-        kernels.compress_(grad, error, values, indices, torch.tensor([row]), finite, blocks)
-    return blocks, torch.randn(blocks.numel), error, values, indices, torch.tensor([1]), finite
+        kernels.compress_([torch.randn(n) for n in numels], errors, rows, torch.tensor([row]), finite)
+    return [torch.randn(n) for n in numels], errors, rows, torch.tensor([1]), finite
 
 
+@pytest.mark.parametrize("all_gradients", [True, False], ids=["all gradients", "a gradient is None"])
 @pytest.mark.parametrize("error_dtype", [None, torch.float32, torch.bfloat16], ids=str)
-def test_compress_is_a_lawful_operator(layout, error_dtype):
-    _, *given = arguments(layout, error_dtype=error_dtype)
-    opcheck(operators.compress_, (*given, *layout))
+def test_compress_is_a_lawful_operator(layout, error_dtype, all_gradients):
+    grads, errors, rows, slot, finite = arguments(layout, error_dtype=error_dtype)
+    if not all_gradients:
+        grads[1] = None
+    opcheck(operators.compress_, (grads, errors, *operators.unpacked(rows), slot, finite))
 
 
 def test_window_dots_is_a_lawful_operator(layout):
-    _, _, _, values, indices, slot, _ = arguments(layout)
-    opcheck(operators.window_dots, (values, indices, slot, *layout))
+    _, _, rows, slot, _ = arguments(layout)
+    opcheck(operators.window_dots, (*operators.unpacked(rows), slot))
 
 
+@pytest.mark.parametrize("with_momenta", [False, True], ids=["no momenta", "momenta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_window_apply_is_a_lawful_operator(layout, dtype):
-    _, grad, _, values, indices, _, _ = arguments(layout)
-    weights, scale = torch.randn(3, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64)
-    opcheck(operators.window_apply_, (grad.to(dtype), values, indices, weights, scale, *layout))
+def test_window_apply_is_a_lawful_operator(layout, dtype, with_momenta):
+    grads, _, rows, _, _ = arguments(layout)
+    targets = [grad.to(dtype) for grad in grads]
+    momenta = [torch.randn_like(target) for target in targets] if with_momenta else []
+    weights, scalars = torch.randn(3, dtype=torch.float64), torch.tensor([0.9, -0.1, 0.5], dtype=torch.float64)
+    opcheck(operators.window_apply_, (targets, momenta, *operators.unpacked(rows), weights, *scalars.unbind()))
 
 
-def operations(grad, error, values, indices, slot, finite, blocks):
-    kernels.compress_(grad, error, values, indices, slot, finite, blocks)
-    dots = kernels.window_dots(values, indices, slot, blocks)
-    kernels.window_apply_(grad, values, indices, dots, torch.tensor(0.5), blocks)
+def operations(grads, errors, rows, slot, finite):
+    kernels.compress_(grads, errors, rows, slot, finite)
+    dots = kernels.window_dots(rows, slot)
+    step = torch.tensor(0.5)
+    kernels.window_apply_(grads, errors, rows, dots, step, step, step)
     return dots
+
+
+def assert_same_tensors(given, copies):
+    for one, other in zip(tree_leaves(given), tree_leaves(copies), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_a_graph_holds_each_operation_as_one_node(layout):
@@ -62,12 +79,12 @@ def test_a_graph_holds_each_operation_as_one_node(layout):
         nodes.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
         return graph.forward
 
-    blocks, *given = arguments(layout)
-    copies = [t.clone() for t in given]
-    expected = operations(*given, blocks)
-    actual = torch.compile(operations, fullgraph=True, backend=backend)(*copies, blocks)
+    given = arguments(layout)
+    copies = deepcopy(given)
+    expected = operations(*given)
+    actual = torch.compile(operations, fullgraph=True, backend=backend)(*copies)
     assert torch.equal(expected, actual)
-    assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
+    assert_same_tensors(given, copies)
     ours = [str(node).rsplit("efcp.", 1)[1] for node in nodes if "efcp." in str(node)]
     assert [name.split(".")[0] for name in ours] == ["compress_", "window_dots", "window_apply_"], nodes
 
@@ -75,19 +92,18 @@ def test_a_graph_holds_each_operation_as_one_node(layout):
 def test_functional_graph_gives_the_same_bits(layout):
     """Ahead-of-time autograd makes changes in place functional, and back."""
     torch._dynamo.reset()
-    blocks, *given = arguments(layout)
-    copies = [t.clone() for t in given]
-    expected = operations(*given, blocks)
-    actual = torch.compile(operations, fullgraph=True, backend="aot_eager")(*copies, blocks)
+    given = arguments(layout)
+    copies = deepcopy(given)
+    expected = operations(*given)
+    actual = torch.compile(operations, fullgraph=True, backend="aot_eager")(*copies)
     assert torch.equal(expected, actual)
-    assert all(torch.equal(a, b) for a, b in zip(given, copies, strict=True))
+    assert_same_tensors(given, copies)
 
 
 def test_an_eager_step_calls_no_operator(monkeypatch):
     for name in ("compress_", "window_dots", "window_apply_"):
         monkeypatch.delattr(operators, name)
-    blocks, *given = arguments(LAYOUTS[1])
-    operations(*given, blocks)
+    operations(*arguments(LAYOUTS[1]))
 
 
 def test_compiled_model(cls, options):

@@ -172,6 +172,18 @@ def test_changed_damping_takes_effect_at_once():
     torch.testing.assert_close(before[0] - changed.flat(), before[1] - constant.flat(), rtol=1e-10, atol=1e-12)
 
 
+def test_refresh_restores_what_is_kept_beside_the_gram_matrix():
+    problem, same = (Problem(compressor=Identity(), preconditioner=MFAC(damping=1e-2), lr=0.1) for _ in range(2))
+    problem.step(7)
+    same.step(7)
+    root = problem.optimizer.state[problem.params[0]]["inverse_root"]
+    root.mul_(1.5)
+    problem.optimizer.refresh()
+    problem.step()
+    same.step()
+    torch.testing.assert_close(problem.flat(), same.flat(), rtol=1e-10, atol=1e-12)
+
+
 def test_beta1_averages_gradients_before_compression():
     averaged = Problem(compressor=Identity(), preconditioner=GGT(eps=1e-2), beta1=0.7, lr=0.1)
     plain = Problem(compressor=Identity(), preconditioner=GGT(eps=1e-2), lr=0.1)

@@ -69,9 +69,8 @@ def test_quantiles_are_exact(numel):
     weights = optimizer.state[params[0]]["weights"]
     ratios = []
     for p in params:
-        update = torch.zeros_like(p)
-        window = optimizer.compressor.bind(optimizer.state[p], p)
-        window.apply_(update, weights, torch.ones((), dtype=torch.float64))
+        update, one = torch.zeros_like(p), torch.ones((), dtype=torch.float64)
+        optimizer.compressor.bind([optimizer.state[p]], [p]).apply_([update], [], weights, one, one, one)
         ratios.append((update / p.grad).abs())
     ratios = torch.cat(ratios).sort().values
     diagnostics = optimizer.diagnostics(quantiles=True)

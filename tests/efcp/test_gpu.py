@@ -66,3 +66,48 @@ def test_state_moves_between_devices(compressor):
             problem.optimizer.step()
     assert torch.equal(back.flat(), here.flat())
     torch.testing.assert_close(there.flat().cpu(), here.flat(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_step_can_be_captured_in_a_graph(momentum):
+    """And replayed: with other gradients in the same memory, a learning rate in a tensor, and a refresh in between."""
+
+    def problem():
+        lr = torch.tensor(0.1, device="cuda")
+        made = Problem(
+            shapes=[(5000,), (30, 7), ()], compressor=TopK(0.05, 64), preconditioner=MFAC(), lr=lr, momentum=momentum
+        )
+        for p in made.params:
+            p.data = p.data.cuda()
+            p.grad = torch.zeros_like(p)
+        return made
+
+    eager, captured = problem(), problem()
+    generator = torch.Generator().manual_seed(0)
+
+    def new_gradients(step):
+        for p, q in zip(eager.params, captured.params, strict=True):
+            grad = torch.randn(p.shape, generator=generator).cuda()
+            p.grad.copy_(grad)
+            q.grad.copy_(grad)
+        for made in (eager, captured):
+            made.optimizer.param_groups[0]["lr"].fill_(0.1 / (1 + step))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for step in range(3):
+            new_gradients(step)
+            eager.optimizer.step()
+            captured.optimizer.step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.optimizer.step()
+    for step in range(3, 20):
+        new_gradients(step)
+        eager.optimizer.step()
+        graph.replay()
+        if step % 4 == 0:
+            captured.optimizer.refresh()
+    torch.testing.assert_close(captured.flat(), eager.flat(), rtol=1e-4, atol=1e-5)

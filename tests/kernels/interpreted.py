@@ -14,7 +14,16 @@ from triton import language as tl
 from triton.runtime import interpreter
 
 from efcp.kernels import triton_ops
-from tests.kernels.kernel_cases import BFLOAT16, FLOAT32, FLOAT64, Case, check_apply, check_compress, check_dots
+from tests.kernels.kernel_cases import (
+    BFLOAT16,
+    FLOAT32,
+    FLOAT64,
+    Case,
+    check_all_finite,
+    check_apply,
+    check_compress,
+    check_dots,
+)
 
 CASES = [
     Case(1, 4096, 0.01, values=FLOAT32),
@@ -40,6 +49,7 @@ if __name__ == "__main__":
     interpreter._convert_float = round_to_bfloat16(interpreter._convert_float)
     for case in CASES:
         print(case)
+        check_all_finite(triton_ops.all_finite, case)
         check_compress(triton_ops.compress_, case)
         check_dots(triton_ops.window_dots, case)
         check_apply(triton_ops.window_apply_, case)

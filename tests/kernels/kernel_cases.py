@@ -2,14 +2,19 @@
 
 A window is poisoned before an operation sees it: whatever is not part of a row that it may read holds NaN and an index
 that lies outside every block, and whatever it may not write is compared bit for bit afterwards.
+
+A check calls the operation once, for a group of parameters. Where tensors have to be registered before an operation may
+reach them, `allow` is called with each of those that the group consists of.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from efcp.kernels import Blocks, reference
+from efcp.kernels import Blocks, Rows, reference
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -22,6 +27,7 @@ TOLERANCE = {
 }
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+Allow = Callable[[Tensor], None] | None
 SHORT = {FLOAT32: "fp32", FLOAT64: "fp64", BFLOAT16: "bf16", FLOAT16: "fp16", None: "none"}
 
 
@@ -60,7 +66,7 @@ def make(kind: str, numel: int, dtype: torch.dtype, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of each operation."""
+    """One call of each operation, with the parameter described here and some others."""
 
     numel: int
     block_size: int
@@ -83,8 +89,14 @@ class Case:
         where = f"n{self.numel}-B{self.block_size}-{self.density:g}-m{self.window}.{self.slot}"
         return f"{where}-{self.kind.replace(' ', '-')}-{dtypes}-sm{self.arch}{'' if self.finite else '-nonfinite'}"
 
+    @property
+    def group(self) -> list["Case"]:
+        """The parameters of a call: this one among some of other sizes, the last of them with a tail."""
+        numels = (1, self.numel, max(1, self.block_size // 3), self.block_size + self.block_size // 2 + 1)
+        return [replace(self, numel=numel) for numel in numels]
+
     def gradient(self) -> Tensor:
-        grad = make(self.kind, self.numel, self.grad, seed=1)
+        grad = make(self.kind, self.numel, self.grad, seed=4 * self.numel + 1)
         if not self.finite and self.numel > 0:
             grad[self.numel // 2] = float("nan")
             grad[0] = float("inf")
@@ -92,64 +104,142 @@ class Case:
 
     def error_before(self) -> Tensor | None:
         # The error of a "zero" gradient is zero, too, so that the sum is.
-        return None if self.error is None else make(self.kind, self.numel, self.error, seed=2)
+        return None if self.error is None else make(self.kind, self.numel, self.error, seed=4 * self.numel + 2)
 
-    def poisoned_window(self) -> tuple[Tensor, Tensor]:
-        """(values, indices) of NaN, and of the largest index."""
+    def target(self) -> Tensor:
+        """A parameter, or a momentum, of the dtype of the gradient."""
+        return make("random", self.numel, self.grad, seed=4 * self.numel + 4)
+
+    def poisoned_window(self) -> Rows:
+        """Values of NaN, and the largest of indices."""
         blocks = self.blocks
         shape = (blocks.count, self.window, blocks.kept)
         poison = torch.iinfo(blocks.index_dtype).max
-        return torch.full(shape, float("nan"), dtype=self.values), torch.full(shape, poison, dtype=blocks.index_dtype)
+        return Rows(
+            torch.full(shape, float("nan"), dtype=self.values),
+            torch.full(shape, poison, dtype=blocks.index_dtype),
+            blocks,
+        )
 
-    def random_window(self) -> tuple[Tensor, Tensor]:
-        """(values, indices) with random rows; the padding of the tail is poisoned."""
-        generator = torch.Generator().manual_seed(3)
-        values, indices = self.poisoned_window()
-        for part in self.blocks.parts(1 << 18):
+    def random_window(self) -> Rows:
+        """Random rows; the padding of the tail is poisoned."""
+        generator = torch.Generator().manual_seed(4 * self.numel + 3)
+        values, indices, blocks = self.poisoned_window()
+        for part in blocks.parts(1 << 18):
             count = part.blocks.stop - part.blocks.start
             order = torch.rand(count, self.window, part.length, generator=generator).argsort(-1)[..., : part.kept]
             indices[part.blocks, :, : part.kept] = order.sort(-1).values.to(indices.dtype)
             values[part.blocks, :, : part.kept] = torch.randn(order.shape, generator=generator).to(values.dtype)
-        return values, indices
+        return Rows(values, indices, blocks)
 
 
-def check_compress(operation, case: Case) -> None:
+WITHOUT_GRADIENT = 2  # of a group, in `compress_`: a parameter without a tail
+
+
+def tensors_of(rows: Iterable[Rows]) -> Iterable[Tensor]:
+    return chain.from_iterable((values, indices) for values, indices, _ in rows)
+
+
+def assert_all_same_bits(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str) -> None:
+    for number, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_same_bits(one, other, f"{what} of parameter {number}")
+
+
+def register(allow: Allow, tensors: Iterable[Tensor]) -> None:
+    if allow is not None:
+        for tensor in tensors:
+            allow(tensor)
+
+
+LARGEST, HALF = 3.4e38, 6e4  # of float32 and float16, about
+INF, NAN = float("inf"), float("nan")
+FINITE = [  # (name, dtype, gradients, whether they are finite)
+    ("zero", FLOAT32, [[0.0]], True),
+    ("no elements", FLOAT32, [[]], True),
+    ("inf", FLOAT32, [[1.0, INF]], False),
+    ("minus inf", BFLOAT16, [[-INF, 1.0]], False),
+    ("nan", FLOAT16, [[NAN, 1.0]], False),
+    ("inf and nan", FLOAT64, [[INF, NAN]], False),
+    ("inf in the second", FLOAT32, [[1.0], [2.0, INF, 0.0], [3.0]], False),
+    ("nan in the last", FLOAT32, [[1.0], [], [NAN]], False),
+    ("a square overflows", FLOAT32, [[2e19]], False),
+    ("no square overflows", FLOAT32, [[1.5e19]], True),
+    ("a sum of squares overflows", FLOAT32, [[1.5e19, 1.5e19]], False),
+    ("a sum over gradients overflows", FLOAT32, [[1.5e19], [1.0], [1.5e19]], False),
+    ("largest", FLOAT32, [[LARGEST]], False),
+    ("largest bfloat16", BFLOAT16, [[LARGEST]], False),
+    ("squares overflow float16", FLOAT16, [[HALF, HALF], [HALF]], True),
+    ("squares fit bfloat16", BFLOAT16, [[1e19], [1e19]], True),
+    ("squares overflow float32", FLOAT64, [[1e30], [1e150]], True),
+    ("squares overflow float64", FLOAT64, [[1.0], [2e154]], False),
+]
+
+
+def check_all_finite(operation, case: Case, allow: Allow = None) -> None:
+    """An implementation of `all_finite` agrees with the definition, also where a gradient is not finite at its end."""
+    for poison in (None, float("nan"), float("-inf")):
+        grads = [member.gradient() for member in case.group]
+        if poison is not None:
+            grads[-1][-1] = poison
+        before = [grad.clone() for grad in grads]
+        register(allow, grads)
+        actual = operation(grads)
+        assert_all_same_bits(grads, before, "grad")
+        assert actual.shape == ()
+        assert actual.dtype == torch.bool
+        assert bool(actual) == bool(reference.all_finite(grads))
+        assert poison is None or not actual
+
+
+def check_compress(operation, case: Case, allow: Allow = None) -> None:
     """An implementation of `compress_` gives the bits that the definition gives, and changes nothing else."""
-    results = []
+    group, results = case.group, []
     for compress_ in (reference.compress_, operation):
-        grad, error = case.gradient(), case.error_before()
-        values, indices = case.poisoned_window()
-        compress_(grad, error, values, indices, torch.tensor([case.slot]), torch.tensor(case.finite), case.blocks)
-        assert_same_bits(grad, case.gradient(), "grad")
-        results.append((values, indices, error))
-    expected, actual = results
-    assert_same_bits(actual[1], expected[1], "indices")
-    assert_same_bits(actual[0], expected[0], "values")
-    if case.error is not None:
-        assert_same_bits(actual[2], expected[2], "error")
+        grads = [None if i == WITHOUT_GRADIENT else member.gradient() for i, member in enumerate(group)]
+        errors = [] if case.error is None else [member.error_before() for member in group]
+        rows = [member.poisoned_window() for member in group]
+        given = [grad for grad in grads if grad is not None]
+        register(allow, (*given, *errors, *tensors_of(rows)))
+        compress_(grads, errors, rows, torch.tensor([case.slot]), torch.tensor(case.finite))
+        unchanged = (member.gradient() for i, member in enumerate(group) if i != WITHOUT_GRADIENT)
+        assert_all_same_bits(given, unchanged, "grad")
+        results.append((errors, rows))
+    (expected_errors, expected), (errors, actual) = results
+    assert_all_same_bits((r.indices for r in actual), (r.indices for r in expected), "indices")
+    assert_all_same_bits((r.values for r in actual), (r.values for r in expected), "values")
+    assert_all_same_bits(errors, expected_errors, "error")
 
 
-def check_dots(operation, case: Case) -> None:
+def check_dots(operation, case: Case, allow: Allow = None) -> None:
     """An implementation of `window_dots` agrees with the definition."""
-    values, indices = case.random_window()
-    before = values.clone(), indices.clone()
+    rows = [member.random_window() for member in case.group]
+    before = [tensor.clone() for tensor in tensors_of(rows)]
+    register(allow, tensors_of(rows))
     slot = torch.tensor([case.slot])
-    actual = operation(values, indices, slot, case.blocks)
-    assert_same_bits(values, before[0], "values")
-    assert_same_bits(indices, before[1], "indices")
-    expected = reference.window_dots(values, indices, slot, case.blocks)
-    torch.testing.assert_close(actual, expected, **TOLERANCE[FLOAT64])
+    actual = operation(rows, slot)
+    assert_all_same_bits(tensors_of(rows), before, "window")
+    torch.testing.assert_close(actual, reference.window_dots(rows, slot), **TOLERANCE[FLOAT64])
 
 
-def check_apply(operation, case: Case) -> None:
-    """An implementation of `window_apply_` agrees with the definition, with the target in the dtype of the gradient."""
-    values, indices = case.random_window()
-    before = values.clone(), indices.clone()
+def applied(
+    operation, case: Case, with_momenta: bool, weights: Tensor, allow: Allow = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(targets, momenta) as `window_apply_` leaves them, in the dtype of the gradients."""
+    rows = [member.random_window() for member in case.group]
+    targets = [member.target() for member in case.group]
+    momenta = [member.target().neg() for member in case.group] if with_momenta else []
+    before = [tensor.clone() for tensor in tensors_of(rows)]
+    register(allow, (*targets, *momenta, *tensors_of(rows)))
+    scale, step, decay = torch.tensor(0.75), torch.tensor(-0.3, dtype=FLOAT64), torch.tensor(0.9, dtype=FLOAT64)
+    operation(targets, momenta, rows, weights, scale, step, decay)
+    assert_all_same_bits(tensors_of(rows), before, "window")
+    return targets, momenta
+
+
+def check_apply(operation, case: Case, allow: Allow = None) -> None:
+    """An implementation of `window_apply_` agrees with the definition, with momenta and without."""
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
-    scale = torch.tensor(0.75)
-    targets = [make("random", case.numel, case.grad, seed=4) for _ in range(2)]
-    operation(targets[0], values, indices, weights, scale, case.blocks)
-    assert_same_bits(values, before[0], "values")
-    assert_same_bits(indices, before[1], "indices")
-    reference.window_apply_(targets[1], values, indices, weights, scale, case.blocks)
-    torch.testing.assert_close(*targets, **TOLERANCE[case.grad])
+    for with_momenta in (False, True):
+        actual = applied(operation, case, with_momenta, weights, allow)
+        expected = applied(reference.window_apply_, case, with_momenta, weights)
+        torch.testing.assert_close(actual, expected, **TOLERANCE[case.grad])

@@ -85,7 +85,7 @@ def test_sizes(numel, block_size, size, full, tail):
 
 @pytest.mark.parametrize(
     ("numel", "block_size", "dtype"),
-    [(1000, 256, torch.uint8), (1000, 257, torch.int16), (256, 4096, torch.uint8), (100003, 32768, torch.int16)],
+    [(1000, 256, torch.uint8), (1000, 257, torch.int16), (256, 4096, torch.int16), (100003, 32768, torch.int16)],
 )
 def test_index_dtype_holds_every_position(numel, block_size, dtype):
     blocks = Blocks(numel, block_size, 0.01)

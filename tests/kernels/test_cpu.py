@@ -17,11 +17,15 @@ from torch.utils.data import DataLoader, Dataset
 from efcp.kernels import reference
 from tests.kernels.kernel_cases import (
     BFLOAT16,
+    FINITE,
     FLOAT16,
     FLOAT32,
     FLOAT64,
     Case,
+    applied,
+    assert_all_same_bits,
     assert_same_bits,
+    check_all_finite,
     check_apply,
     check_compress,
     check_dots,
@@ -96,13 +100,55 @@ def test_dots_agree_with_the_definition(case: Case) -> None:
 @cases
 def test_apply_gives_the_bits_of_the_definition(case: Case) -> None:
     check_apply(cpu.window_apply_, case)
-    values, indices = case.random_window()
     weights = torch.linspace(-1.5, 2.0, 2 * case.window)[::2]  # not contiguous
-    targets = []
-    for window_apply_ in (reference.window_apply_, cpu.window_apply_):
-        targets.append(make("random", case.numel, case.grad, seed=4))
-        window_apply_(targets[-1], values, indices, weights, torch.tensor(0.9, dtype=BFLOAT16), case.blocks)
-    assert_same_bits(targets[1], targets[0], "target")
+    for with_momenta in (False, True):
+        expected = applied(reference.window_apply_, case, with_momenta, weights)
+        actual = applied(cpu.window_apply_, case, with_momenta, weights)
+        for what, ours, theirs in zip(("target", "momentum"), actual, expected, strict=True):
+            assert_all_same_bits(ours, theirs, what)
+
+
+@cases
+def test_all_finite_agrees_with_the_definition(case: Case) -> None:
+    check_all_finite(cpu.all_finite, case)
+
+
+@pytest.mark.parametrize(("name", "dtype", "gradients", "finite"), FINITE, ids=[row[0] for row in FINITE])
+def test_all_finite(name: str, dtype: torch.dtype, gradients: list[list[float]], finite: bool) -> None:
+    assert bool(cpu.all_finite([torch.tensor(grad, dtype=dtype) for grad in gradients])) is finite
+
+
+@pytest.mark.parametrize("position", [0, 150_000, 299_999])
+@pytest.mark.parametrize("gradient", [0, 1, 2])
+def test_a_nan_is_found_in_a_large_gradient(gradient: int, position: int) -> None:
+    grads = [torch.zeros(300_000) for _ in range(3)]
+    assert cpu.all_finite(grads)
+    grads[gradient][position] = float("nan")
+    assert not cpu.all_finite(grads)
+
+
+def test_a_parameter_without_gradient_gets_a_row_of_zeros_also_in_the_tail() -> None:
+    case = Case(4097, 256, 0.1)
+    rows, error = case.random_window(), case.error_before()
+    before = [tensor.clone() for tensor in rows[:2]]
+    assert error is not None
+    cpu.compress_([None], [error], [rows], torch.tensor([case.slot]), torch.tensor(True))
+    for part in case.blocks.parts(1 << 18):
+        before[0][part.blocks, case.slot, : part.kept] = 0.0
+    assert_same_bits(rows.values, before[0], "values")
+    assert_same_bits(rows.indices, before[1], "indices")
+    assert_same_bits(error, case.error_before(), "error")
+
+
+def test_as_many_tensors_as_parameters_are_taken() -> None:
+    """Compiled code would read an address that is not there."""
+    rows = [case.random_window() for case in LARGE.group]
+    grads = [case.gradient() for case in LARGE.group]
+    slot, one = torch.tensor([0]), torch.tensor(1.0)
+    with pytest.raises(ValueError, match=r"^got 3 tensors for 4 parameters$"):
+        cpu.compress_(grads, grads[1:], rows, slot, torch.tensor(True))
+    with pytest.raises(ValueError, match=r"^got 4 tensors for 3 parameters$"):
+        cpu.window_apply_(grads, [], rows[1:], torch.ones(LARGE.window), one, one, one)
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "denormal"])
@@ -113,10 +159,9 @@ def test_blocks_that_differ_do_not_mislead_the_search(kind: str) -> None:
     grad = (make(kind, case.numel, FLOAT32, seed=1).view(64, 300) * scale).flatten()
     rows = []
     for compress_ in (reference.compress_, cpu.compress_):
-        values, indices = case.poisoned_window()
-        compress_(grad, None, values, indices, torch.tensor([1]), torch.tensor(True), case.blocks)
-        rows.append((values, indices))
-    for what, actual, expected in zip(("values", "indices"), rows[1], rows[0], strict=True):
+        rows.append(case.poisoned_window())
+        compress_([grad], [], rows[-1:], torch.tensor([1]), torch.tensor(True))
+    for what, actual, expected in zip(("values", "indices"), rows[1][:2], rows[0][:2], strict=True):
         assert_same_bits(actual, expected, what)
 
 
@@ -125,11 +170,10 @@ def test_infinities_from_an_overflowing_sum_are_kept_first() -> None:
     grad = torch.where(make("ties", case.numel, FLOAT32, seed=1) == 2, 3e38, 1.0)
     rows = []
     for compress_ in (reference.compress_, cpu.compress_):
-        values, indices = case.poisoned_window()
-        compress_(grad, grad.clone(), values, indices, torch.tensor([1]), torch.tensor(True), case.blocks)
-        rows.append((values, indices))
-    assert rows[0][0][0, 1].isinf().all()
-    for what, actual, expected in zip(("values", "indices"), rows[1], rows[0], strict=True):
+        rows.append(case.poisoned_window())
+        compress_([grad], [grad.clone()], rows[-1:], torch.tensor([1]), torch.tensor(True))
+    assert rows[0].values[0, 1].isinf().all()
+    for what, actual, expected in zip(("values", "indices"), rows[1][:2], rows[0][:2], strict=True):
         assert_same_bits(actual, expected, what)
 
 
@@ -138,23 +182,29 @@ def test_infinities_from_an_overflowing_sum_are_kept_first() -> None:
 def test_dots_of_tiny_and_huge_values_are_as_exact_as_any(newest: float, others: float) -> None:
     """Their products lie outside float32."""
     case = Case(4096, 4096, 0.01)
-    values, indices = case.random_window()
+    rows = case.random_window()
     scale = torch.tensor([others, newest, others], dtype=FLOAT64).view(3, 1)
-    values = (values.double().clamp(-1, 1) * scale).to(BFLOAT16)
+    rows.values.copy_(rows.values.double().clamp(-1, 1) * scale)
     slot = torch.tensor([1])
-    expected = reference.window_dots(values, indices, slot, case.blocks)
-    torch.testing.assert_close(cpu.window_dots(values, indices, slot, case.blocks), expected, rtol=1e-12, atol=0)
+    expected = reference.window_dots([rows], slot)
+    torch.testing.assert_close(cpu.window_dots([rows], slot), expected, rtol=1e-12, atol=0)
 
 
 def run_all(case: Case) -> dict[str, Tensor]:
-    """All three operations, one after the other."""
-    values, indices = case.random_window()
-    error, target, slot = case.error_before(), case.gradient(), torch.tensor([case.slot])
-    cpu.compress_(case.gradient(), error, values, indices, slot, torch.tensor(True), case.blocks)
-    dots = cpu.window_dots(values, indices, slot, case.blocks)
-    cpu.window_apply_(target, values, indices, torch.linspace(-1.5, 2.0, case.window), torch.tensor(0.9), case.blocks)
-    assert error is not None
-    return {"values": values, "indices": indices, "error": error, "dots": dots, "target": target}
+    """All operations, one after the other."""
+    group, slot = case.group, torch.tensor([case.slot])
+    grads, errors = [member.gradient() for member in group], [member.error_before() for member in group]
+    targets, momenta = [member.target() for member in group], [member.target() for member in group]
+    rows = [member.random_window() for member in group]
+    finite = cpu.all_finite(grads)
+    cpu.compress_(grads, errors, rows, slot, finite)
+    dots = cpu.window_dots(rows, slot)
+    weights, scale, step, decay = torch.linspace(-1.5, 2.0, case.window), *torch.tensor([0.75, -0.3, 0.9])
+    cpu.window_apply_(targets, momenta, rows, weights, scale, step, decay)
+    vectors = {"error": errors, "target": targets, "momentum": momenta}
+    vectors |= {"values": [r.values for r in rows], "indices": [r.indices for r in rows]}
+    every = {f"{what} {number}": tensor for what, tensors in vectors.items() for number, tensor in enumerate(tensors)}
+    return every | {"finite": finite.byte(), "dots": dots}
 
 
 def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -259,17 +309,18 @@ def test_kernels_compile_where_no_cache_can_be_written() -> None:
 MEMORY = """
 import torch
 from pathlib import Path
-from efcp.kernels import Blocks, cpu
+from efcp.kernels import Blocks, Rows, cpu
 
 def operations(numel):
     blocks = Blocks(numel, 4096, 0.01)
     values = torch.ones(blocks.count, 2, blocks.kept, dtype=torch.bfloat16)
     indices = torch.arange(blocks.kept, dtype=torch.int16).expand(values.shape).contiguous()
-    grad, error, slot = torch.ones(numel), torch.ones(numel), torch.tensor([1])
+    rows, grads, errors = [Rows(values, indices, blocks)], [torch.ones(numel)], [torch.ones(numel)]
+    slot, one = torch.tensor([1]), torch.tensor(1.0)
     yield
-    cpu.compress_(grad, error, values, indices, slot, torch.tensor(True), blocks)
-    cpu.window_dots(values, indices, slot, blocks)
-    cpu.window_apply_(grad, values, indices, torch.ones(2), torch.tensor(1.0), blocks)
+    cpu.compress_(grads, errors, rows, slot, cpu.all_finite(grads))
+    cpu.window_dots(rows, slot)
+    cpu.window_apply_(grads, errors, rows, torch.ones(2), one, one, one)
     yield
 
 list(operations(1 << 17))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from efcp import kernels
-from efcp.kernels import BACKENDS, Blocks, backend_name, use_backend
+from efcp.kernels import BACKENDS, Blocks, Rows, backend_name, use_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -73,13 +73,13 @@ def test_a_wrong_name_is_refused(monkeypatch):
 
 
 def test_operations_go_to_the_backend(monkeypatch):
-    blocks = Blocks(10, 4, 0.5)
-    window = torch.zeros(3, 2, 2), torch.zeros(3, 2, 2, dtype=torch.uint8)
-    slot, scale, x = torch.tensor([0]), torch.tensor(1.0), torch.zeros(10)
+    rows = [Rows(torch.zeros(3, 2, 2), torch.zeros(3, 2, 2, dtype=torch.uint8), Blocks(10, 4, 0.5))]
+    slot, one, x = torch.tensor([0]), torch.tensor(1.0), [torch.zeros(10)]
     calls = {
-        "compress_": (x, None, *window, slot, torch.tensor(True), blocks),
-        "window_dots": (*window, slot, blocks),
-        "window_apply_": (x, *window, torch.zeros(2), scale, blocks),
+        "all_finite": (x,),
+        "compress_": (x, [], rows, slot, torch.tensor(True)),
+        "window_dots": (rows, slot),
+        "window_apply_": (x, [], rows, torch.zeros(2), one, one, one),
     }
     for name, arguments in calls.items():
         received = []
@@ -96,15 +96,14 @@ import sys
 
 sys.modules["triton"] = sys.modules["numba"] = None  # import fails from now on
 import torch
-from efcp.kernels import Blocks, backend_name, compress_, window_apply_, window_dots
+from efcp.kernels import Blocks, Rows, all_finite, backend_name, compress_, window_apply_, window_dots
 
 assert backend_name(torch.device("cuda", 0)) == backend_name(torch.device("cpu")) == "reference"
-blocks = Blocks(5, 4, 0.5)
-values, indices = torch.zeros(2, 1, 2), torch.zeros(2, 1, 2, dtype=torch.uint8)
-slot, grad = torch.tensor([0]), torch.tensor([1.0, -3.0, 2.0, 0.0, 4.0])
-compress_(grad, None, values, indices, slot, torch.tensor(True), blocks)
-assert window_dots(values, indices, slot, blocks).tolist() == [29.0]
-window_apply_(grad, values, indices, -torch.ones(1), torch.tensor(1.0), blocks)
+rows = [Rows(torch.zeros(2, 1, 2), torch.zeros(2, 1, 2, dtype=torch.uint8), Blocks(5, 4, 0.5))]
+slot, grad, one = torch.tensor([0]), torch.tensor([1.0, -3.0, 2.0, 0.0, 4.0]), torch.tensor(1.0)
+compress_([grad], [], rows, slot, all_finite([grad]))
+assert window_dots(rows, slot).tolist() == [29.0]
+window_apply_([grad], [], rows, -torch.ones(1), one, one, one)
 assert grad.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
 """
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)

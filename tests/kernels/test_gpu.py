@@ -4,9 +4,19 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from efcp.kernels import triton_ops
-from tests.kernels.kernel_cases import BFLOAT16, FLOAT16, FLOAT64, Case, check_apply, check_compress, check_dots
+from tests.kernels.kernel_cases import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT64,
+    Case,
+    check_all_finite,
+    check_apply,
+    check_compress,
+    check_dots,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
@@ -24,9 +34,9 @@ CASES = [
 
 def on_gpu(operation, *arguments):
     """Runs an operation on copies of its tensors on the GPU, and copies back what it changed."""
-    there = [a.cuda() if isinstance(a, torch.Tensor) else a for a in arguments]
+    there = tree_map_only(torch.Tensor, torch.Tensor.cuda, arguments)
     result = operation(*there)
-    for here, copy in zip(arguments, there, strict=True):
+    for here, copy in zip(tree_leaves(arguments), tree_leaves(there), strict=True):
         if isinstance(here, torch.Tensor):
             here.copy_(copy)
     return result.cpu() if isinstance(result, torch.Tensor) else result
@@ -34,6 +44,7 @@ def on_gpu(operation, *arguments):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_definition_and_gpu_agree(case):
+    check_all_finite(partial(on_gpu, triton_ops.all_finite), case)
     check_compress(partial(on_gpu, triton_ops.compress_), case)
     check_dots(partial(on_gpu, triton_ops.window_dots), case)
     check_apply(partial(on_gpu, triton_ops.window_apply_), case)

@@ -9,17 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efcp.kernels import Blocks, accumulation_dtype, reference
+from efcp.kernels import Blocks, Rows, accumulation_dtype, reference
 from tests.kernels.kernel_cases import (
     BFLOAT16,
+    FINITE,
     FLOAT16,
     FLOAT32,
     FLOAT64,
     TOLERANCE,
     Case,
+    applied,
+    assert_all_same_bits,
     assert_same_bits,
     bits,
-    make,
+    check_compress,
 )
 
 CASES = [
@@ -85,17 +88,17 @@ def oracle(case):
 def compressed(case):
     """`compress_` on a poisoned window: (values, indices, error)."""
     grad, error = case.gradient(), case.error_before()
-    values, indices = case.poisoned_window()
-    arguments = torch.tensor([case.slot]), torch.tensor(case.finite), case.blocks
-    reference.compress_(grad, error, values, indices, *arguments)
+    rows = case.poisoned_window()
+    errors = [] if error is None else [error]
+    reference.compress_([grad], errors, [rows], torch.tensor([case.slot]), torch.tensor(case.finite))
     assert_same_bits(grad, case.gradient(), "grad")
-    return values, indices, error
+    return rows.values, rows.indices, error
 
 
 @cases
 def test_compress(case):
     values, indices, error = compressed(case)
-    untouched_values, untouched_indices = case.poisoned_window()
+    untouched_values, untouched_indices, _ = case.poisoned_window()
     expected_values, expected_indices, expected_error = oracle(case)
     for block, (value, index) in enumerate(zip(expected_values, expected_indices, strict=True)):
         untouched_values[block, case.slot, : len(value)] = value
@@ -177,7 +180,8 @@ def test_permuted_blocks_give_a_permuted_row(data, number, size, density):
         error = torch.zeros_like(grad)
         values = torch.empty(number, 1, blocks.kept)
         indices = torch.empty(number, 1, blocks.kept, dtype=blocks.index_dtype)
-        reference.compress_(grad, error, values, indices, torch.tensor([0]), torch.tensor(True), blocks)
+        rows = [Rows(values, indices, blocks)]
+        reference.compress_([grad], [error], rows, torch.tensor([0]), torch.tensor(True))
         return values, indices, error.view(number, size)
 
     permuted = row(a.view(number, size)[order].flatten())
@@ -185,8 +189,9 @@ def test_permuted_blocks_give_a_permuted_row(data, number, size, density):
         assert torch.equal(actual, expected[order])
 
 
-def dense(case, values, indices):
+def dense(case, rows_of_blocks):
     """The window's rows as (m, n) float64, entry by entry."""
+    values, indices, _ = rows_of_blocks
     rows = np.zeros((case.window, case.numel))
     for block, length in enumerate(lengths(case)):
         k = count(case, length)
@@ -212,21 +217,105 @@ windows = pytest.mark.parametrize("case", WINDOWS, ids=str)
 
 @windows
 def test_dots_are_inner_products_of_dense_rows(case):
-    values, indices = case.random_window()
-    rows = dense(case, values, indices)
-    actual = reference.window_dots(values, indices, torch.tensor([case.slot]), case.blocks)
+    window = case.random_window()
+    rows = dense(case, window)
+    actual = reference.window_dots([window], torch.tensor([case.slot]))
     torch.testing.assert_close(actual, rows @ rows[case.slot], **TOLERANCE[FLOAT64])
 
 
+SCALES = [(1.0, 1.0, 0.0), (0.75, -0.3, 0.9)]
+
+
 @windows
-@pytest.mark.parametrize("scale", [1.0, 0.75])
-def test_apply_is_a_weighted_sum_of_dense_rows(case, scale):
-    values, indices = case.random_window()
+@pytest.mark.parametrize(("scale", "step", "decay"), SCALES, ids=["plain", "scaled"])
+@pytest.mark.parametrize("with_momentum", [False, True], ids=["no momentum", "momentum"])
+def test_apply_adds_a_weighted_sum_of_dense_rows(case, with_momentum, scale, step, decay):
+    window = case.random_window()
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
-    target = make("random", case.numel, case.grad, seed=4)
-    expected = scale * target.double() + weights @ dense(case, values, indices)
-    reference.window_apply_(target, values, indices, weights, torch.tensor(scale), case.blocks)
+    target = case.target()
+    momentum = target.neg() * 2
+    update = weights @ dense(case, window)
+    if with_momentum:
+        update += decay * momentum.double()
+    expected = scale * target.double() + step * update
+    scalars = torch.tensor([scale, step, decay], dtype=FLOAT64)
+    reference.window_apply_([target], [momentum] if with_momentum else [], [window], weights, *scalars)
     torch.testing.assert_close(target, expected.to(case.grad), **TOLERANCE[case.grad])
+    if with_momentum:
+        torch.testing.assert_close(momentum, update.to(case.grad), **TOLERANCE[case.grad])
+
+
+def test_a_momentum_is_rounded_but_the_update_taken_from_it_is_not():
+    """1 + 2⁻⁹ is no bfloat16; what it adds to −1 is."""
+    blocks = Blocks(1, 1, 1.0)
+    rows = Rows(torch.tensor([[[2.0**-9]]], dtype=BFLOAT16), torch.zeros(1, 1, 1, dtype=torch.uint8), blocks)
+    target, momentum = torch.tensor([-1.0], dtype=BFLOAT16), torch.tensor([1.0], dtype=BFLOAT16)
+    one = torch.tensor(1.0)
+    reference.window_apply_([target], [momentum], [rows], torch.ones(1), one, one, one)
+    assert target.item() == 2.0**-9
+    assert momentum.item() == 1.0
+
+
+def test_a_parameter_without_gradient_gets_a_row_of_zeros_and_no_other_change():
+    case = Case(4097, 256, 0.1)
+    rows, error = case.random_window(), case.error_before()
+    before = [tensor.clone() for tensor in rows[:2]]
+    reference.compress_([None], [error], [rows], torch.tensor([case.slot]), torch.tensor(True))
+    for part in case.blocks.parts(1 << 18):
+        before[0][part.blocks, case.slot, : part.kept] = 0.0
+        rows.values[part.blocks, case.slot, part.kept :] = float("nan")  # padding: nobody minds
+    assert_same_bits(rows.values, before[0], "values")
+    assert_same_bits(rows.indices, before[1], "indices")
+    assert_same_bits(error, case.error_before(), "error")
+
+
+GROUPS = [
+    Case(63, 7, 0.37),
+    Case(4097, 256, 0.1, kind="ties", error=BFLOAT16),
+    Case(4097, 4096, 0.01, finite=False, grad=BFLOAT16),
+    Case(4097, 1000, 0.3, error=None, values=FLOAT32, grad=FLOAT64),
+]
+
+
+def one_at_a_time(compress_):
+    """`compress_` as calls for one parameter each."""
+
+    def each(grads, errors, rows, slot, finite):
+        for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
+            compress_([grad], errors[i : i + 1], [row], slot, finite)
+
+    return each
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=str)
+def test_a_group_is_compressed_as_its_parameters_are(case):
+    check_compress(one_at_a_time(reference.compress_), case)
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=str)
+def test_products_of_a_group_are_sums_over_its_parameters(case):
+    rows, slot = [member.random_window() for member in case.group], torch.tensor([case.slot])
+    single = [reference.window_dots([row], slot) for row in rows]
+    torch.testing.assert_close(reference.window_dots(rows, slot), sum(single), **TOLERANCE[FLOAT64])
+
+
+@pytest.mark.parametrize("with_momenta", [False, True], ids=["no momenta", "momenta"])
+@pytest.mark.parametrize("case", GROUPS, ids=str)
+def test_a_window_is_applied_to_a_group_as_to_its_parameters(case, with_momenta):
+    def each(targets, momenta, rows, *scalars):
+        for i, (target, row) in enumerate(zip(targets, rows, strict=True)):
+            reference.window_apply_([target], momenta[i : i + 1], [row], *scalars)
+
+    weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
+    expected = applied(each, case, with_momenta, weights)
+    actual = applied(reference.window_apply_, case, with_momenta, weights)
+    for what, ours, theirs in zip(("target", "momentum"), actual, expected, strict=True):
+        assert_all_same_bits(ours, theirs, what)
+
+
+@pytest.mark.parametrize(("name", "dtype", "gradients", "finite"), FINITE, ids=[row[0] for row in FINITE])
+def test_all_finite(name, dtype, gradients, finite):
+    assert bool(reference.all_finite([torch.tensor(grad, dtype=dtype) for grad in gradients])) is finite
 
 
 def test_work_in_parts_gives_the_same_bits(monkeypatch):
@@ -234,12 +323,9 @@ def test_work_in_parts_gives_the_same_bits(monkeypatch):
 
     def run():
         values, indices, error = compressed(case)
-        window = case.random_window()
-        target = case.gradient()
-        reference.window_apply_(target, *window, torch.linspace(0, 1, 5), torch.tensor(0.5), case.blocks)
-        return values, indices, error, target
+        targets, momenta = applied(reference.window_apply_, case, True, torch.linspace(0, 1, 5))
+        return values, indices, error, *targets, *momenta
 
     whole = run()
     monkeypatch.setattr(reference, "PART", 1)
-    for what, actual, expected in zip(("values", "indices", "error", "target"), run(), whole, strict=True):
-        assert_same_bits(actual, expected, what)
+    assert_all_same_bits(run(), whole, "results")

@@ -6,33 +6,39 @@ and races between programs, and between warps in shared memory.
 
 import subprocess
 import sys
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from efcp.kernels import Blocks, reference
+from efcp.kernels import Blocks, Rows, reference
 from efcp.perf.gpusim import SimulationError, why_unavailable
 from tests.kernels.kernel_cases import (
     BFLOAT16,
+    FINITE,
     FLOAT16,
     FLOAT32,
     FLOAT64,
     Case,
-    assert_same_bits,
+    assert_all_same_bits,
+    check_all_finite,
     check_apply,
     check_compress,
     check_dots,
+    tensors_of,
 )
 
 if reason := why_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 from efcp.kernels import triton_ops
-from efcp.kernels.triton_ops import apply, dots
+from efcp.kernels.triton_ops import apply, compress, dots, portable
+from efcp.kernels.triton_ops.group import group
 from efcp.perf.gpusim import simulate
 
-# A case with another block size, dtype or architecture costs a compilation, one with another input next to nothing.
+# A case with another block size, dtype or architecture costs compilations, one with another input next to nothing.
 CASES = [
     Case(0, 4096, 0.01),
     Case(1, 4096, 0.01, arch=80),
@@ -47,143 +53,239 @@ CASES = [
     Case(4097, 4096, 0.01, finite=False, window=5, slot=4),
     Case(4097, 256, 1.0, kind="signed zero", values=FLOAT32),
     Case(4097, 257, 0.37, kind="wide", grad=BFLOAT16, error=BFLOAT16, arch=100),
-    Case(100003, 4096, 0.01, window=5, slot=0),
-    Case(100003, 4096, 0.01, grad=BFLOAT16, window=7, slot=3),
-    Case(100003, 4096, 0.01, error=BFLOAT16, kind="equal", arch=120),
-    Case(100003, 4096, 0.1, grad=FLOAT64, error=FLOAT64, values=FLOAT32),
-    Case(100003, 256, 0.001, grad=FLOAT16, error=None, values=FLOAT16, arch=80),
-    Case(100003, 32768, 0.37, values=FLOAT32, arch=80),
-    Case(100003, 32768, 1.0, kind="ties"),
-    Case(100003, 32768, 1.0, finite=False),
+    Case(50003, 4096, 0.01, window=131, slot=130, arch=120),
+    Case(50003, 4096, 0.01, grad=BFLOAT16, window=7, slot=3, arch=80),
+    Case(50003, 4096, 0.05, error=BFLOAT16, kind="equal", arch=120),
+    Case(50003, 4096, 0.1, grad=FLOAT64, error=FLOAT64, values=FLOAT32),
+    Case(50003, 256, 0.001, grad=FLOAT16, error=None, values=FLOAT16, arch=80),
+    Case(50003, 32768, 0.01, values=FLOAT32, arch=80),
+    Case(50003, 32768, 1.0, kind="ties"),  # too much for shared memory
+    Case(50003, 32768, 1.0, finite=False),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
+PORTABLE = [case for case in CASES if case.kind == "random" and case.finite]
 
 
 @cases
 def test_compress_gives_the_bits_of_the_definition(case):
-    with simulate(case.arch, check_races=True):
-        check_compress(triton_ops.compress_, case)
+    with simulate(case.arch, check_races=True) as simulator:
+        check_compress(triton_ops.compress_, case, simulator.allow)
 
 
 @cases
 def test_dots_agree_with_the_definition(case):
-    with simulate(case.arch, check_races=True):
-        check_dots(triton_ops.window_dots, case)
+    with simulate(case.arch, check_races=True) as simulator:
+        check_dots(triton_ops.window_dots, case, simulator.allow)
 
 
 @cases
 def test_apply_agrees_with_the_definition(case):
-    with simulate(case.arch, check_races=True):
-        check_apply(triton_ops.window_apply_, case)
+    with simulate(case.arch, check_races=True) as simulator:
+        check_apply(triton_ops.window_apply_, case, simulator.allow)
 
 
-def collide():
-    """`window_apply_` with rows whose entries at the same place are far apart, so that other threads treat them."""
-    blocks = Blocks(4096, 4096, 0.1)
+@cases
+def test_finite_agrees_with_the_definition(case):
+    with simulate(case.arch, check_races=True) as simulator:
+        check_all_finite(triton_ops.all_finite, case, simulator.allow)
+
+
+@pytest.mark.parametrize(("dtype", "grads", "expected"), [f[1:] for f in FINITE], ids=[f[0] for f in FINITE])
+def test_what_is_finite(dtype, grads, expected):
+    grads = [torch.tensor(grad, dtype=dtype) for grad in grads]
+    with simulate(90) as simulator:
+        for grad in grads:
+            simulator.allow(grad)
+        assert triton_ops.all_finite(grads).item() == expected
+
+
+@pytest.mark.parametrize("case", PORTABLE, ids=str)
+def test_portable_kernels_agree_with_the_definition(case):
+    with simulate(case.arch, check_races=True) as simulator:
+        check_dots(portable.window_dots, case, simulator.allow)
+        check_apply(portable.window_apply_, case, simulator.allow)
+
+
+def test_supports_that_hardly_meet():
+    """Values that are not read do not count, whatever they are."""
+    blocks = Blocks(8192, 4096, 0.01)
+    indices = (torch.arange(blocks.kept) + 45 * torch.arange(64)[:, None]).expand(2, 64, -1).short().contiguous()
+    values = torch.full(indices.shape, float("nan"), dtype=BFLOAT16)
+    values[:, [6, 8, 62]] = 1.0  # these share groups of 16 bytes with what does meet
+    values[:, 7] = 1.5
+    values[:, 63] = 2.0
+    indices[:, 63] = indices[:, 7]
+    rows = [Rows(values, indices, blocks)]
+    with simulate(90) as simulator:
+        for tensor in (values, indices):
+            simulator.allow(tensor)
+        dots = triton_ops.window_dots(rows, torch.tensor([7]))
+    assert dots[7].item() == 2 * blocks.kept * 1.5**2
+    assert dots[63].item() == 2 * blocks.kept * 3.0
+    assert dots.count_nonzero() == 2
+
+
+@contextmanager
+def simulated(*tensors, **options):
+    with simulate(90, **options) as simulator:
+        for tensor in tensors:
+            simulator.allow(tensor)
+        yield simulator
+
+
+@pytest.mark.parametrize("operations", [triton_ops, portable], ids=["default", "portable"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_order_of_warps_and_programs_does_not_matter(operations, seed):
+    case = Case(30003, 4096, 0.05, window=5, slot=0)
+    numbers = [torch.tensor(x) for x in (0.75, -0.3, 0.9)]
+
+    def run(schedule):
+        rows, target, momentum, error, grad = (
+            case.random_window(), case.target(), case.target(), case.error_before(), case.gradient(),
+        )  # fmt: skip
+        with simulated(*tensors_of([rows]), target, momentum, error, grad, schedule=schedule):
+            products = operations.window_dots([rows], torch.tensor([2]))
+            operations.window_apply_([target], [momentum], [rows], torch.linspace(-1.5, 2.0, 5), *numbers)
+            triton_ops.compress_([grad], [error], [rows], torch.tensor([case.slot]), torch.tensor(True))
+        return products, target, momentum, error, rows.values, rows.indices
+
+    assert_all_same_bits(run(seed), run(None), "output")
+
+
+def collide(density):
+    """(targets, momenta, rows, ...) with rows whose entries at the same place are far apart, in other threads."""
+    blocks = Blocks(4096, 4096, density)
     window = 6
     indices = torch.stack([torch.arange(blocks.kept) + 37 * row for row in range(window)])[None].short()
     values = torch.randint(1, 9, indices.shape, generator=torch.Generator().manual_seed(0)).to(BFLOAT16)
-    return values, indices, torch.ones(window), torch.ones(()), blocks
+    one = torch.ones(())
+    return [torch.zeros(4096)], [], [Rows(values, indices, blocks)], torch.ones(window), one, one, one
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_order_of_warps_and_programs_does_not_matter(seed):
-    case = Case(100003, 4096, 0.01, window=5, slot=0)
-    weights, scale = torch.linspace(-1.5, 2.0, case.window), torch.tensor(0.75)
-
-    def run(schedule):
-        with simulate(90, schedule=schedule):
-            values, indices = case.random_window()
-            products = triton_ops.window_dots(values, indices, torch.tensor([2]), case.blocks)
-            target = case.gradient()
-            triton_ops.window_apply_(target, values, indices, weights, scale, case.blocks)
-            error = case.error_before()
-            arguments = (torch.tensor([case.slot]), torch.tensor(True), case.blocks)
-            triton_ops.compress_(case.gradient(), error, values, indices, *arguments)
-        return {"dots": products, "target": target, "error": error, "values": values, "indices": indices}
-
-    expected = run(None)
-    for what, tensor in run(seed).items():
-        assert_same_bits(tensor, expected[what], what)
+def simulate_collision(operation, density, **options):
+    arguments = collide(density)
+    with simulated(arguments[0][0], *tensors_of(arguments[2]), **options) as simulator:
+        operation(*arguments)
+    return arguments[0][0], simulator
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_rows_are_added_one_after_the_other(seed):
-    values, *rest = collide()
-    actual, expected = torch.zeros(4096), torch.zeros(4096)
-    with simulate(90, schedule=seed, check_races=True):
-        triton_ops.window_apply_(actual, values, *rest)
-    reference.window_apply_(expected, values, *rest)
-    assert torch.equal(actual, expected)  # small integers: no rounding
+@pytest.mark.parametrize("operation", [apply.window_apply_, portable.window_apply_], ids=["gluon", "portable"])
+@pytest.mark.parametrize("density", [0.01, 0.1])
+@pytest.mark.parametrize("seed", range(2))
+def test_rows_are_added_one_after_the_other(operation, density, seed):
+    actual, _ = simulate_collision(operation, density, schedule=seed, check_races=True)
+    expected = collide(density)
+    reference.window_apply_(*expected)
+    assert torch.equal(actual, expected[0][0])  # small integers: no rounding
+
+
+def test_a_missing_barrier_between_steps_of_a_row_would_be_noticed():
+    """In shared memory, by the check for races."""
+    _, simulator = simulate_collision(apply.window_apply_, 0.1, check_races=True)
+    noticed = 0
+    for barrier in range(simulator.launches[-1].barrier_sites):
+        try:
+            simulate_collision(apply.window_apply_, 0.1, schedule=0, check_races=True, drop_barriers=[barrier])
+        except SimulationError:
+            noticed += 1
+    assert noticed >= 2
 
 
 def test_a_missing_barrier_between_rows_would_be_noticed():
-    values, *rest = collide()
-    expected, actual = torch.zeros(4096), torch.zeros(4096)
-    with simulate(90) as simulator:
-        triton_ops.window_apply_(expected, values, *rest)
-    wrong_without_race_in_shared_memory = []
+    """In global memory, where the portable kernel adds them, by a wrong sum."""
+    expected, simulator = simulate_collision(portable.window_apply_, 0.1)
+    wrong = []
     for barrier in range(simulator.launches[-1].barrier_sites):
-        actual.zero_()
         try:
-            with simulate(90, schedule=0, check_races=True, drop_barriers=[barrier]):
-                triton_ops.window_apply_(actual, values, *rest)
+            actual, _ = simulate_collision(portable.window_apply_, 0.1, schedule=0, drop_barriers=[barrier])
         except SimulationError:  # a barrier that Triton put between accesses to shared memory
             continue
         if not torch.equal(actual, expected):
-            wrong_without_race_in_shared_memory.append(barrier)
-    assert len(wrong_without_race_in_shared_memory) == 1
+            wrong.append(barrier)
+    assert wrong
 
 
-ENTRIES = 3 << 30  # of a window, more than an int32 counts
+@pytest.mark.parametrize("shift", [1, 3])
+def test_tensors_that_begin_anywhere(shift):
+    """A view of a flat buffer need not be aligned to what an access of 128 bits takes."""
+    case = Case(9000, 4096, 0.01, window=4)
+
+    def shifted(tensor):
+        buffer = torch.zeros(tensor.numel() + shift, dtype=tensor.dtype)
+        return buffer[shift:].copy_(tensor.flatten()).view(tensor.shape)
+
+    def moved(operation):
+        def run(*arguments):
+            def move(x):
+                return Rows(shifted(x.values), shifted(x.indices), x.blocks) if isinstance(x, Rows) else shifted(x)
+
+            there = [[move(x) if x is not None else None for x in a] if isinstance(a, list) else a for a in arguments]
+            with simulate(90) as simulator:
+                for tensor in flat(there):
+                    simulator.allow(tensor)
+                result = operation(*there)
+            for here, copy in zip(flat(arguments), flat(there), strict=True):
+                here.copy_(copy)
+            return result
+
+        return run
+
+    def flat(arguments):
+        found = []
+        for x in (x for a in arguments if isinstance(a, list) for x in a if x is not None):
+            found += [x.values, x.indices] if isinstance(x, Rows) else [x]
+        return found
+
+    check_compress(moved(triton_ops.compress_), case)
+    check_dots(moved(triton_ops.window_dots), case)
+    check_apply(moved(triton_ops.window_apply_), case)
 
 
-def sparse_file(path, numel, dtype):
-    """Zeros that take no memory until they are touched."""
-    return torch.from_file(str(path), shared=True, size=numel, dtype=dtype)
+FAR = 1 << 33  # blocks
 
 
-@pytest.fixture
-def huge(tmp_path):
-    """(values, indices) of ENTRIES zeros."""
-    yield sparse_file(tmp_path / "values", ENTRIES, BFLOAT16), sparse_file(tmp_path / "indices", ENTRIES, torch.uint8)
-    for file in tmp_path.iterdir():
-        file.unlink()
+def far_away(modules, monkeypatch):
+    """Makes the kernels believe that the blocks of all parameters come after FAR others, at the addresses they have."""
+
+    def shifted(x, y, rows):
+        table = group(x, y, rows)
+        parameters = table.parameters.clone()
+        for entry, (values, indices, blocks) in zip(parameters, rows, strict=True):
+            entries = FAR * values.shape[1] * blocks.kept
+            sizes = [some[0].element_size() if some else 0 for some in (x, y)]
+            entry[:4] -= torch.tensor([FAR * blocks.block_size * size for size in sizes] + [
+                entries * values.element_size(), entries * indices.element_size()
+            ])  # fmt: skip
+            entry[4] += FAR * blocks.block_size
+            entry[7] -= FAR
+        return table._replace(parameters=parameters)
+
+    for module in modules:
+        monkeypatch.setattr(module, "group", shifted)
 
 
-def test_compress_reaches_beyond_2_31_entries(huge):
-    blocks = Blocks(3, 1, 1.0)
-    values, indices = (tensor.view(3, 1 << 30, 1) for tensor in huge)
-    slot = (1 << 30) - 1
-    with simulate(90):
-        triton_ops.compress_(
-            torch.tensor([1.0, 2.0, 3.0]), None, values, indices, torch.tensor([slot]), torch.tensor(True), blocks
+@pytest.mark.parametrize("modules", [(compress, dots, apply), (portable,)], ids=["default", "portable"])
+def test_addresses_are_computed_in_64_bits(monkeypatch, modules):
+    """More blocks than an int32 counts, and with them elements and entries of the window."""
+    far_away(modules, monkeypatch)
+    case = Case(700, 256, 0.05, window=7)
+    members = [replace(case, numel=numel) for numel in (700, 512)]  # at least a block each
+    slot, one = torch.tensor([3]), torch.tensor(0.9)
+    results = []
+    for there in (False, True):
+        rows, grads, errors, targets, momenta = (
+            [make(m) for m in members]
+            for make in (Case.random_window, Case.gradient, Case.error_before, Case.target, Case.target)
         )
-    assert values[:, slot, 0].tolist() == [1.0, 2.0, 3.0]
-
-
-def test_products_reach_beyond_2_31_entries(huge):
-    """Two blocks, as if both were tails of one element, in a window of three rows of 2^29 entries."""
-    values, indices = huge
-    stride, full_blocks, window = 1 << 29, 0, 3
-    rows = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])
-    values.view(2, window, stride)[:, :, 0] = rows
-    layout = (window, full_blocks, stride, 1)
-    dense, partial, target, total = (
-        torch.zeros(2),
-        torch.zeros(window, 2, dtype=FLOAT64),
-        torch.zeros(2),
-        torch.zeros(2),
-    )
-    with simulate(90):
-        dots._spread_kernel[(2,)](values, indices, torch.tensor([2]), dense, *layout, SIZE=1, COLUMNS=1)
-        dots._dots_kernel[(2, 1)](values, indices, dense, partial, *layout, SIZE=1, ROWS=4, COLUMNS=1)
-        apply._apply_kernel[(2,)](
-            target, values, indices, torch.ones(window), torch.ones(()), total, 2, *layout, SIZE=1, COLUMNS=1
-        )
-    assert dense.tolist() == [4.0, 32.0]
-    assert partial.T.tolist() == [[4.0, 8.0, 16.0], [256.0, 512.0, 1024.0]]
-    assert target.tolist() == [7.0, 56.0]
+        with simulated(*tensors_of(rows), *grads, *errors, *targets, *momenta):
+            one_of = modules[-1] if there else reference
+            products = (modules[0 if len(modules) == 1 else 1] if there else reference).window_dots(rows, slot)
+            one_of.window_apply_(targets, momenta, rows, torch.linspace(-1.5, 2.0, 7), one, one, one)
+            (compress if there and len(modules) > 1 else reference).compress_(
+                grads, errors, rows, slot, torch.tensor(True)
+            )
+        results.append([products, *targets, *momenta, *errors, *tensors_of(rows)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_interpreted_kernels_agree_with_the_definition():

@@ -14,6 +14,7 @@ from efcp.perf import cpu as benchmark
 
 TINY = ["--numel", "8192", "--density", "0.01", "0.1", "--window", "5", "--seconds", "0"]
 IMPLEMENTATIONS = {
+    "all_finite": {"compiled", "definition"},
     "compress_": {"compiled", "definition", "torch.topk"},
     "window_dots": {"compiled", "definition", "torch.sparse"},
     "window_apply_": {"compiled", "definition", "torch.sparse"},

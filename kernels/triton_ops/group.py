@@ -1,0 +1,114 @@
+"""Groups of parameters in one launch: a table of what a kernel has to know of each, and who owns which block.
+
+A kernel gets two tensors on the device, whatever the number of parameters:
+
+    parameters  (parameters, 9)  int64, columns as in `Column`; addresses of tensors, 0 for None
+    owners      (blocks,)        int32, the row of `parameters` of each block
+
+The blocks of all parameters are numbered through, so that a program finds its block with two loads.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efcp.kernels.blocks import Blocks, Rows
+from efcp.kernels.reference import accumulation_dtype
+
+COLUMNS = tl.constexpr(9)
+
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
+}
+
+
+class Group(NamedTuple):
+    """The tables of a group, on its device."""
+
+    parameters: Tensor
+    owners: Tensor
+
+    @property
+    def blocks(self) -> int:
+        return len(self.owners)
+
+
+def group(x: Sequence[Tensor | None], y: Sequence[Tensor], rows: Sequence[Rows]) -> Group:
+    """The group of parameters with these tensors.
+
+    Args:
+        x: gradients or targets of the parameters; empty for an operation on the window alone.
+        y: errors or momenta; empty for none.
+        rows: values, indices and layouts.
+    """
+    entries = tuple(
+        (_address(x[n] if x else None), _address(y[n] if y else None), values.data_ptr(), indices.data_ptr(), blocks)
+        for n, (values, indices, blocks) in enumerate(rows)
+    )
+    return tables(rows[0].values.device, entries)
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@lru_cache(maxsize=256)
+def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks], ...]) -> Group:
+    """The group of parameters with these addresses and layouts; made once, as most stay from step to step."""
+    parameters, owners, first = [], [], 0
+    for number, (*addresses, blocks) in enumerate(entries):
+        aligned = all(address % 16 == 0 for address in addresses)
+        parameters.append([*addresses, blocks.numel, blocks.kept, blocks.kept_in_tail, first, aligned])
+        owners.append(torch.full((blocks.count,), number, dtype=torch.int32))
+        first += blocks.count
+    return Group(_on(device, torch.tensor(parameters)), _on(device, torch.cat(owners)))
+
+
+_captured: list[Tensor] = []  # a graph of CUDA copies from these again at each replay, so they stay
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # so that the copy waits for nothing
+        if torch.cuda.is_current_stream_capturing():
+            _captured.append(tensor)
+    return tensor.to(device, non_blocking=True)
+
+
+def triton_accumulation_dtype(dtype: torch.dtype) -> tl.dtype:
+    """`accumulation_dtype` in Triton's terms."""
+    return DTYPES[accumulation_dtype(dtype)]
+
+
+def warp_size() -> int:
+    """Threads of a warp of the current GPU."""
+    return 32 if triton.knobs.runtime.interpret else int(triton.runtime.driver.active.get_current_target().warp_size)
+
+
+def at_most_registers(number: int) -> dict[str, int]:
+    """The option of a launch that lets a thread have so many registers, where there is one."""
+    if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": number}
+
+
+@triton.jit
+def find_block(parameters, owners, program, SIZE: tl.constexpr):
+    """Of a block: the row of the table that its parameter has, its number there, its elements, and what it keeps."""
+    row = parameters + tl.load(owners + program).to(tl.int64) * COLUMNS
+    numel = tl.load(row + 4)
+    block = program - tl.load(row + 7)  # int64
+    length = tl.minimum(numel - block * SIZE, SIZE).to(tl.int32)
+    whole = (length == SIZE) | (block == 0)  # a parameter smaller than a block is one, and no tail
+    kept = tl.where(whole, tl.load(row + 5), tl.load(row + 6)).to(tl.int32)
+    return row, block, length, kept

@@ -1,0 +1,345 @@
+"""Compile every shipped configuration of the Triton kernels for GPUs that are not here, and tell what came of it.
+
+    python -m efcp.perf.compile_report            # perf/results/compile-report.csv and .md
+    python -m efcp.perf.compile_report --check    # exit status 1 if a kernel is not as it should be
+
+| column | what |
+|---|---|
+| case | block size, density, dtypes of gradient / error / values, and window of the first operation that launched it |
+| configuration | its compile-time numbers and types |
+| registers, spilled, stack | of a thread; the last two in bytes |
+| shared | of a program, bytes |
+| programs | that a multiprocessor holds at a time, `occupancy.py` |
+| occupancy | warps of these, in most warps of a multiprocessor |
+| KB in flight | bytes in flight of a thread, as in `code.py`, times lanes, warps and resident programs, in 1024 bytes |
+| loads, stores | of global memory, static: file: line bits×count; * where they stream, ? where the line is not known |
+| main loop | lines of its streaming loads |
+| an element | instructions of the main loop for each element of gradient or window that it loads, of a thread |
+| instructions, barriers | static |
+| compile s | seconds |
+
+An access streams if its line, or the line of a call through which it was inlined, ends with the comment `# stream`.
+Of a call over several lines it is the first one. Where a kernel has two paths that end in the same way, the compiler
+for AMD makes one of these ends, whose accesses then have no line: they stand for marked lines that have none, and must
+be wide like them.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+import torch
+import triton
+import triton.language as tl
+from tqdm import tqdm
+
+from efcp.kernels import Blocks, Rows, triton_ops
+from efcp.perf.code import Access, Line, accesses, read_code, source_lines, stream_lines
+from efcp.perf.occupancy import LIMITS, resident_programs
+from efcp.perf.offline import Compiled, GPUTarget, compile_for
+
+__all__ = ["Case", "Result", "compile_cases", "problems", "report", "unreached"]
+
+TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)]
+TARGETS += [GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")]
+BLOCK_SIZES = (256, 1024, 4096, 32768)
+DENSITIES = (0.001, 0.01, 0.05, 0.1, 1.0)
+WINDOWS = (32, 256, 1024)
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64", None: "none"}
+FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
+DTYPES: list[tuple[torch.dtype, torch.dtype | None, torch.dtype]] = [  # of gradient, error and values
+    (FP32, FP32, BF16),
+    (BF16, FP32, BF16),
+    (BF16, BF16, BF16),
+    (FP32, FP32, FP32),
+    (FP64, FP64, BF16),
+    (FP32, None, BF16),
+]
+# The fallbacks of portable.py read rows that begin anywhere, entry by entry.
+EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel"})
+STREAM_BITS = 128
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the optimizer would be used with."""
+
+    block_size: int
+    density: float
+    grad: torch.dtype
+    error: torch.dtype | None
+    values: torch.dtype
+    window: int
+
+    def __str__(self) -> str:
+        dtypes = "/".join(SHORT[dtype] for dtype in (self.grad, self.error, self.values))
+        return f"B={self.block_size} {self.density:.1%} {dtypes} m={self.window}".replace(".0%", "%")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A kernel of an operation; or none, and why it was not compiled."""
+
+    operation: str
+    target: GPUTarget
+    case: Case
+    kernel: Compiled | None
+    error: str = ""
+
+
+def compile_cases(targets: Sequence[GPUTarget], cases: Iterable[Case]) -> list[Result]:
+    """Compile all operations in all cases, each kernel once.
+
+    Args:
+        targets: for which GPUs.
+        cases: what to launch.
+    """
+    results = []
+    launches = list(_launches(cases))
+    with tqdm(total=len(targets) * len(launches), unit="launch", mininterval=1.0) as progress:
+        for target in targets:
+            with compile_for(target) as compiled:
+                for operation, case, launch in launches:
+                    before = len(compiled)
+                    try:
+                        launch()
+                    except Exception as error:  # of any kind: Triton's, LLVM's, or the assembler's
+                        last = str(error).strip().splitlines()[-1:]
+                        results.append(Result(operation, target, case, None, " ".join([type(error).__name__, *last])))
+                    results += [Result(operation, target, case, kernel) for kernel in compiled[before:]]
+                    progress.update()
+    return results
+
+
+def problems(kernel: Compiled, exempt: frozenset[str] = EXEMPT) -> list[str]:
+    """What is wrong with a kernel: spilled registers, memory of a thread, too much of anything, narrow streams.
+
+    Args:
+        kernel: compiled for a target with `LIMITS`.
+        exempt: names of kernels that need not stream.
+
+    Returns:
+        Sentences without the kernel's name; none if all is well.
+    """
+    found = []
+    if kernel.spilled or kernel.stack:
+        found.append(f"spills {kernel.spilled} bytes of registers, and takes {kernel.stack} bytes of stack")
+    if _programs(kernel) == 0:
+        found.append(f"does not fit: {kernel.num_warps} warps, {kernel.registers} registers, {kernel.shared} bytes")
+    marked = _marked(kernel)
+    if not marked and kernel.name not in exempt:
+        found.append("has no line marked `# stream`")
+    bits = [(access.bits, access.lines) for access in accesses(kernel)]
+    for line in sorted(marked):
+        here = [width for width, lines in bits if line in lines] or [width for width, lines in bits if not lines]
+        if not here:
+            found.append(f"{_place(line)} is marked, but has no access to global memory")
+        elif min(here) < STREAM_BITS:
+            found.append(f"{_place(line)} streams {min(here)} bits at a time")
+    return found
+
+
+def unreached(kernels: Iterable[Compiled]) -> list[str]:
+    """Marked lines, in the source files of kernels, that are compiled into none of them."""
+    reached = {place for kernel in kernels for place in source_lines(kernel)}
+    marked = {(path, line) for path in {path for path, _ in reached} for line in stream_lines(path)}
+    return [f"{path}:{line} is marked, but in no kernel" for path, line in sorted(marked - reached)]
+
+
+def report(results: Iterable[Result]) -> pd.DataFrame:
+    """Columns as in the description of this module, a row a kernel; `problem` is what is wrong, if anything."""
+    rows = [_row(result) for result in tqdm(list(results), unit="kernel", mininterval=1.0)]
+    return pd.DataFrame(rows).convert_dtypes()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="efcp.perf.compile_report", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--csv", type=Path, default=RESULTS / "compile-report.csv", help="where to write all columns")
+    parser.add_argument("--markdown", type=Path, default=RESULTS / "compile-report.md", help="where to write tables")
+    parser.add_argument("--quick", action="store_true", help="some configurations, two targets")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is wrong")
+    options = parser.parse_args(arguments)
+    cases = list(quick_cases() if options.quick else all_cases())
+    targets = [target for target in TARGETS if target.arch in (90, "gfx942") or not options.quick]
+    if options.check:
+        return _check(compile_cases(targets, cases))
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder  # an empty cache, so that every kernel has a time
+        frame = report(compile_cases(targets, cases))
+    options.csv.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(options.csv, index=False)
+    options.markdown.parent.mkdir(parents=True, exist_ok=True)
+    options.markdown.write_text(markdown(frame))
+    print(f"{len(frame)} kernels: {options.csv}, {options.markdown}")
+    return 0
+
+
+def all_cases() -> Iterator[Case]:
+    for block_size in BLOCK_SIZES:
+        for density in DENSITIES:
+            for dtypes in DTYPES:
+                for window in WINDOWS:
+                    yield Case(block_size, density, *dtypes, window)
+
+
+def quick_cases() -> Iterator[Case]:
+    """Where kernels differ most: the default, few and many entries, a block in pieces, the widest dtypes."""
+    yield Case(4096, 0.01, FP32, FP32, BF16, 256)
+    yield Case(4096, 0.1, BF16, BF16, BF16, 32)
+    yield Case(256, 0.01, BF16, FP32, BF16, 256)
+    yield Case(32768, 0.01, FP64, FP64, BF16, 1024)
+
+
+def markdown(frame: pd.DataFrame) -> str:
+    """A table for each operation."""
+    text = [
+        "# Compiled kernels",
+        "",
+        "Made by `python -m efcp.perf.compile_report`, whose head explains the columns.",
+        "",
+    ]
+    for operation, rows in frame.groupby("operation", sort=False):
+        text += [f"## {operation}", ""]
+        shown = rows.drop(columns="operation").astype(object).fillna("")
+        if (rows["problem"] == "").all():
+            shown = shown.drop(columns="problem")
+        text += ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
+        text += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in shown.itertuples(index=False)]
+        text.append("")
+    return "\n".join(text)
+
+
+def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], object]]]:
+    """Operations on two parameters, of which one has a shorter last block; none with the same arguments as another."""
+    seen: set[tuple[object, ...]] = set()
+    for case in cases:
+        meta = partial(torch.empty, device="meta")
+        rows = [_rows(case, numel) for numel in (2 * case.block_size, 3 * case.block_size - case.block_size // 3)]
+        grads = [meta(r.blocks.numel, dtype=case.grad) for r in rows]
+        errors = [meta(r.blocks.numel, dtype=case.error) for r in rows] if case.error else []
+        slot, finite = meta(1, dtype=torch.int64), meta((), dtype=torch.bool)
+        numbers = [meta(case.window), *[meta(())] * 3]
+        window = (case.block_size, case.density, case.window, case.values)
+        calls: dict[tuple[object, ...], Callable[[], object]] = {
+            ("all_finite", case.grad): partial(triton_ops.all_finite, grads),
+            ("compress_", window, case.grad, case.error): partial(
+                triton_ops.compress_, grads, errors, rows, slot, finite
+            ),
+            ("window_dots", window): partial(triton_ops.window_dots, rows, slot),
+            ("window_apply_", window, case.grad): partial(triton_ops.window_apply_, grads, [], rows, *numbers),
+            ("window_apply_", window, case.grad, "momentum"): partial(
+                triton_ops.window_apply_, grads, grads, rows, *numbers
+            ),
+        }
+        for key, call in calls.items():
+            if key not in seen:
+                seen.add(key)
+                yield str(key[0]), case, call
+
+
+def _rows(case: Case, numel: int) -> Rows:
+    blocks = Blocks(numel, case.block_size, case.density)
+    shape = (blocks.count, case.window, blocks.kept)
+    values = torch.empty(shape, dtype=case.values, device="meta")
+    return Rows(values, torch.empty(shape, dtype=blocks.index_dtype, device="meta"), blocks)
+
+
+def _programs(kernel: Compiled) -> int:
+    return resident_programs(kernel.target.arch, kernel.num_warps, kernel.registers, kernel.shared)
+
+
+def _marked(kernel: Compiled) -> set[Line]:
+    return {(path.name, line) for path, line in source_lines(kernel) if line in stream_lines(path)}
+
+
+def _place(line: Line) -> str:
+    return f"{line[0]}:{line[1]}"
+
+
+def _check(results: Sequence[Result]) -> int:
+    kernels = [result.kernel for result in results if result.kernel]
+    found = []
+    for result in results:
+        found += [f"{_name(result)}: {text}" for text in _problems(result)]
+    found += unreached(kernels)
+    print("\n".join([*found, f"{len(kernels)} kernels, {len(found)} problems"]))
+    return 1 if found else 0
+
+
+def _problems(result: Result) -> list[str]:
+    return problems(result.kernel) if result.kernel else [f"does not compile: {result.error}"]
+
+
+def _name(result: Result) -> str:
+    name = f" {result.kernel.name}({_configuration(result.kernel)})" if result.kernel else ""
+    return f"{result.operation}{name}, {result.target.arch}, {result.case}"
+
+
+def _configuration(kernel: Compiled) -> str:
+    """Numbers and types; not layouts, which are long, and follow from these."""
+    shown = (bool, int, float, tl.dtype)
+    return " ".join(f"{key}={value}" for key, value in kernel.constants.items() if isinstance(value, shown))
+
+
+def _row(result: Result) -> dict[str, object]:
+    kernel = result.kernel
+    row: dict[str, object] = {"operation": result.operation, "target": result.target.arch, "case": str(result.case)}
+    problem = {"problem": "; ".join(_problems(result))}
+    if kernel is None:
+        return row | problem
+    programs, threads = _programs(kernel), kernel.num_warps * kernel.target.warp_size
+    marked = _marked(kernel)
+    found = accesses(kernel)
+    streaming = [access for access in found if access.streams(marked)]
+    code = read_code(kernel, streaming or found)
+    elements = code.loop_bytes / _element_bytes(result)
+    return row | {
+        "kernel": kernel.name,
+        "configuration": _configuration(kernel),
+        "warps": kernel.num_warps,
+        "registers": kernel.registers,
+        "spilled": kernel.spilled,
+        "stack": kernel.stack,
+        "shared": kernel.shared,
+        "programs": programs,
+        "occupancy": f"{programs * kernel.num_warps / LIMITS[kernel.target.arch].warps:.0%}",
+        "KB in flight": round(code.in_flight * threads * programs / 1024, 1),
+        "loads": _widths(found, "load", marked),
+        "stores": _widths(found, "store", marked),
+        "main loop": " ".join(_place(line) for line in sorted(code.loop_lines)).replace(".py", ""),
+        "an element": f"{code.loop_instructions / elements:.1f}" if elements else "",
+        "instructions": code.instructions,
+        "barriers": code.barriers,
+        "compile s": "" if kernel.seconds is None else round(kernel.seconds, 2),
+        **problem,
+    }
+
+
+def _element_bytes(result: Result) -> int:
+    """Bytes that are loaded for an element: of a gradient with its error, or a value of the window with its index."""
+    case = result.case
+    if result.operation == "compress_":
+        return case.grad.itemsize + (case.error.itemsize if case.error else 0)
+    if result.operation == "all_finite":
+        return case.grad.itemsize
+    return case.values.itemsize + Blocks(1, case.block_size, 1.0).index_dtype.itemsize
+
+
+def _widths(found: Iterable[Access], kind: str, marked: set[Line]) -> str:
+    lines = ((*(a.lines[0] if a.lines else ("?", 0)), a) for a in found if a.kind == kind)
+    count = Counter((file, line, "*" * a.streams(marked), a.bits) for file, line, a in lines)
+    files: dict[str, list[str]] = {}
+    for (file, line, star, bits), n in sorted(count.items()):
+        files.setdefault(file.removesuffix(".py"), []).append(f"{line}{star} {bits}×{n}")
+    return "; ".join(f"{file}: {', '.join(texts)}" for file, texts in files.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| `group.py` | many parameters in one launch |
+| `group.py`, `tuning.py` | many parameters in one launch; the choice of its configuration |
 | `compress.py`, `finite.py` | `compress_` and `all_finite`, for any GPU |
 | `dots.py`, `apply.py` | `window_dots` and `window_apply_` with sums in shared memory, in Gluon: NVIDIA, Triton ≥ 3.8 |
 | `portable.py` | the same two for all others |
@@ -43,8 +43,9 @@ def _shared_memory() -> int:
 
 def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     values, _, blocks = rows[0]
-    fits = HAS_GLUON and dots.shared_bytes(values, blocks) <= _shared_memory()
-    return (dots if fits else portable).window_dots(rows, slot)
+    if HAS_GLUON and (candidates := dots.configurations(values, blocks, _shared_memory())):
+        return dots.window_dots(rows, slot, candidates)
+    return portable.window_dots(rows, slot)
 
 
 def window_apply_(
@@ -57,5 +58,7 @@ def window_apply_(
     decay: Tensor,
 ) -> None:
     values, _, blocks = rows[0]
-    fits = HAS_GLUON and apply.shared_bytes(targets[0], values, blocks) <= _shared_memory()
-    (apply if fits else portable).window_apply_(targets, momenta, rows, weights, scale, step, decay)
+    if HAS_GLUON and (candidates := apply.configurations(targets[0].dtype, values, blocks, _shared_memory())):
+        apply.window_apply_(targets, momenta, rows, weights, scale, step, decay, candidates)
+    else:
+        portable.window_apply_(targets, momenta, rows, weights, scale, step, decay)

@@ -10,7 +10,7 @@ last step of a row begins earlier, and adds zero for entries that have been adde
 that of a short block, whose sum leaves room at the end of the memory for the entries that are missing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -20,29 +20,31 @@ from triton.experimental.gluon import language as gl
 
 from efcp.kernels.blocks import Blocks, Rows, kept
 from efcp.kernels.reference import accumulation_dtype
-from efcp.kernels.triton_ops.group import DTYPES, find_block, group, triton_accumulation_dtype
+from efcp.kernels.triton_ops.group import DTYPES, Group, find_block, group, triton_accumulation_dtype
+from efcp.kernels.triton_ops.tuning import Configuration, choose
 
 find_block = gluon.jit(find_block.fn)
 ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
 
 
-def configuration(kept: int) -> tuple[int, int, int]:
-    """(TILE, COLUMNS, num_warps) for rows of `kept` entries in a block.
+def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: int) -> list[Configuration]:
+    """For blocks whose program may take so many bytes of shared memory; the default first, none where nothing fits.
 
     One warp adds rows of up to 127 entries: it needs no barriers but its own, and many programs fit.
     """
-    num_warps = 1 << max(0, min(3, (kept // 64).bit_length() - 1))
-    columns = 1 << (kept.bit_length() - 1)
-    tile = max(2048, triton.next_power_of_2(kept + 16))
-    return tile, min(columns, 64 * num_warps), num_warps
-
-
-def shared_bytes(target: Tensor, values: Tensor, blocks: Blocks) -> int:
-    """Shared memory of a program."""
-    tile, _, _ = configuration(kept(blocks.block_size, blocks.density))
-    room = triton.next_power_of_2(blocks.block_size)
-    entry = values.element_size() + torch.iinfo(blocks.index_dtype).bits // 8
-    return room * torch.finfo(accumulation_dtype(target.dtype)).bits // 8 + tile * entry
+    row, room = kept(blocks.block_size, blocks.density), triton.next_power_of_2(blocks.block_size)
+    default = 1 << max(0, min(3, (row // 64).bit_length() - 1))
+    least = max(2048, triton.next_power_of_2(row + 16))
+    fit = []
+    for num_warps, tile in ((default, least), (default, 2 * least), (2 * default, least), (default // 2, least)):
+        bytes = room * accumulation_dtype(target).itemsize + tile * (
+            values.element_size() + blocks.index_dtype.itemsize
+        )
+        if bytes <= shared and 0 < num_warps <= 8 and 32 * num_warps <= max(32, row) and tile <= 2048 * num_warps * 2:
+            columns = min(1 << (row.bit_length() - 1), 64 * num_warps)
+            chunk = min(room, 1024 * num_warps)
+            fit.append({"TILE": tile, "COLUMNS": columns, "CHUNK": chunk, "num_warps": num_warps})
+    return fit
 
 
 @gluon.jit
@@ -144,19 +146,28 @@ def window_apply_(
     scale: Tensor,
     step: Tensor,
     decay: Tensor,
+    candidates: Sequence[Configuration],
 ) -> None:
+    """With one of some configurations."""
     table = group(targets, momenta, rows)
     if table.blocks == 0:
         return
     values, indices, blocks = rows[0]
-    dtype, window = targets[0].dtype, values.shape[1]
-    tile, columns, num_warps = configuration(kept(blocks.block_size, blocks.density))
-    room = triton.next_power_of_2(blocks.block_size)
-    with torch.cuda.device_of(weights):
-        _apply_kernel[(table.blocks,)](
-            table.parameters, table.owners, weights, scale, step, decay, window,
-            TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
-            MOMENTUM=DTYPES[momenta[0].dtype] if momenta else None,
-            DTYPE=triton_accumulation_dtype(dtype), SIZE=blocks.block_size, ROOM=room, TILE=tile, COLUMNS=columns,
-            CHUNK=min(room, 1024 * num_warps), num_warps=num_warps,
-        )  # fmt: skip
+    dtype, momentum_dtype = targets[0].dtype, momenta[0].dtype if momenta else None
+
+    def launch(table: Group, configuration: Configuration) -> None:
+        with torch.cuda.device_of(weights):
+            _apply_kernel[(table.blocks,)](
+                table.parameters, table.owners, weights, scale, step, decay, values.shape[1],
+                TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
+                MOMENTUM=None if momentum_dtype is None else DTYPES[momentum_dtype],
+                DTYPE=triton_accumulation_dtype(dtype), SIZE=blocks.block_size,
+                ROOM=triton.next_power_of_2(blocks.block_size), **configuration,
+            )  # fmt: skip
+
+    def trial(window: Rows) -> Callable[[Configuration], None]:
+        target = torch.zeros(window.blocks.numel, dtype=dtype, device=weights.device)
+        momentum = [torch.zeros_like(target, dtype=momentum_dtype)] if momenta else []
+        return lambda configuration: launch(group([target], momentum, [window]), configuration)
+
+    launch(table, choose("window_apply_", rows, (dtype, momentum_dtype), candidates, trial))

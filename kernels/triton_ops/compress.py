@@ -6,7 +6,7 @@ at least k elements reach it. The search ends early when exactly k do. Prefix su
 which are written in ascending order; among elements equal to the threshold the lowest are taken.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -16,16 +16,18 @@ from torch import Tensor
 from efcp.kernels.blocks import Rows
 from efcp.kernels.triton_ops.group import (
     DTYPES,
+    Group,
     at_most_registers,
     find_block,
     group,
     triton_accumulation_dtype,
     warp_size,
 )
+from efcp.kernels.triton_ops.tuning import Configuration, choose
 
 
-def configuration(size: int, bytes: int, width: int, warp: int) -> tuple[int, int, int]:
-    """(CHUNK, RESIDENT, num_warps) for blocks of `size` elements of `bytes` each.
+def configurations(size: int, bytes: int, width: int, warp: int) -> list[Configuration]:
+    """For blocks of `size` elements of `bytes` each; the default first.
 
     A chunk is one access, of `width` elements, of each thread: prefix sums are taken over a chunk at a time, which
     leaves most registers to the block. A thread takes 64 bytes of a block, 128 of one for which there would be too
@@ -33,10 +35,22 @@ def configuration(size: int, bytes: int, width: int, warp: int) -> tuple[int, in
     others are read in every pass.
     """
     size = max(warp * width, triton.next_power_of_2(size))
-    threads = max(warp, min(512, size * bytes // 64))
     if size * bytes > 512 * 128:
-        threads = 256
-    return threads * width, min(size // (threads * width), 192 // (width * bytes)), threads // warp
+        # Without the option the assembler spills some registers, for an occupancy that is of no use here.
+        return [_configuration(size, bytes, width, warp, 256) | at_most_registers(255)]
+    default = max(warp, min(512, size * bytes // 64))
+    others = [threads for threads in (2 * default, default // 2) if warp <= threads <= 512]
+    return [
+        _configuration(size, bytes, width, warp, threads)
+        for threads in (default, *others)
+        if threads * 128 >= size * bytes and threads * width <= size
+    ]
+
+
+def _configuration(size: int, bytes: int, width: int, warp: int, threads: int) -> Configuration:
+    chunk = threads * width
+    resident = min(size // chunk, 192 // (width * bytes))
+    return {"CHUNKS": size // chunk, "CHUNK": chunk, "RESIDENT": resident, "num_warps": threads // warp}
 
 
 @triton.jit
@@ -169,18 +183,24 @@ def compress_(
     table = group(grads, errors, rows)
     if table.blocks == 0 or not (dtypes := {grad.dtype for grad in grads if grad is not None}):
         return
-    (dtype,) = dtypes
+    (dtype,), error_dtype = dtypes, errors[0].dtype if errors else None
+    values, indices, blocks = rows[0]
     accumulated = triton_accumulation_dtype(dtype)
-    size = rows[0].blocks.block_size
-    width = 16 // min(tensor.element_size() for tensor in (*grads, *errors) if tensor is not None)
-    chunk, resident, num_warps = configuration(size, accumulated.primitive_bitwidth // 8, width, warp_size())
-    # Else the assembler spills some registers, for an occupancy that is of no use here.
-    options = at_most_registers(255) if resident * chunk < size else {}
-    with torch.cuda.device_of(slot):
-        _compress_kernel[(table.blocks,)](
-            table.parameters, table.owners, slot, finite.view(torch.uint8), rows[0].values.shape[1],
-            GRAD=DTYPES[dtype], ERROR=DTYPES[errors[0].dtype] if errors else None,
-            VALUES=DTYPES[rows[0].values.dtype], INDICES=DTYPES[rows[0].indices.dtype], DTYPE=accumulated,
-            SIZE=size, CHUNKS=triton.cdiv(size, chunk), CHUNK=chunk, RESIDENT=resident, WIDTH=width,
-            num_warps=num_warps, **options,
-        )  # fmt: skip
+    width = 16 // min(dtype.itemsize, (error_dtype or dtype).itemsize)  # elements of an access of 128 bits
+
+    def launch(table: Group, configuration: Configuration) -> None:
+        with torch.cuda.device_of(slot):
+            _compress_kernel[(table.blocks,)](
+                table.parameters, table.owners, slot, finite.view(torch.uint8), values.shape[1],
+                GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
+                VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=accumulated,
+                SIZE=blocks.block_size, WIDTH=width, **configuration,
+            )  # fmt: skip
+
+    def trial(window: Rows) -> Callable[[Configuration], None]:
+        grad = torch.randn(window.blocks.numel, device=slot.device).to(dtype)
+        error = [torch.zeros_like(grad, dtype=error_dtype)] if errors else []
+        return lambda configuration: launch(group([grad], error, [window]), configuration)
+
+    candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, warp_size())
+    launch(table, choose("compress_", rows, (dtype, error_dtype), candidates, trial))

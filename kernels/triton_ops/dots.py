@@ -9,7 +9,7 @@ Most entries meet a zero of the newest row. Values are therefore read after the 
 those groups of 16 bytes that have something to meet.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -18,30 +18,32 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from efcp.kernels.blocks import Blocks, Rows, kept
-from efcp.kernels.triton_ops.group import DTYPES, find_block, group
+from efcp.kernels.triton_ops.group import DTYPES, Group, find_block, group
+from efcp.kernels.triton_ops.tuning import Configuration, choose
 
 find_block = gluon.jit(find_block.fn)
 ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
 NUM_WARPS = 4
 PROGRAMS = 1056  # at most, a few for each multiprocessor
+RESERVED = 1024  # bytes of shared memory that Triton takes for prefix sums, at most
 
 
-def configuration(kept: int, blocks: int, density: float) -> tuple[int, int, int, bool]:
-    """(TILE, COLUMNS, PER_PROGRAM, SKIP) for rows of `kept` entries in so many blocks.
+def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configuration]:
+    """For blocks whose program may take so many bytes of shared memory; the default first, none where nothing fits.
 
     Two tiles are read while a third is treated. A program takes more blocks where the sums that it leaves would be many
     bytes compared with the window.
     """
-    tile = max(2048, triton.next_power_of_2(kept + 16))
-    columns = min(1 << (kept.bit_length() - 1), 32 * NUM_WARPS)
-    return tile, columns, max(triton.cdiv(blocks, PROGRAMS), min(16, triton.cdiv(128, kept))), density <= 0.02
-
-
-def shared_bytes(values: Tensor, blocks: Blocks) -> int:
-    """Shared memory of a program, up to what Triton adds for prefix sums."""
-    tile, *_ = configuration(kept(blocks.block_size, blocks.density), 1, blocks.density)
-    rows = triton.next_power_of_2(values.shape[1] + 32 * NUM_WARPS)
-    return triton.next_power_of_2(blocks.block_size) * values.element_size() + 8 * (tile + rows) + 1024
+    row, room = kept(blocks.block_size, blocks.density), triton.next_power_of_2(blocks.block_size)
+    columns = min(1 << (row.bit_length() - 1), 32 * NUM_WARPS)
+    rows_room = triton.next_power_of_2(values.shape[1] + 32 * NUM_WARPS)
+    least = max(2048, triton.next_power_of_2(row + 16))
+    skip = blocks.density <= 0.02
+    fit = []
+    for tile, skipping in ((least, skip), (least, not skip), (2 * least, skip)):
+        if room * values.element_size() + 8 * (tile + rows_room) + RESERVED <= shared:
+            fit.append({"ROWS_ROOM": rows_room, "TILE": tile, "COLUMNS": columns, "SKIP": int(skipping)})
+    return fit
 
 
 @gluon.jit
@@ -54,7 +56,8 @@ def _load(tensor, position, mask, stop, end):
 
 @gluon.jit
 def _read_indices(indices, number, first, stop, end):
-    """Indices of the entries from `first`, rounded down to where an access may begin, to `stop`. The tensor ends at `end`."""
+    """Indices of the entries from `first`, rounded down to where an access may begin, to `stop`. The tensor
+    ends at `end`."""
     position = first // ALIGNED * ALIGNED + number
     return _load(indices, position, position // ALIGNED * ALIGNED < stop, stop, end)
 
@@ -156,19 +159,27 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
         gl.store(partial + program * window + number_of_row, sum, mask=number_of_row < window)
 
 
-def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+def window_dots(rows: Sequence[Rows], slot: Tensor, candidates: Sequence[Configuration]) -> Tensor:
+    """With one of some configurations."""
     table = group((), (), rows)
     values, indices, blocks = rows[0]
-    window, size = values.shape[1], blocks.block_size
-    tile, columns, per_program, skip = configuration(kept(size, blocks.density), table.blocks, blocks.density)
-    programs = triton.cdiv(table.blocks, per_program)
-    partial = torch.empty(programs, window, dtype=torch.float64, device=slot.device)
-    if programs > 0:
-        with torch.cuda.device_of(slot):
-            _dots_kernel[(programs,)](
-                table.parameters, table.owners, slot, partial, window, table.blocks,
-                VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], SIZE=size,
-                ROOM=triton.next_power_of_2(size), ROWS_ROOM=triton.next_power_of_2(window + 32 * NUM_WARPS),
-                TILE=tile, COLUMNS=columns, PER_PROGRAM=per_program, SKIP=skip, num_warps=NUM_WARPS,
-            )  # fmt: skip
-    return partial.sum(0)
+    row = kept(blocks.block_size, blocks.density)
+
+    def launch(table: Group, configuration: Configuration) -> Tensor:
+        per_program = max(triton.cdiv(table.blocks, PROGRAMS), min(16, triton.cdiv(128, row)))
+        programs = triton.cdiv(table.blocks, per_program)
+        partial = torch.empty(programs, values.shape[1], dtype=torch.float64, device=slot.device)
+        if programs > 0:
+            with torch.cuda.device_of(slot):
+                _dots_kernel[(programs,)](
+                    table.parameters, table.owners, slot, partial, values.shape[1], table.blocks,
+                    VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], SIZE=blocks.block_size,
+                    ROOM=triton.next_power_of_2(blocks.block_size), PER_PROGRAM=per_program, num_warps=NUM_WARPS,
+                    **configuration,
+                )  # fmt: skip
+        return partial
+
+    def trial(window: Rows) -> Callable[[Configuration], object]:
+        return lambda configuration: launch(group((), (), [window]), configuration)
+
+    return launch(table, choose("window_dots", rows, (), candidates, trial)).sum(0)

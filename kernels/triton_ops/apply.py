@@ -104,7 +104,7 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
         value, index = _load_tile(values, indices, after, last, end, TILE, TILES)
         offset = (here % ALIGNED).to(gl.int32)
         for i in range(0, gl.minimum(rows, window - first)):
-            weight = gl.load(weights + first + i).to(DTYPE)
+            weight = gl.load(weights + first + i)
             for done in range(0, kept, COLUMNS):
                 column = gl.minimum(done, back) + lane
                 place = gl.minimum(offset + i * stride.to(gl.int32) + column, TILE - 1)
@@ -152,6 +152,7 @@ def window_apply_(
     table = group(targets, momenta, rows)
     if table.blocks == 0:
         return
+    weights = weights.to(accumulation_dtype(targets[0].dtype))  # which every program reads
     values, indices, blocks = rows[0]
     dtype, momentum_dtype = targets[0].dtype, momenta[0].dtype if momenta else None
 

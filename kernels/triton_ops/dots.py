@@ -95,7 +95,6 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
     newest = gl.allocate_shared_memory(VALUES, [ROOM], SHARED)
     sums = gl.allocate_shared_memory(gl.float64, [TILE], SHARED)
     total = gl.allocate_shared_memory(gl.float64, [ROWS_ROOM], SHARED)
-    newest.store(gl.zeros([ROOM], VALUES, FLAT))
     total.store(gl.zeros([ROWS_ROOM], gl.float64, LANES))
     number = gl.expand_dims(gl.arange(0, TILE // WIDTH, layout=gl.SliceLayout(1, TILES)), 1) * WIDTH
     number = number + gl.expand_dims(gl.arange(0, WIDTH, layout=gl.SliceLayout(0, TILES)), 0)
@@ -116,6 +115,7 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
         step = rows * stride
 
         index = _read_indices(indices, number, here, gl.minimum(here + step, last), end)
+        newest.store(gl.zeros([ROOM], VALUES, FLAT))
         source = here + gl.load(slot) * stride
         for done in range(0, kept, COLUMNS):
             some = gl.minimum(done, gl.maximum(kept - COLUMNS, 0)) + column
@@ -146,12 +146,6 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
             cell = first_row.to(gl.int32) + lane  # type: ignore[attr-defined]
             total.scatter(total.gather(cell, 0) + gl.where(lane < count, sum, 0.0), cell, 0)
             x, value, here = next_x, next_value, after
-
-        for done in range(0, kept, COLUMNS):
-            some = gl.minimum(done, gl.maximum(kept - COLUMNS, 0)) + column
-            cell = gl.load(indices + source + some, mask=some < kept, other=0).to(gl.int32)
-            zero = gl.zeros([COLUMNS], VALUES, LANES)
-            newest.scatter(zero, gl.where(some < kept, cell, ROOM - COLUMNS + column), 0)
 
     for first_row in range(0, window, ROWS):
         number_of_row = first_row + lane

@@ -7,10 +7,10 @@ INSTALLED := $(VENV)/installed
 DEVELOPED := $(VENV)/developed
 FOLDERS := kernels perf analysis
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo test test-slow lint check-kernels compile-report traffic clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED)  ## install, and draw the memory-accuracy trade-off (about 3 minutes)
 	$(BIN)/python -m efcp.analysis.tradeoff
@@ -25,6 +25,15 @@ lint: $(DEVELOPED) build/types  ## check style, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p efcp
+
+check-kernels: $(DEVELOPED)  ## compile Triton kernels for absent GPUs; fails on spilled registers and narrow accesses
+	$(BIN)/python -m efcp.perf.compile_report --quick --check
+
+compile-report: $(DEVELOPED)  ## compile all configurations, into perf/results/compile-report.md (about 10 minutes)
+	$(BIN)/python -m efcp.perf.compile_report
+
+traffic: $(DEVELOPED)  ## count what the kernels ask of memory, into perf/results/traffic.md (about 3 minutes)
+	$(BIN)/python -m efcp.perf.traffic
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build results *.egg-info

@@ -37,9 +37,8 @@ def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: 
     least = max(2048, triton.next_power_of_2(row + 16))
     fit = []
     for num_warps, tile in ((default, least), (default, 2 * least), (2 * default, least), (default // 2, least)):
-        bytes = room * accumulation_dtype(target).itemsize + tile * (
-            values.element_size() + blocks.index_dtype.itemsize
-        )
+        sums = (room + triton.next_power_of_2(values.shape[1])) * accumulation_dtype(target).itemsize
+        bytes = sums + tile * (values.element_size() + blocks.index_dtype.itemsize)
         if bytes <= shared and 0 < num_warps <= 8 and 32 * num_warps <= max(32, row) and tile <= 2048 * num_warps * 2:
             columns = min(1 << (row.bit_length() - 1), 64 * num_warps)
             chunk = min(room, 1024 * num_warps)
@@ -65,7 +64,7 @@ def _load_tile(values, indices, first, last, end, TILE: gl.constexpr, LAYOUT: gl
 @gluon.jit
 def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
                   TARGET: gl.constexpr, VALUES: gl.constexpr, INDICES: gl.constexpr, MOMENTUM: gl.constexpr,
-                  DTYPE: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr, TILE: gl.constexpr,
+                  DTYPE: gl.constexpr, WINDOW: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr, TILE: gl.constexpr,
                   COLUMNS: gl.constexpr, CHUNK: gl.constexpr):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     WIDTH: gl.constexpr = 128 // min(VALUES.primitive_bitwidth, INDICES.primitive_bitwidth)
@@ -86,6 +85,9 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
     total = gl.allocate_shared_memory(DTYPE, [ROOM], SHARED)
     tile_values = gl.allocate_shared_memory(VALUES, [TILE], SHARED)
     tile_indices = gl.allocate_shared_memory(INDICES, [TILE], SHARED)
+    shared_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
+    lanes = gl.arange(0, WINDOW, layout=STEPS)
+    shared_weights.store(gl.load(weights + lanes, mask=lanes < window, other=0.0))
     zero = gl.zeros([CHUNK], DTYPE, CHUNKS)
     for chunk in gl.static_range(ROOM // CHUNK):
         total.slice(chunk * CHUNK, CHUNK).store(zero)
@@ -104,7 +106,7 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
         value, index = _load_tile(values, indices, after, last, end, TILE, TILES)
         offset = (here % ALIGNED).to(gl.int32)
         for i in range(0, gl.minimum(rows, window - first)):
-            weight = gl.load(weights + first + i)
+            weight = shared_weights.gather(gl.full([COLUMNS], first + i, gl.int32, STEPS), 0)
             for done in range(0, kept, COLUMNS):
                 column = gl.minimum(done, back) + lane
                 place = gl.minimum(offset + i * stride.to(gl.int32) + column, TILE - 1)
@@ -152,7 +154,7 @@ def window_apply_(
     table = group(targets, momenta, rows)
     if table.blocks == 0:
         return
-    weights = weights.to(accumulation_dtype(targets[0].dtype))  # which every program reads
+    weights = weights.to(accumulation_dtype(targets[0].dtype))
     values, indices, blocks = rows[0]
     dtype, momentum_dtype = targets[0].dtype, momenta[0].dtype if momenta else None
 
@@ -162,7 +164,8 @@ def window_apply_(
                 table.parameters, table.owners, weights, scale, step, decay, values.shape[1],
                 TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
                 MOMENTUM=None if momentum_dtype is None else DTYPES[momentum_dtype],
-                DTYPE=triton_accumulation_dtype(dtype), SIZE=blocks.block_size,
+                DTYPE=triton_accumulation_dtype(dtype), WINDOW=triton.next_power_of_2(values.shape[1]),
+                SIZE=blocks.block_size,
                 ROOM=triton.next_power_of_2(blocks.block_size), **configuration,
             )  # fmt: skip
 

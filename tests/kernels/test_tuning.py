@@ -1,0 +1,110 @@
+"""The choice of a configuration: the default, what a file says, or what was fastest; always with the same result."""
+
+import json
+
+import pytest
+import torch
+
+from efcp.perf.gpusim import simulate, why_unavailable
+from tests.kernels.kernel_cases import Case, check_apply, check_compress, check_dots
+
+if reason := why_unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+from efcp.kernels import triton_ops
+from efcp.kernels.triton_ops import apply, compress, dots, tuning
+
+CASE = Case(5000, 1024, 0.05, window=40)
+CHECKS = {"compress_": check_compress, "window_dots": check_dots, "window_apply_": check_apply}
+operations = pytest.mark.parametrize("name", CHECKS)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("EFCP_CACHE", str(tmp_path / "new"))
+    monkeypatch.delenv("EFCP_AUTOTUNE", raising=False)
+    monkeypatch.setattr(tuning, "NUMEL", 3000)
+    tuning._known.cache_clear()
+    yield tmp_path / "new"
+    tuning._known.cache_clear()
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Checks an operation, in a simulator that admits the tensors of trials, too."""
+    simulators = []
+
+    def allowing(original):
+        def group(x, y, rows):
+            for tensor in (*x, *y, *(t for r in rows for t in (r.values, r.indices))):
+                if tensor is not None:
+                    simulators[-1].allow(tensor)
+            return original(x, y, rows)
+
+        return group
+
+    for module in (compress, dots, apply):
+        monkeypatch.setattr(module, "group", allowing(module.group))
+
+    def check(name):
+        with simulate(90) as simulator:
+            simulators.append(simulator)
+            CHECKS[name](getattr(triton_ops, name), CASE, simulator.allow)
+
+    return check
+
+
+@pytest.fixture
+def last_is_fastest(monkeypatch, folder):
+    """Each trial is faster than the one before."""
+    times = iter(range(100, 0, -1))
+
+    def milliseconds(launch):
+        launch()
+        return next(times)
+
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setenv("EFCP_AUTOTUNE", "1")
+    return times
+
+
+@operations
+def test_without_the_variable_nothing_is_tried(name, run, monkeypatch, folder):
+    monkeypatch.setattr(tuning, "_milliseconds", lambda launch: pytest.fail("measured"))
+    run(name)
+    assert not folder.exists()
+
+
+@operations
+def test_the_fastest_is_kept_and_used_from_then_on(name, run, last_is_fastest, folder):
+    run(name)
+    left = next(last_is_fastest)
+    saved = json.loads((folder / "configurations.json").read_text())
+    assert len(saved) == {"compress_": 1, "window_dots": 1, "window_apply_": 2}[name]  # with momentum, and without
+    assert all(key.startswith(f"{name} cuda:90 B=1024 density=0.05 m=40") for key in saved)
+    tuning._known.cache_clear()  # as in another process
+    run(name)
+    assert next(last_is_fastest) == left - 1  # nothing was tried again
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"window_dots cuda:90": 3}'])
+def test_a_damaged_file_is_not_used(content, run, folder):
+    folder.mkdir()
+    (folder / "configurations.json").write_text(content)
+    if content == "{":
+        with pytest.warns(UserWarning, match="cannot be read"):
+            run("window_dots")
+    else:
+        run("window_dots")
+
+
+def test_what_is_tried_is_a_window():
+    rows = CASE.random_window()
+    scratch = tuning._scratch(rows.blocks, rows.values)
+    assert scratch.values.shape == (3, 40, rows.blocks.kept)
+    assert scratch.indices.dtype == rows.indices.dtype
+    index = scratch.indices.long()
+    assert (index.diff() > 0).all()
+    assert index.min() >= 0
+    assert index.max() < rows.blocks.size
+    assert torch.isfinite(scratch.values).all()

@@ -25,6 +25,7 @@ find_block = gluon.jit(find_block.fn)
 ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
 NUM_WARPS = 4
 PROGRAMS = 1056  # at most, a few for each multiprocessor
+SKIP_DENSITY = 0.1  # at most; on windows from training a third of the groups has something to meet then
 RESERVED = 1024  # bytes of shared memory that Triton takes for prefix sums, at most
 
 
@@ -38,7 +39,7 @@ def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configur
     columns = min(1 << (row.bit_length() - 1), 32 * NUM_WARPS)
     rows_room = triton.next_power_of_2(values.shape[1] + 32 * NUM_WARPS)
     least = max(2048, triton.next_power_of_2(row + 16))
-    skip = blocks.density <= 0.02
+    skip = blocks.density <= SKIP_DENSITY
     fit = []
     for tile, skipping in ((least, skip), (least, not skip), (2 * least, skip)):
         if room * values.element_size() + 8 * (tile + rows_room) + RESERVED <= shared:

@@ -73,14 +73,14 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
     CHUNKS: gl.constexpr = gl.BlockedLayout([128 // TARGET.primitive_bitwidth], [32], [WARPS], [0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
 
-    row, block, length, kept = find_block(parameters, owners, gl.program_id(0).to(gl.int64), SIZE)
-    stride = gl.load(row + 5)
+    program = gl.program_id(0).to(gl.int64)
+    row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
     numel = gl.load(row + 4)
     values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
     indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
     entries = block * window * stride
     end = (numel + SIZE - 1) // SIZE * window * stride
-    end = gl.where(gl.load(row + 8) != 0, end, -1)  # else no access may take 128 bits
+    end = gl.where(aligned, end, -1)  # else no access may take 128 bits
 
     total = gl.allocate_shared_memory(DTYPE, [ROOM], SHARED)
     tile_values = gl.allocate_shared_memory(VALUES, [TILE], SHARED)
@@ -118,7 +118,7 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
     target = gl.load(row).to(gl.pointer_type(TARGET)) + block * SIZE
     momentum = gl.load(row + 1).to(gl.pointer_type(TARGET if MOMENTUM is None else MOMENTUM)) + block * SIZE
     scale, step, decay = gl.load(scale).to(DTYPE), gl.load(step).to(DTYPE), gl.load(decay).to(DTYPE)
-    if (length == ROOM) & (gl.load(row + 8) != 0):
+    if (length == ROOM) & aligned:
         target, momentum = gl.multiple_of(target, 16), gl.multiple_of(momentum, 16)
         for chunk in gl.static_range(ROOM // CHUNK):
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)

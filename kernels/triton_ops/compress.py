@@ -150,8 +150,8 @@ def _compress_kernel(parameters, owners, slot, finite, window,
                      GRAD: tl.constexpr, ERROR: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr,
                      DTYPE: tl.constexpr, SIZE: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
                      RESIDENT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    row, block, length, kept = find_block(parameters, owners, tl.program_id(0).to(tl.int64), SIZE)
-    stride = tl.load(row + 5)
+    program = tl.program_id(0).to(tl.int64)
+    row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
     entries = (block * window + tl.load(slot)) * stride
     values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries
     indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
@@ -166,7 +166,7 @@ def _compress_kernel(parameters, owners, slot, finite, window,
     error = None
     if ERROR is not None:
         error = tl.load(row + 1).to(tl.pointer_type(ERROR)) + block * SIZE
-    if (length == CHUNKS * CHUNK) & (tl.load(row + 8) != 0):
+    if (length == CHUNKS * CHUNK) & aligned:
         grad = tl.multiple_of(grad, 16)
         if ERROR is not None:
             error = tl.multiple_of(error, 16)

@@ -18,7 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from efcp.kernels.blocks import Blocks, Rows, kept
-from efcp.kernels.triton_ops.group import DTYPES, Group, find_block, group
+from efcp.kernels.triton_ops.group import DTYPES, Group, at_most_registers, find_block, group
 from efcp.kernels.triton_ops.tuning import Configuration, choose
 
 find_block = gluon.jit(find_block.fn)
@@ -40,10 +40,11 @@ def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configur
     rows_room = triton.next_power_of_2(values.shape[1] + 32 * NUM_WARPS)
     least = max(2048, triton.next_power_of_2(row + 16))
     skip = blocks.density <= SKIP_DENSITY
+    registers = at_most_registers(255) if blocks.block_size <= 256 else {}  # else some are spilled
     fit = []
     for tile, skipping in ((least, skip), (least, not skip), (2 * least, skip)):
         if room * values.element_size() + 8 * (tile + rows_room) + RESERVED <= shared:
-            fit.append({"ROWS_ROOM": rows_room, "TILE": tile, "COLUMNS": columns, "SKIP": int(skipping)})
+            fit.append({"ROWS_ROOM": rows_room, "TILE": tile, "COLUMNS": columns, "SKIP": int(skipping)} | registers)
     return fit
 
 
@@ -104,12 +105,11 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
 
     program = gl.program_id(0).to(gl.int64)
     for this in range(program * PER_PROGRAM, gl.minimum((program + 1) * PER_PROGRAM, blocks)):
-        row, block, _, kept = find_block(parameters, owners, this, SIZE)
-        stride = gl.load(row + 5)
+        row, block, _, kept, stride, aligned = find_block(parameters, owners, this, SIZE)
         values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
         indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
         end = (gl.load(row + 4) + SIZE - 1) // SIZE * window * stride
-        end = gl.where(gl.load(row + 8) != 0, end, -1)  # else no access may take 128 bits
+        end = gl.where(aligned, end, -1)  # else no access may take 128 bits
         here = block * window * stride
         last = here + window * stride
         rows = gl.minimum((TILE - ALIGNED) // stride, ROWS)  # of a tile

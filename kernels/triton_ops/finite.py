@@ -19,10 +19,10 @@ NUM_WARPS = 8
 def _squares_kernel(parameters, owners, squares, GRAD: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr):
     """squares[block] = sum of the squares of its elements."""
     program = tl.program_id(0).to(tl.int64)
-    row, block, length, _ = find_block(parameters, owners, program, SIZE)
+    row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
     grad = tl.load(row).to(tl.pointer_type(GRAD)) + block * SIZE
     position = tl.arange(0, SIZE)
-    if (length == SIZE) & (tl.load(row + 8) != 0):
+    if (length == SIZE) & aligned:
         x = tl.load(tl.multiple_of(grad, 16) + position).to(DTYPE)  # stream
         square = tl.sum(x * x, 0)
     else:

@@ -2,7 +2,8 @@
 
 A kernel gets two tensors on the device, whatever the number of parameters:
 
-    parameters  (parameters, 9)  int64, columns as in `Column`; addresses of tensors, 0 for None
+    parameters  (parameters, 7)  int64: addresses of x, y, values and indices, 0 for None; elements; number of the first
+                                 block; and packed, as every load counts: k, k of the tail, whether all is aligned
     owners      (blocks,)        int32, the row of `parameters` of each block
 
 The blocks of all parameters are numbered through, so that a program finds its block with two loads.
@@ -20,7 +21,7 @@ from torch import Tensor
 from efcp.kernels.blocks import Blocks, Rows
 from efcp.kernels.reference import accumulation_dtype
 
-COLUMNS = tl.constexpr(9)
+COLUMNS = tl.constexpr(7)
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -68,7 +69,8 @@ def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks
     parameters, owners, first = [], [], 0
     for number, (*addresses, blocks) in enumerate(entries):
         aligned = all(address % 16 == 0 for address in addresses)
-        parameters.append([*addresses, blocks.numel, blocks.kept, blocks.kept_in_tail, first, aligned])
+        packed = blocks.kept | blocks.kept_in_tail << 20 | aligned << 40
+        parameters.append([*addresses, blocks.numel, first, packed])
         owners.append(torch.full((blocks.count,), number, dtype=torch.int32))
         first += blocks.count
     return Group(_on(device, torch.tensor(parameters)), _on(device, torch.cat(owners)))
@@ -104,11 +106,17 @@ def at_most_registers(number: int) -> dict[str, int]:
 
 @triton.jit
 def find_block(parameters, owners, program, SIZE: tl.constexpr):
-    """Of a block: the row of the table that its parameter has, its number there, its elements, and what it keeps."""
+    """What a program has to know of its block: (row, block, length, kept, stride, aligned).
+
+    The row of the table that its parameter has; the block's number there, and its elements; entries that it keeps in a
+    row of the window, and from one row to the next; whether tensors begin where an access of 128 bits may.
+    """
     row = parameters + tl.load(owners + program).to(tl.int64) * COLUMNS
     numel = tl.load(row + 4)
-    block = program - tl.load(row + 7)  # int64
+    block = program - tl.load(row + 5)  # int64
+    packed = tl.load(row + 6)
     length = tl.minimum(numel - block * SIZE, SIZE).to(tl.int32)
+    stride = packed & 0xFFFFF  # int64
     whole = (length == SIZE) | (block == 0)  # a parameter smaller than a block is one, and no tail
-    kept = tl.where(whole, tl.load(row + 5), tl.load(row + 6)).to(tl.int32)
-    return row, block, length, kept
+    kept = tl.where(whole, stride, (packed >> 20) & 0xFFFFF).to(tl.int32)
+    return row, block, length, kept, stride, (packed >> 40) != 0

@@ -22,8 +22,8 @@ def _spread_kernel(parameters, owners, slot, newest, window, VALUES: tl.constexp
                    SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """newest[block, index] = value, for the entries of row `slot`."""
     program = tl.program_id(0).to(tl.int64)
-    row, block, _, kept = find_block(parameters, owners, program, SIZE)
-    entries = (block * window + tl.load(slot)) * tl.load(row + 5)
+    row, block, _, kept, stride, _ = find_block(parameters, owners, program, SIZE)
+    entries = (block * window + tl.load(slot)) * stride
     values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries
     indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
     for first in range(0, kept, COLUMNS):
@@ -42,8 +42,8 @@ def _portable_dots_kernel(parameters, owners, newest, partial, window, blocks, P
     number = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), tl.float64)
     for this in range(program * PER_PROGRAM, tl.minimum((program + 1) * PER_PROGRAM, blocks)):
-        row, block, _, kept = find_block(parameters, owners, this, SIZE)
-        entries = (block * window + number) * tl.load(row + 5)
+        row, block, _, kept, stride, _ = find_block(parameters, owners, this, SIZE)
+        entries = (block * window + number) * stride
         values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries[:, None]
         indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries[:, None]
         for first in range(0, kept, COLUMNS):
@@ -88,12 +88,11 @@ def _portable_apply_kernel(parameters, owners, weights, scale, step, decay, scra
     total = scratch + program * SIZE
     scale, step, decay = tl.load(scale).to(DTYPE), tl.load(step).to(DTYPE), tl.load(decay).to(DTYPE)
     for this in range(program, blocks, tl.num_programs(0)):
-        row, block, length, kept = find_block(parameters, owners, this, SIZE)
+        row, block, length, kept, stride, _ = find_block(parameters, owners, this, SIZE)
         for first in range(0, length, COLUMNS):
             position = first + tl.arange(0, COLUMNS)
             tl.store(total + position, tl.zeros((COLUMNS,), DTYPE), mask=position < length)
         tl.debug_barrier()
-        stride = tl.load(row + 5)
         values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + block * window * stride
         indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + block * window * stride
         for number in range(0, window):

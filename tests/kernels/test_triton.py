@@ -257,7 +257,7 @@ def far_away(modules, monkeypatch):
                 entries * values.element_size(), entries * indices.element_size()
             ])  # fmt: skip
             entry[4] += FAR * blocks.block_size
-            entry[7] -= FAR
+            entry[5] -= FAR
         return table._replace(parameters=parameters)
 
     for module in modules:

@@ -213,7 +213,8 @@ def markdown(frame: pd.DataFrame) -> str:
     ]
     for operation, rows in frame.groupby("operation", sort=False):
         text += [f"## {operation}", ""]
-        shown = rows.drop(columns="operation").astype(object).fillna("")
+        shown = rows.drop(columns="operation").astype(object)
+        shown = shown.where(shown.notna(), "")
         if (rows["problem"] == "").all():
             shown = shown.drop(columns="problem")
         text += ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]

@@ -90,7 +90,8 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> str:
-        return f"offline:{self.target.arch}"  # Triton's caches are by device, so a target is a device of its own
+        # Triton keeps kernels by device, and their files in a folder that may change.
+        return f"offline:{self.target.arch}:{triton.knobs.cache.dir}"
 
     def get_current_stream(self, device: object = None) -> int:
         return 0

@@ -169,7 +169,7 @@ def simulate_collision(operation, density, **options):
     return arguments[0][0], simulator
 
 
-@pytest.mark.parametrize("operation", [apply.window_apply_, portable.window_apply_], ids=["gluon", "portable"])
+@pytest.mark.parametrize("operation", [triton_ops.window_apply_, portable.window_apply_], ids=["gluon", "portable"])
 @pytest.mark.parametrize("density", [0.01, 0.1])
 @pytest.mark.parametrize("seed", range(2))
 def test_rows_are_added_one_after_the_other(operation, density, seed):
@@ -181,11 +181,11 @@ def test_rows_are_added_one_after_the_other(operation, density, seed):
 
 def test_a_missing_barrier_between_steps_of_a_row_would_be_noticed():
     """In shared memory, by the check for races."""
-    _, simulator = simulate_collision(apply.window_apply_, 0.1, check_races=True)
+    _, simulator = simulate_collision(triton_ops.window_apply_, 0.1, check_races=True)
     noticed = 0
     for barrier in range(simulator.launches[-1].barrier_sites):
         try:
-            simulate_collision(apply.window_apply_, 0.1, schedule=0, check_races=True, drop_barriers=[barrier])
+            simulate_collision(triton_ops.window_apply_, 0.1, schedule=0, check_races=True, drop_barriers=[barrier])
         except SimulationError:
             noticed += 1
     assert noticed >= 2
@@ -264,10 +264,10 @@ def far_away(modules, monkeypatch):
         monkeypatch.setattr(module, "group", shifted)
 
 
-@pytest.mark.parametrize("modules", [(compress, dots, apply), (portable,)], ids=["default", "portable"])
-def test_addresses_are_computed_in_64_bits(monkeypatch, modules):
+@pytest.mark.parametrize("operators", [triton_ops, portable], ids=["default", "portable"])
+def test_addresses_are_computed_in_64_bits(monkeypatch, operators):
     """More blocks than an int32 counts, and with them elements and entries of the window."""
-    far_away(modules, monkeypatch)
+    far_away((compress, dots, apply, portable), monkeypatch)
     case = Case(700, 256, 0.05, window=7)
     members = [replace(case, numel=numel) for numel in (700, 512)]  # at least a block each
     slot, one = torch.tensor([3]), torch.tensor(0.9)
@@ -278,12 +278,10 @@ def test_addresses_are_computed_in_64_bits(monkeypatch, modules):
             for make in (Case.random_window, Case.gradient, Case.error_before, Case.target, Case.target)
         )
         with simulated(*tensors_of(rows), *grads, *errors, *targets, *momenta):
-            one_of = modules[-1] if there else reference
-            products = (modules[0 if len(modules) == 1 else 1] if there else reference).window_dots(rows, slot)
-            one_of.window_apply_(targets, momenta, rows, torch.linspace(-1.5, 2.0, 7), one, one, one)
-            (compress if there and len(modules) > 1 else reference).compress_(
-                grads, errors, rows, slot, torch.tensor(True)
-            )
+            operations = operators if there else reference
+            products = operations.window_dots(rows, slot)
+            operations.window_apply_(targets, momenta, rows, torch.linspace(-1.5, 2.0, 7), one, one, one)
+            (triton_ops if there else reference).compress_(grads, errors, rows, slot, torch.tensor(True))
         results.append([products, *targets, *momenta, *errors, *tensors_of(rows)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5, equal_nan=True)
 

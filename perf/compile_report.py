@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.csv.parent.mkdir(parents=True, exist_ok=True)
     frame.to_csv(options.csv, index=False)
     options.markdown.parent.mkdir(parents=True, exist_ok=True)
-    options.markdown.write_text(markdown(frame))
+    options.markdown.write_text(markdown(frame, options.quick))
     print(f"{len(frame)} kernels: {options.csv}, {options.markdown}")
     return 0
 
@@ -203,12 +203,12 @@ def quick_cases() -> Iterator[Case]:
     yield Case(32768, 0.01, FP64, FP64, BF16, 1024)
 
 
-def markdown(frame: pd.DataFrame) -> str:
+def markdown(frame: pd.DataFrame, quick: bool) -> str:
     """A table for each operation."""
     text = [
         "# Compiled kernels",
         "",
-        "Made by `python -m efcp.perf.compile_report`, whose head explains the columns.",
+        f"Made by `python -m efcp.perf.compile_report{' --quick' * quick}`, whose head explains the columns.",
         "",
     ]
     for operation, rows in frame.groupby("operation", sort=False):

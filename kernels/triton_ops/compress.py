@@ -181,9 +181,10 @@ def compress_(
     grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
     table = group(grads, errors, rows)
-    if table.blocks == 0 or not (dtypes := {grad.dtype for grad in grads if grad is not None}):
+    if table.blocks == 0:
         return
-    (dtype,), error_dtype = dtypes, errors[0].dtype if errors else None
+    dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
+    error_dtype = errors[0].dtype if errors else None
     values, indices, blocks = rows[0]
     accumulated = triton_accumulation_dtype(dtype)
     width = 16 // min(dtype.itemsize, (error_dtype or dtype).itemsize)  # elements of an access of 128 bits

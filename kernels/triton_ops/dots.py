@@ -30,11 +30,7 @@ RESERVED = 1024  # bytes of shared memory that Triton takes for prefix sums, at 
 
 
 def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configuration]:
-    """For blocks whose program may take so many bytes of shared memory; the default first, none where nothing fits.
-
-    Two tiles are read while a third is treated. A program takes more blocks where the sums that it leaves would be many
-    bytes compared with the window.
-    """
+    """For blocks whose program may take so many bytes of shared memory; the default first, none where nothing fits."""
     row, room = kept(blocks.block_size, blocks.density), triton.next_power_of_2(blocks.block_size)
     columns = min(1 << (row.bit_length() - 1), 32 * NUM_WARPS)
     rows_room = triton.next_power_of_2(values.shape[1] + 32 * NUM_WARPS)
@@ -161,6 +157,7 @@ def window_dots(rows: Sequence[Rows], slot: Tensor, candidates: Sequence[Configu
     row = kept(blocks.block_size, blocks.density)
 
     def launch(table: Group, configuration: Configuration) -> Tensor:
+        # More blocks for each where the sums that a program leaves would be many bytes compared with the window.
         per_program = max(triton.cdiv(table.blocks, PROGRAMS), min(16, triton.cdiv(128, row)))
         programs = triton.cdiv(table.blocks, per_program)
         partial = torch.empty(programs, values.shape[1], dtype=torch.float64, device=slot.device)

@@ -210,6 +210,18 @@ def check_compress(operation, case: Case, allow: Allow = None) -> None:
     assert_all_same_bits(errors, expected_errors, "error")
 
 
+def check_compress_without_gradients(operation, case: Case, allow: Allow = None) -> None:
+    """Where no parameter of a call has one, the row becomes zero all the same."""
+    results = []
+    for compress_ in (reference.compress_, operation):
+        rows = [member.poisoned_window() for member in case.group]
+        errors = [] if case.error is None else [member.error_before() for member in case.group]
+        register(allow, (*errors, *tensors_of(rows)))
+        compress_([None] * len(rows), errors, rows, torch.tensor([case.slot]), torch.tensor(True))
+        results.append([*tensors_of(rows), *errors])
+    assert_all_same_bits(results[1], results[0], "tensor")
+
+
 def check_dots(operation, case: Case, allow: Allow = None) -> None:
     """An implementation of `window_dots` agrees with the definition."""
     rows = [member.random_window() for member in case.group]

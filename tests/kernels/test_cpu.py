@@ -28,6 +28,7 @@ from tests.kernels.kernel_cases import (
     check_all_finite,
     check_apply,
     check_compress,
+    check_compress_without_gradients,
     check_dots,
     make,
 )
@@ -90,6 +91,10 @@ def two_threads() -> Iterator[None]:
 @cases
 def test_compress_gives_the_bits_of_the_definition(case: Case) -> None:
     check_compress(cpu.compress_, case)
+
+
+def test_compress_without_gradients():
+    check_compress_without_gradients(cpu.compress_, Case(9000, 4096, 0.01))
 
 
 @cases

@@ -26,6 +26,7 @@ from tests.kernels.kernel_cases import (
     check_all_finite,
     check_apply,
     check_compress,
+    check_compress_without_gradients,
     check_dots,
     tensors_of,
 )
@@ -70,6 +71,11 @@ PORTABLE = [case for case in CASES if case.kind == "random" and case.finite]
 def test_compress_gives_the_bits_of_the_definition(case):
     with simulate(case.arch, check_races=True) as simulator:
         check_compress(triton_ops.compress_, case, simulator.allow)
+
+
+def test_compress_without_gradients():
+    with simulate(90) as simulator:
+        check_compress_without_gradients(triton_ops.compress_, Case(9000, 4096, 0.01), simulator.allow)
 
 
 @cases

@@ -1,5 +1,6 @@
 """The choice of a configuration: the default, what a file says, or what was fastest; always with the same result."""
 
+import inspect
 import json
 
 import pytest
@@ -57,15 +58,16 @@ def run(monkeypatch):
 @pytest.fixture
 def last_is_fastest(monkeypatch, folder):
     """Each trial is faster than the one before."""
-    times = iter(range(100, 0, -1))
+    tried = []
 
     def milliseconds(launch):
         launch()
-        return next(times)
+        tried.append(inspect.getclosurevars(launch).nonlocals["candidate"])
+        return 100 - len(tried)
 
     monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
     monkeypatch.setenv("EFCP_AUTOTUNE", "1")
-    return times
+    return tried
 
 
 @operations
@@ -78,16 +80,20 @@ def test_without_the_variable_nothing_is_tried(name, run, monkeypatch, folder):
 @operations
 def test_the_fastest_is_kept_and_used_from_then_on(name, run, last_is_fastest, folder):
     run(name)
-    left = next(last_is_fastest)
+    tried = list(last_is_fastest)
     saved = json.loads((folder / "configurations.json").read_text())
     assert len(saved) == {"compress_": 1, "window_dots": 1, "window_apply_": 2}[name]  # with momentum, and without
     assert all(key.startswith(f"{name} cuda:90 B=1024 density=0.05 m=40") for key in saved)
+    assert len(tried) > len(saved)
+    assert list(saved.values())[-1] == tried[-1]
     tuning._known.cache_clear()  # as in another process
     run(name)
-    assert next(last_is_fastest) == left - 1  # nothing was tried again
+    assert last_is_fastest == tried  # nothing was tried again
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"window_dots cuda:90": 3}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"window_dots cuda:90 B=1024 density=0.05 m=40 bfloat16": {"TILE": 3}}']
+)
 def test_a_damaged_file_is_not_used(content, run, folder):
     folder.mkdir()
     (folder / "configurations.json").write_text(content)

@@ -23,6 +23,12 @@ class Member(NamedTuple):
         return self.compressor.bind([self.state], [self.param])
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """The tensor as (n,), contiguous: itself where it is that, which saves time with many of them, or a view, or where
+    it is not contiguous a copy."""
+    return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.reshape(-1)
+
+
 class ParameterSet:
     """Parameters with the same options, device and dtype, which are stepped together, in one step."""
 
@@ -35,7 +41,7 @@ class ParameterSet:
     @cached_property
     def grads(self) -> list[Tensor | None]:
         """The gradients, (n,) each and contiguous."""
-        return [None if p.grad is None else p.grad.reshape(-1) for p in self.params]
+        return [None if p.grad is None else flat(p.grad) for p in self.params]
 
     def gradients_are_finite(self) -> Tensor:
         """() bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow."""
@@ -70,13 +76,13 @@ class ParameterSet:
         momentum = self.group["momentum"]
         decay = torch.where(finite, torch.full_like(lr, momentum), 1.0)
         momenta = [state["momentum"] for state in self.states] if momentum > 0 else []
-        targets = [None if p.grad is None else p.reshape(-1) for p in self.params]  # copies where not contiguous
+        targets = [None if p.grad is None else flat(p) for p in self.params]
         self.window.apply_(targets, momenta, weights, scale, step, decay)
-        for p, target in zip(self.params, targets, strict=True):
-            if target is not None:
-                if not p.is_contiguous():
-                    p.copy_(target.view(p.shape))
-                torch.autograd.graph.increment_version(p)  # kernels write behind autograd's back
+        written = [(p, target) for p, target in zip(self.params, targets, strict=True) if target is not None]
+        for p, target in written:
+            if not p.is_contiguous():
+                p.copy_(target.view(p.shape))
+        torch.autograd.graph.increment_version([p for p, _ in written])  # kernels write behind autograd's back
 
     def _averaged(self, finite: Tensor) -> list[Tensor | None]:
         """The averages of gradients that beta1 asks for; without beta1 the gradients themselves."""

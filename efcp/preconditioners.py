@@ -81,12 +81,17 @@ class MFAC(Preconditioner):
         capturing = R.is_cuda and torch.cuda.is_current_stream_capturing()  # each replay would do it, or none
         if (state["inverse_age"] >= window or state["inverse_damping"] != self.damping) and not capturing:
             self.refresh(gram)
+            weights = R.t() @ (window * R.index_select(1, slot).squeeze(1))
+        else:  # the update has left nothing of column `slot` but what is on the diagonal
+            row = R.index_select(0, slot).squeeze(0)
+            weights = row * (window * row.index_select(0, slot))
         state["inverse_age"] += 1
 
         target = torch.zeros_like(S[0]).index_fill_(0, slot, window)
-        weights = R.t() @ (window * R.index_select(1, slot).squeeze(1))
         weights += R.t() @ (R @ (target - S @ weights - ridge * weights))
         solved = torch.linalg.vector_norm(target - S @ weights - ridge * weights) < 0.1 * window
+        if known_to_hold(solved):
+            return weights
         diagonal = S.diagonal() + ridge
         torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
         return torch.where(solved, weights, target / diagonal)
@@ -94,6 +99,11 @@ class MFAC(Preconditioner):
     def refresh(self, gram: Gram) -> None:
         invert_(gram.state["inverse_root"], gram.matrix, len(gram.matrix) * self.damping)
         gram.state["inverse_age"], gram.state["inverse_damping"] = 0, float(self.damping)
+
+
+def known_to_hold(flag: Tensor) -> bool:
+    """Whether a () bool tensor is true, as far as the host can tell without waiting for a device."""
+    return flag.is_cpu and bool(flag)
 
 
 def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> None:
@@ -117,7 +127,7 @@ def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> No
     at_slot = v.index_select(0, slot)
     norm = torch.linalg.vector_norm(v)
     v.index_add_(0, slot, torch.copysign(norm, at_slot))  # v reflects column t to a multiple of e_t
-    R.addr_(v, (R.t() @ v) * (-2 / torch.dot(v, v)))
+    R.addmm_(v.unsqueeze(1), ((R.t() @ v) * (-2 / torch.dot(v, v))).unsqueeze(0))  # by BLAS, unlike `addr_`
     R.index_fill_(0, slot, 0.0).index_fill_(1, slot, 0.0)
 
     column = S.index_select(0, slot).squeeze(0)

@@ -6,7 +6,8 @@ parameter. The compiled functions see a table of addresses and sizes, and dtype 
 microseconds, each parameter one more, and one compilation serves many combinations of dtypes.
 
 Results do not depend on the number of threads. `compress_` and `window_apply_` give the bits of the definition;
-`window_dots` adds up the same float64 terms in another fixed order, and `all_finite` adds up squares in float64.
+`window_dots` adds up the same float64 terms in another fixed order, and `all_finite` adds up the squares of a chunk in
+float32, of chunks in float64.
 
 The threads are Python's (the compiled code runs without the GIL), not those of one of Numba's threading layers: of the
 layers that are always at hand, one aborts when two threads call it, the other in a forked child. Small operations run
@@ -27,8 +28,8 @@ from typing import Any, NamedTuple
 import llvmlite.ir as ir
 import numpy as np
 import torch
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import carray, njit, types
+from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from efcp.kernels.blocks import Rows
@@ -56,7 +57,8 @@ def _kernel(*constants: object, **options: Any) -> Callable[[Callable[..., None]
 
     Numba's cache sees changes of this file only: what a kernel is made of has to stand here. Constants that a kernel is
     compiled for become part of its name: two processes that write into the same index of the cache at the same time can
-    end up with each other's code.
+    end up with each other's code. The cache also compares what a kernel refers to in the function around it: that must
+    be numbers and types, since any other object is a new one in each process.
     """
 
     def compiled(function: Callable[..., None]) -> Callable[..., None]:
@@ -145,21 +147,42 @@ def _prefetch(typing_context: Any, address: Any) -> Any:
     return types.void(types.int64), codegen
 
 
+def _lanes_at_least(builder: ir.IRBuilder, numbers: ir.Value, key: ir.Value) -> ir.Value:
+    """64 bits: which of 64 integers, their signs put aside, are at least `key`."""
+    vector, bits = numbers.type, numbers.type.element.width
+    keys = builder.and_(numbers, ir.Constant(vector, [2 ** (bits - 1) - 1] * LANES))
+    bound = builder.insert_element(ir.Constant(vector, ir.Undefined), key, ir.Constant(I32, 0))
+    zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
+    bound = builder.shuffle_vector(bound, ir.Constant(vector, ir.Undefined), zeros)
+    return builder.bitcast(builder.icmp_signed(">=", keys, bound), I64)
+
+
 @_instruction
 def _mask_at_least(typing_context: Any, address: Any, key: Any) -> Any:
     """64 bits: which of the 64 keys at an address, their signs put aside, are at least `key`."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        number = ir.IntType(key.bitwidth)
-        vector = ir.VectorType(number, LANES)
-        keys = builder.load(builder.inttoptr(arguments[0], vector.as_pointer()), align=key.bitwidth // 8)
-        keys = builder.and_(keys, ir.Constant(vector, [2 ** (key.bitwidth - 1) - 1] * LANES))
-        bound = builder.insert_element(ir.Constant(vector, ir.Undefined), arguments[1], ir.Constant(I32, 0))
-        zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-        bound = builder.shuffle_vector(bound, ir.Constant(vector, ir.Undefined), zeros)
-        return builder.bitcast(builder.icmp_signed(">=", keys, bound), I64)
+        vector = ir.VectorType(ir.IntType(key.bitwidth), LANES)
+        numbers = builder.load(builder.inttoptr(arguments[0], vector.as_pointer()), align=key.bitwidth // 8)
+        return _lanes_at_least(builder, numbers, arguments[1])
 
     return types.uint64(types.int64, key), codegen
+
+
+@_instruction
+def _add_and_mask(typing_context: Any, error: Any, grad: Any, key: Any) -> Any:
+    """Adds the 64 numbers at one address to those at another, and returns the mask of `_mask_at_least` for the sums."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        size = key.bitwidth // 8
+        vector = ir.VectorType(ir.FloatType() if size == 4 else ir.DoubleType(), LANES)
+        pointers = [builder.inttoptr(address, vector.as_pointer()) for address in arguments[:2]]
+        total = builder.fadd(*(builder.load(pointer, align=size) for pointer in pointers))
+        builder.store(total, pointers[0], align=size)
+        bits = builder.bitcast(total, ir.VectorType(ir.IntType(key.bitwidth), LANES))
+        return _lanes_at_least(builder, bits, arguments[2])
+
+    return types.uint64(types.int64, types.int64, key), codegen
 
 
 @_instruction
@@ -168,6 +191,24 @@ def _trailing_zeros(typing_context: Any, mask: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
 
     return types.uint64(types.uint64), codegen
+
+
+@_instruction
+def _bits_set(typing_context: Any, mask: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), codegen
+
+
+@_instruction
+def _pointer(typing_context: Any, address: Any) -> Any:
+    """For `numba.carray`, which makes an array of the memory there."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.inttoptr(arguments[0], I8.as_pointer())
+
+    return types.voidptr(types.int64), codegen
 
 
 # Numbers of any dtype, to and from float32 by the bits, so that no setting of the processor flushes a denormal. Numba
@@ -324,22 +365,28 @@ def _write(code: int, address: int, first: int, length: int, numbers: np.ndarray
             _store_f64(address, first + j, np.float64(numbers[j]))
 
 
-@partial(_jit, fastmath={"reassoc"})
+@partial(_jit, fastmath={"reassoc", "contract"})
 def _sum_of_squares(code: int, address: int, first: int, last: int) -> float:
-    total = np.float64(0)
+    """In the dtype of arithmetic: where that overflows, so does the sum over all."""
+    if code == FLOAT64:
+        wide = np.float64(0)
+        for j in range(first, last):
+            wide += _load_f64(address, j) ** 2
+        return wide
+    total = np.float32(0)
     if code == FLOAT32:
         for j in range(first, last):
-            total += np.float64(_load_f32(address, j)) ** 2
+            number = _load_f32(address, j)
+            total += number * number
     elif code == BFLOAT16:
         for j in range(first, last):
-            total += np.float64(_bfloat16_to_float32(_load_u16(address, j))) ** 2
-    elif code == FLOAT16:
-        for j in range(first, last):
-            total += np.float64(_float16_to_float32(_load_u16(address, j))) ** 2
+            number = _bfloat16_to_float32(_load_u16(address, j))
+            total += number * number
     else:
         for j in range(first, last):
-            total += _load_f64(address, j) ** 2
-    return total
+            number = _float16_to_float32(_load_u16(address, j))
+            total += number * number
+    return np.float64(total)
 
 
 Ahead = tuple[int, int, int, int]  # the next block: where its gradient starts, bytes an element, the same of its error
@@ -366,100 +413,140 @@ def _largest(bits: np.ndarray, length: int, most: int) -> int:
 
 
 @_jit
-def _coarse_threshold(bits: np.ndarray, length: int, kept: int, enough: int, guess: int, most: int) -> tuple[int, int]:
+def _coarse_threshold(
+    bits: np.ndarray, length: int, kept: int, enough: int, guess: int, reaching: int, most: int
+) -> tuple[int, int]:
     """A key that at least `kept` and at most `enough` elements reach, or, where ties forbid it, the largest that `kept`
     reach; and how many reach it.
 
-    The search goes from the guess (0: none) in growing steps until the key lies between two others, then bisects.
+    The search goes from the guess, which so many are known to reach (0: no guess), in growing steps until the key lies
+    between two others, then bisects.
     """
     integer = bits.dtype.type
     low, reached = integer(0), np.int64(length)
     if reached <= enough:
         return low, reached
     high = most  # reached by fewer than `kept`
-    key = guess if guess > 0 else max(integer(1), _largest(bits, length, most))
-    step = np.int64(most >> 13)
-    while high - low > 1:
+    key, count = guess, np.int64(reaching)
+    if guess == 0:
+        key = max(integer(1), _largest(bits, length, most))
         count = np.int64(_count(bits, length, key, most))
+    step = np.int64(most >> 13)
+    while True:
         if count < kept:
             high, following = key, np.int64(key) - step
         else:
             low, reached, following = key, count, np.int64(key) + step
             if count <= enough:
                 break
+        if high - low <= 1:
+            break
         if not low < following < high:
             following = low + ((np.int64(high) - low) >> 1)
         key, step = integer(following), step << 1
+        count = np.int64(_count(bits, length, key, most))
     return low, reached
 
 
 @_jit
 def _fine_threshold(keys: np.ndarray, length: int, kept: int, low: int, most: int) -> int:
-    """The largest key that `kept` of the keys reach, or a smaller one that no more reach; all of them reach `low`."""
+    """The largest key that `kept` of the keys reach, or a smaller one that no more reach; all of them reach `low`.
+
+    Steps that go where `kept` would be if keys were spread evenly take turns with bisection.
+    """
     integer = keys.dtype.type
-    reached = np.int64(length)
+    reached, above = np.int64(length), np.int64(0)
     high = np.int64(_largest(keys, length, most)) + 1
+    even = False
     while reached != kept and high - low > 1:
-        key = integer(low + ((high - low) >> 1))
+        span, even = high - low, not even
+        part = np.int64(np.float64(span) * (np.float64(reached - kept) / np.float64(reached - above)))
+        key = integer(low + (min(max(part, 1), span - 1) if even else span >> 1))
         count = np.int64(_count(keys, length, key, most))
         if count >= kept:
             low, reached = key, count
         else:
-            high = np.int64(key)
+            high, above = np.int64(key), count
     return low
 
 
 @_jit
-def _collect(
-    bits: np.ndarray, length: int, key: int, most: int, ties: int, limit: int, found: np.ndarray, ahead: Ahead
-) -> int:
-    """Positions, ascending, of at most `limit` elements that reach a key, and of at most `ties` that just do.
+def _collect(bits: np.ndarray, length: int, key: int, most: int, ties: int, limit: int, found: np.ndarray) -> None:
+    """Positions, ascending, of the `limit` elements that exceed a key, or are among the first `ties` that equal it."""
+    count = np.uint64(0)
+    for position in range(length):
+        own = bits.dtype.type(bits[position] & most)
+        if own >= key:
+            if own == key:
+                if ties == 0:
+                    continue
+                ties -= 1
+            found[count] = position
+            count += np.uint64(1)
+            if count == np.uint64(limit):
+                return
 
+
+@_jit
+def _masks(bits: np.ndarray, length: int, key: int, masks: np.ndarray) -> int:
+    """Which elements reach a key, 64 to a mask; and how many."""
+    reached = np.int64(0)
+    for start in range(0, length, LANES):
+        mask = _mask_at_least(bits.ctypes.data + start * bits.itemsize, key)
+        if start + LANES > length:
+            mask &= (np.uint64(1) << np.uint64(length - start)) - np.uint64(1)
+        masks[start // LANES] = mask
+        reached += _bits_set(mask)
+    return reached
+
+
+@_jit
+def _positions(masks: np.ndarray, length: int, found: np.ndarray, ahead: Ahead) -> None:
+    """Positions, ascending, of the bits that are set in masks. There must be room for four more.
+
+    Four are written at a time, whether there are as many or not: the processor cannot predict how many bits are set.
     On the way it fetches what is needed next, in small portions, so that neither memory nor the processor waits.
     """
     grad, grad_size, error, error_size = ahead
-    address = bits.ctypes.data
     count = np.uint64(0)
     for start in range(0, length, LANES):
         for line in range(start * grad_size, (start + LANES) * grad_size, 64):
             _prefetch(grad + line)
         for line in range(start * error_size, (start + LANES) * error_size, 64):
             _prefetch(error + line)
-        mask = _mask_at_least(address + start * bits.itemsize, key)
-        if start + LANES > length:
-            mask &= (np.uint64(1) << np.uint64(length - start)) - np.uint64(1)
-        while mask != np.uint64(0):
-            position = np.uint64(start) + _trailing_zeros(mask)
-            mask &= mask - np.uint64(1)
-            if bits.dtype.type(bits[position] & most) == key:
-                if ties == 0:
-                    continue
-                ties -= 1
-            if count == np.uint64(limit):
-                return limit
-            found[count] = position
-            count += np.uint64(1)
-    return np.int64(count)
+        mask = masks[start // LANES]
+        for at in range(count, count + np.uint64(_bits_set(mask)), np.uint64(4)):
+            for more in range(4):
+                found[np.uint64(at) + np.uint64(more)] = np.uint64(start) + _trailing_zeros(mask)
+                mask &= mask - np.uint64(1)
+        count += np.uint64(_bits_set(masks[start // LANES]))
 
 
 @_jit
 def _select(
-    bits: np.ndarray, length: int, kept: int, guess: int, most: int, found: np.ndarray, keys: np.ndarray, ahead: Ahead
-) -> int:
+    bits: np.ndarray, length: int, kept: int, guess: int, reached: int, most: int, masks: np.ndarray,
+    found: np.ndarray, keys: np.ndarray, ahead: Ahead,
+) -> int:  # fmt: skip
     """Positions, ascending, of the `kept` largest keys, of equal ones the first, into `found`.
 
     Few passes over the block find a key that somewhat more elements reach, and the choice among those is made apart.
+    The guess is right for most blocks, and the first pass the only one.
+
+    Args:
+        guess: a key, which `reached` elements reach; masks: which.
 
     Returns:
         a guess for a similar block.
     """
     enough = len(keys)
-    guess, reached = _coarse_threshold(bits, length, kept, enough, guess, most)
-    if reached > enough:  # only because of ties
-        ties = kept - np.int64(_count(bits, length, bits.dtype.type(guess + 1), most))
-        _collect(bits, length, guess, most, ties, kept, found, ahead)
-        return guess
-    reached = _collect(bits, length, guess, most, length, reached, found, ahead)
+    if not kept <= reached <= enough:
+        guess, reached = _coarse_threshold(bits, length, kept, enough, guess, reached, most)
+        if reached > enough:  # only because of ties
+            ties = kept - np.int64(_count(bits, length, bits.dtype.type(guess + 1), most))
+            _collect(bits, length, guess, most, ties, kept, found)
+            return guess
+        _masks(bits, length, guess, masks)
+    _positions(masks, length, found, ahead)
     for i in range(reached):
         keys[i] = bits[found[i]] & most
     threshold = _fine_threshold(keys, reached, kept, guess, most)
@@ -471,6 +558,117 @@ def _select(
         count += np.uint64(np.int64(keys[i] > threshold) | (tied & np.int64(ties > 0)))
         ties -= tied
     return guess
+
+
+# Eight entries of the window at a time. Numba vectorises no loop that looks numbers up.
+
+EIGHT = 8
+F32x8, F64x8 = ir.VectorType(ir.FloatType(), EIGHT), ir.VectorType(ir.DoubleType(), EIGHT)
+
+
+class _Sums(types.Type):
+    """Eight float64 sums, which stay in registers."""
+
+    def __init__(self) -> None:
+        super().__init__("eight float64")
+
+
+@register_model(_Sums)
+class _SumsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, F64x8)
+
+
+SUMS = _Sums()
+
+
+def _eight_values(builder: ir.IRBuilder, code: int, values: ir.Value, entry: ir.Value) -> ir.Value:
+    """Consecutive values of the window, float32 or bfloat16, as float32."""
+    words, halves = ir.VectorType(I32, EIGHT), ir.VectorType(I16, EIGHT)
+    if code == FLOAT32:
+        first = builder.gep(builder.inttoptr(values, ir.FloatType().as_pointer()), [entry])
+        return builder.load(builder.bitcast(first, F32x8.as_pointer()), align=4)
+    first = builder.gep(builder.inttoptr(values, I16.as_pointer()), [entry])
+    bits = builder.zext(builder.load(builder.bitcast(first, halves.as_pointer()), align=2), words)
+    return builder.bitcast(builder.shl(bits, ir.Constant(words, [16] * EIGHT)), F32x8)
+
+
+def _products_adder(value_code: int, index_size: int) -> Callable[..., Any]:
+    """Adds to eight sums the products of values of the window, float32 or bfloat16, and what a float32 table holds at
+    their indices. Products of bfloat16 numbers are taken in float32, others in float64."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        sums, values, indices, entry, table = arguments
+        first_index = builder.gep(builder.inttoptr(indices, (I8 if index_size == 1 else I16).as_pointer()), [entry])
+        first_number = builder.inttoptr(table, ir.FloatType().as_pointer())
+        numbers = ir.Constant(F32x8, ir.Undefined)
+        for lane in range(EIGHT):  # on many processors faster than the instruction that gathers
+            index = builder.zext(builder.load(builder.gep(first_index, [ir.Constant(I64, lane)])), I64)
+            number = builder.load(builder.gep(first_number, [index]))
+            numbers = builder.insert_element(numbers, number, ir.Constant(I32, lane))
+        value = _eight_values(builder, value_code, values, entry)
+        if value_code == FLOAT32:
+            return builder.fadd(sums, builder.fmul(builder.fpext(numbers, F64x8), builder.fpext(value, F64x8)))
+        return builder.fadd(sums, builder.fpext(builder.fmul(numbers, value), F64x8))
+
+    @_instruction
+    def add_products(typing_context: Any, sums: Any, values: Any, indices: Any, entry: Any, table: Any) -> Any:
+        return SUMS(SUMS, types.int64, types.int64, types.int64, types.int64), codegen
+
+    return add_products
+
+
+_add_bf16_u8, _add_bf16_u16 = _products_adder(BFLOAT16, 1), _products_adder(BFLOAT16, 2)
+_add_f32_u8, _add_f32_u16 = _products_adder(FLOAT32, 1), _products_adder(FLOAT32, 2)
+
+
+@_jit
+def _add_products(code: int, size: int, sums: Any, values: int, indices: int, entry: int, table: int) -> Any:
+    if code == FLOAT32:
+        if size == 1:
+            return _add_f32_u8(sums, values, indices, entry, table)
+        return _add_f32_u16(sums, values, indices, entry, table)
+    if size == 1:
+        return _add_bf16_u8(sums, values, indices, entry, table)
+    return _add_bf16_u16(sums, values, indices, entry, table)
+
+
+@_instruction
+def _no_sums(typing_context: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return ir.Constant(F64x8, [0.0] * EIGHT)
+
+    return SUMS(), codegen
+
+
+@_instruction
+def _total(typing_context: Any, sums: Any) -> Any:
+    """The sum of eight, always in the same order."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        total = arguments[0]
+        for half in (4, 2, 1):
+            sides = (ir.Constant(ir.VectorType(I32, half), list(range(at, at + half))) for at in (0, half))
+            total = builder.fadd(*(builder.shuffle_vector(total, total, side) for side in sides))
+        return builder.extract_element(total, ir.Constant(I32, 0))
+
+    return types.float64(SUMS), codegen
+
+
+@_instruction
+def _eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> Any:
+    """Eight consecutive bfloat16 values, each times a weight."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        values, entry, weight = arguments
+        weights = ir.Constant(F32x8, ir.Undefined)
+        for lane in range(EIGHT):
+            weights = builder.insert_element(weights, weight, ir.Constant(I32, lane))
+        product = builder.fmul(_eight_values(builder, BFLOAT16, values, entry), weights)
+        terms = [builder.extract_element(product, ir.Constant(I32, lane)) for lane in range(EIGHT)]
+        return context.make_tuple(builder, signature.return_type, terms)
+
+    return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.float32), codegen
 
 
 # The operations on some of the blocks, from `first` to before `last` in the numbering of all parameters.
@@ -495,7 +693,7 @@ def _parameter(table: int, parameters: int, number: int) -> tuple[int, int, int,
 
 @cache
 def _compress_kernel(wide: bool) -> Callable[..., None]:
-    real, integer = (np.float64, np.int64) if wide else (np.float32, np.int32)
+    real, integer, code = (np.float64, np.int64, FLOAT64) if wide else (np.float32, np.int32, FLOAT32)
 
     @_kernel(wide)
     def compress(
@@ -504,9 +702,9 @@ def _compress_kernel(wide: bool) -> Callable[..., None]:
     ) -> None:  # fmt: skip
         row = _load_i64(slot, 0)
         most = integer(np.iinfo(integer).max)
-        a = np.zeros(largest + LANES, real)  # a mask may look beyond the end
-        bits = a.view(integer)
-        found = np.zeros(largest, np.uint16)
+        scratch = np.zeros(largest + LANES, real)  # a mask may look beyond the end
+        masks = np.empty(largest // LANES + 1, np.uint64)
+        found = np.zeros(largest + 4, np.uint16)
         all_keys = np.empty(largest, integer)
         guess = integer(0)
         grad_size, error_size = SIZES[grad_code], SIZES[error_code]
@@ -528,18 +726,30 @@ def _compress_kernel(wide: bool) -> Callable[..., None]:
                         _store_value(value_code, values, entry + j, np.float32(0))
                         _store_index(index_size, indices, entry + j, j)
                     continue
-                _read(grad_code, grad, start, length, a)
-                if error_code != NONE:
-                    _add(error_code, error, start, length, a)
+                in_place = grad_code == code and error_code == code and length % LANES == 0
+                if in_place:
+                    a = carray(_pointer(error + start * error_size), length, real)
+                    reached = np.int64(0)
+                    for j in range(0, length, LANES):
+                        at = (start + j) * error_size
+                        mask = _add_and_mask(error + at, grad + at, guess)
+                        masks[j // LANES] = mask
+                        reached += _bits_set(mask)
+                else:
+                    a = scratch
+                    _read(grad_code, grad, start, length, a)
+                    if error_code != NONE:
+                        _add(error_code, error, start, length, a)
+                    reached = _masks(a.view(integer), length, guess, masks)
                 following = start + size
                 ahead = (grad + following * grad_size, grad_size, error + following * error_size, error_size)
-                guess = _select(bits, length, chosen, guess, most, found, keys, ahead)
+                guess = _select(a.view(integer), length, chosen, guess, reached, most, masks, found, keys, ahead)
                 for j in range(chosen):
                     position = found[j]
                     stored = _store_value(value_code, values, entry + j, np.float32(a[position]))
                     _store_index(index_size, indices, entry + j, position)
                     a[position] -= stored
-                if error_code != NONE:
+                if error_code != NONE and not in_place:
                     _write(error_code, error, start, length, a)
             begin = end
 
@@ -551,9 +761,9 @@ def _dots_kernel(value_code: int, index_size: int) -> Callable[..., None]:
     # The product of two bfloat16 or float16 numbers is exact in float32, where one factor is scaled so that it neither
     # overflows nor (above 1e-29 times the largest) underflows.
     narrow = value_code != FLOAT32
+    eight = value_code != FLOAT16  # at a time
 
-    # Sums are taken in an order that suits the processor's vectors, the same every time.
-    @_kernel(value_code, index_size, fastmath={"reassoc"})
+    @_kernel(value_code, index_size)
     def dots(
         table: int, parameters: int, largest: int, sums: int, pieces: int, blocks: int, slot: int, window: int,
         first: int, last: int,
@@ -580,8 +790,15 @@ def _dots_kernel(value_code: int, index_size: int) -> Callable[..., None]:
                     for j in range(own, own + chosen):
                         newest[_index(index_size, indices, j)] = np.float64(_value(value_code, values, j)) / unit
                     for i in range(window):
-                        dot = np.float64(0)
-                        for j in range(entry + i * kept, entry + i * kept + chosen):
+                        first_entry = entry + i * kept
+                        rest = first_entry + (chosen - chosen % EIGHT if eight else 0)
+                        eight_dots = _no_sums()
+                        for j in range(first_entry, rest, EIGHT):
+                            eight_dots = _add_products(
+                                value_code, index_size, eight_dots, values, indices, j, newest.ctypes.data
+                            )
+                        dot = _total(eight_dots)
+                        for j in range(rest, first_entry + chosen):
                             one = newest[_index(index_size, indices, j)]
                             other = _value(value_code, values, j)
                             dot += np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
@@ -601,26 +818,6 @@ def _add_up(sums: int, pieces: int, window: int) -> None:
     for piece in range(1, pieces):
         for i in range(window):
             _store_f64(sums, i, _load_f64(sums, i) + _load_f64(sums, piece * window + i))
-
-
-@_instruction
-def _eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> Any:
-    """Eight consecutive bfloat16 values, each times a weight."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        address, index, factor = arguments
-        halves, words, numbers = (ir.VectorType(lane, 8) for lane in (I16, I32, ir.FloatType()))
-        first = builder.gep(builder.inttoptr(address, I16.as_pointer()), [index])
-        bits = builder.zext(builder.load(builder.bitcast(first, halves.as_pointer()), align=2), words)
-        value = builder.bitcast(builder.shl(bits, ir.Constant(words, [16] * 8)), numbers)
-        factors = ir.Constant(numbers, ir.Undefined)
-        for lane in range(8):
-            factors = builder.insert_element(factors, factor, ir.Constant(I32, lane))
-        product = builder.fmul(value, factors)
-        terms = [builder.extract_element(product, ir.Constant(I32, lane)) for lane in range(8)]
-        return context.make_tuple(builder, signature.return_type, terms)
-
-    return types.UniTuple(types.float32, 8)(types.int64, types.int64, types.float32), codegen
 
 
 @cache
@@ -655,11 +852,11 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Callable[...,
                     entry = (block * window + i) * kept
                     last_entry = entry + chosen
                     if eight:
-                        for j in range(entry, last_entry - 7, 8):
+                        for j in range(entry, last_entry - EIGHT + 1, EIGHT):
                             terms = _eight_terms(values, j, weight[i])
-                            for lane in range(8):
+                            for lane in range(EIGHT):
                                 update[_index(index_size, indices, j + lane)] += terms[lane]
-                        entry = last_entry - chosen % 8
+                        entry = last_entry - chosen % EIGHT
                     for j in range(entry, last_entry):
                         update[_index(index_size, indices, j)] += real(_value(value_code, values, j)) * weight[i]
                 if momentum != 0:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efcp import EFCP, GGT, MFAC, DenseMFAC, Identity, SparseMFAC, TopK
+from efcp import EFCP, GGT, MFAC, DenseMFAC, Identity, SparseMFAC, TopK, preconditioners
 from tests.efcp.problems import Problem, newest_slot, window_rows
 
 
@@ -182,6 +182,22 @@ def test_refresh_restores_what_is_kept_beside_the_gram_matrix():
     problem.step()
     same.step()
     torch.testing.assert_close(problem.flat(), same.flat(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e9], ids=["solved", "unsolved"])
+def test_weights_do_not_depend_on_where_the_host_looks_at_them(scale, monkeypatch):
+    """On a CPU it does, on an accelerator it would have to wait."""
+    looking, blind = (Problem(compressor=Identity(), preconditioner=MFAC(damping=1e-9)) for _ in range(2))
+    for _ in range(12):
+        for problem in (looking, blind):
+            with monkeypatch.context() as patch:
+                if problem is blind:
+                    patch.setattr(preconditioners, "known_to_hold", lambda flag: False)
+                problem.set_gradients()
+                for p in problem.params:
+                    p.grad = torch.full_like(p, scale) if scale > 1 else p.grad
+                problem.optimizer.step()
+        assert torch.equal(looking.flat(), blind.flat())
 
 
 def test_beta1_averages_gradients_before_compression():

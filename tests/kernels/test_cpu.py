@@ -58,6 +58,7 @@ CASES = [
         Case(4097, 1000, 0.3, kind=kind, grad=FLOAT64, error=FLOAT64, values=FLOAT32)
         for kind in ("random", "wide", "ties", "equal", "zero", "signed zero", "denormal")
     ),
+    Case(4097, 1024, 0.05, kind="wide", grad=FLOAT64, error=FLOAT64, values=FLOAT32),
     Case(4097, 4096, 0.01, finite=False, window=5, slot=4),
     Case(4097, 256, 1.0, kind="signed zero"),
     Case(4097, 257, 0.37, kind="wide", grad=BFLOAT16, error=BFLOAT16),
@@ -309,6 +310,16 @@ def test_kernels_compile_where_no_cache_can_be_written() -> None:
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(scope["kernel"])
     assert cpu._kernel()(scope["kernel"])(2, 3) == 5
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [cpu._compress_kernel(False), cpu._dots_kernel(cpu.BFLOAT16, 2), cpu._apply_kernel(False, cpu.BFLOAT16, 2)],
+    ids=["compress", "dots", "apply"],
+)
+def test_kernels_refer_to_nothing_that_another_process_cannot_find_in_the_cache(kernel: Any) -> None:
+    for cell in kernel.py_func.__closure__ or ():
+        assert isinstance(cell.cell_contents, int | type)
 
 
 MEMORY = """

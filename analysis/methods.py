@@ -1,5 +1,6 @@
 """The optimizers that are compared: a name, a constructor and its options besides the learning rate."""
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,37 +9,114 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from efcp import EFCP, DenseMFAC, LowRankMFAC, MemoryReport, SparseGGT, SparseMFAC, estimate_memory
+from efcp import (
+    EFCP,
+    DenseGGT,
+    DenseMFAC,
+    LowRankGGT,
+    LowRankMFAC,
+    MemoryReport,
+    SparseGGT,
+    SparseMFAC,
+    estimate_memory,
+)
 
 ADAM_BYTES = 8.0  # of state per parameter, float32: the line that memory is measured against
 _GGT_DENSITY = 0.01
-LOW_RANK = "low-rank M-FAC"
+DENSE, SPARSE, LOW_RANK = "dense M-FAC", "sparse M-FAC", "low-rank M-FAC"
+
+CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
+    "SGD (momentum 0.9)": (torch.optim.SGD, {"momentum": 0.9}),
+    "Adam": (torch.optim.Adam, {}),
+    "AdamW": (torch.optim.AdamW, {}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+    "L-BFGS": (torch.optim.LBFGS, {"max_iter": 1}),  # an evaluation a step, as for all other methods
+    DENSE: (DenseMFAC, {}),
+    SPARSE: (SparseMFAC, {}),
+    LOW_RANK: (LowRankMFAC, {}),
+    "dense GGT": (DenseGGT, {}),
+    "sparse GGT": (SparseGGT, {}),
+    "low-rank GGT": (LowRankGGT, {}),
+}
+"""The constructor of a method, and what it is always given."""
+
+VARIANT = (
+    "density",
+    "error_feedback",
+    "rank",
+    "power_iterations",
+    "window",
+    "block_size",
+    "value_dtype",
+    "error_dtype",
+)
+"""Options that tell methods of a name apart. All others are tuned."""
+TUNED = ("damping", "eps", "weight_decay")
+"""Options that are tuned together with the learning rate."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer with all its options but the learning rate."""
+    """An optimizer with all its options but the learning rate; and its batch size, where it has one of its own."""
 
     name: str
     constructor: Callable[..., Optimizer]
     options: dict[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The options of `VARIANT` and `TUNED` with defaults of windowed methods filled in, for a record."""
+        known: dict[str, Any] = {}
+        if self._windowed:
+            parameters = inspect.signature(self.constructor).parameters.values()
+            known = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+            known.pop("weight_decay")  # blank where it is 0, as for other methods
+        known |= self.options
+        return {name: _plain(known.get(name)) for name in (*VARIANT, *TUNED)}
 
     @property
     def label(self) -> str:
-        """Unique among the methods of an experiment."""
-        return method_label(self.name, *(self.options.get(option) for option in LABELLED))
+        """Unique among methods that have the same window, block size and dtypes."""
+        columns = self.columns
+        return method_label(self.name, *(columns[option] for option in LABELLED))
 
     def build(self, model: nn.Module, lr: float) -> Optimizer:
-        return self.constructor(model.parameters(), lr=lr, **self.options)
+        params = [p for p in model.parameters() if p.requires_grad]
+        return self.constructor(params, lr=lr, **self.options)
 
     def estimate(self, model: nn.Module) -> MemoryReport | None:
         """What `efcp.estimate_memory` expects of a windowed method; None for any other."""
-        if isinstance(self.constructor, type) and issubclass(self.constructor, EFCP):
-            return estimate_memory(model, self.constructor, **self.options)
+        if self._windowed:
+            return estimate_memory(model, self.constructor, **self.options)  # type: ignore[arg-type]
         return None
 
+    @property
+    def _windowed(self) -> bool:
+        return isinstance(self.constructor, type) and issubclass(self.constructor, EFCP)
 
-LABELLED = ("density", "error_feedback", "rank", "power_iterations")  # options that tell methods of a name apart
+
+LABELLED = ("density", "error_feedback", "rank", "power_iterations")  # options that every label shows
+
+
+def named_method(name: str, options: dict[str, Any], batch_size: int | None = None) -> Method:
+    """A method of `CONSTRUCTORS`, dtypes by name.
+
+    Raises:
+        ValueError: for another name, or options that the constructor refuses.
+    """
+    if name not in CONSTRUCTORS:
+        raise ValueError(f"a method's name must be one of {', '.join(CONSTRUCTORS)}, got {name!r}")
+    constructor, always = CONSTRUCTORS[name]
+    chosen = {
+        key: getattr(torch, str(value), value) if key.endswith("dtype") else value for key, value in options.items()
+    }
+    method = Method(name, constructor, always | chosen, batch_size)
+    try:
+        method.build(nn.Linear(1, 1), 1e-3)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    return method
 
 
 def method_label(
@@ -65,19 +143,24 @@ def compared_methods(
 
     With ranks also low-rank M-FAC, at each rank with each number of power iterations.
     """
+    m_fac = {"window": window, "damping": damping}
     low_rank = [{"rank": rank, "power_iterations": number} for number in power_iterations for rank in ranks]
     return [
-        Method("SGD (momentum 0.9)", torch.optim.SGD, {"momentum": 0.9}),
-        Method("Adam", torch.optim.Adam),
-        Method("dense M-FAC", DenseMFAC, {"window": window, "damping": damping}),
-        *_sparse_mfac(window, damping, densities),
-        *(Method(LOW_RANK, LowRankMFAC, {"window": window, "damping": damping, **options}) for options in low_rank),
-        Method("sparse GGT", SparseGGT, {"window": window, "density": _GGT_DENSITY, "error_feedback": True}),
+        named_method("SGD (momentum 0.9)", {}),
+        named_method("Adam", {}),
+        named_method(DENSE, m_fac),
+        *_sparse_mfac(m_fac, densities),
+        *(named_method(LOW_RANK, m_fac | options) for options in low_rank),
+        named_method("sparse GGT", {"window": window, "density": _GGT_DENSITY, "error_feedback": True}),
     ]
 
 
-def _sparse_mfac(window: int, damping: float, densities: Sequence[float]) -> Iterable[Method]:
+def _sparse_mfac(m_fac: dict[str, Any], densities: Sequence[float]) -> Iterable[Method]:
     for error_feedback in (True, False):
         for density in densities:
-            options = {"window": window, "damping": damping, "density": density, "error_feedback": error_feedback}
-            yield Method("sparse M-FAC", SparseMFAC, options)
+            yield named_method(SPARSE, {**m_fac, "density": density, "error_feedback": error_feedback})
+
+
+def _plain(value: Any) -> Any:
+    """A dtype by its name."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

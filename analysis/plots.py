@@ -1,7 +1,8 @@
-"""The memory–accuracy plot, from the CSV of runs alone."""
+"""The memory–accuracy plot, from the CSV of runs alone, and the style of all plots."""
 
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -13,28 +14,42 @@ from matplotlib.ticker import LogLocator, NullLocator
 from efcp.analysis.methods import ADAM_BYTES, LOW_RANK, power_iterations_label
 
 # Dark to light, so that they differ in grey too; markers and lines differ besides.
-_FEEDBACK = {"color": "#08306b", "marker": "o", "linestyle": "-", "markersize": 8}
-_NO_FEEDBACK = {"color": "#e6862e", "marker": "s", "linestyle": "--", "markersize": 8, "markerfacecolor": "white"}
+FEEDBACK: dict[str, Any] = {"color": "#08306b", "marker": "o", "linestyle": "-", "markersize": 8}
+NO_FEEDBACK: dict[str, Any] = {
+    "color": "#e6862e",
+    "marker": "s",
+    "linestyle": "--",
+    "markersize": 8,
+    "markerfacecolor": "white",
+}
 _LOW_RANK = (
     {"color": "#5aa5d6", "marker": "v", "linestyle": "-.", "markersize": 7},
     {"color": "#b0387e", "marker": "P", "linestyle": ":", "markersize": 8},
     {"color": "#7f7f00", "marker": "h", "linestyle": (0, (5, 1)), "markersize": 8},
 )
-_OTHERS = {
+OTHERS: dict[str, dict[str, Any]] = {
     "dense M-FAC": {"color": "black", "marker": "*", "markersize": 14},
     "sparse GGT": {"color": "#2f8f6b", "marker": "^", "markersize": 9},
     "Adam": {"color": "#7a1f5c", "marker": "X", "markersize": 9},
     "SGD (momentum 0.9)": {"color": "#808080", "marker": "D", "markersize": 8},
+    "AdamW": {"color": "#c06090", "marker": "x", "markersize": 9},
+    "Adagrad": {"color": "#a0a000", "marker": "<", "markersize": 8},
+    "L-BFGS": {"color": "#404040", "marker": "p", "markersize": 9},
+    "dense GGT": {"color": "#2f8f6b", "marker": "*", "markersize": 14},
 }
 
 
 def plot_tradeoff(summary: pd.DataFrame, title: str, path: Path) -> None:
-    """Writes a PNG: test accuracy (mean and standard deviation over seeds) against measured state per parameter.
+    """Writes the PNG of `tradeoff`."""
+    tradeoff(summary, title).savefig(path)
+
+
+def tradeoff(summary: pd.DataFrame, title: str) -> Figure:
+    """Test accuracy (mean and standard deviation over seeds) against measured state per parameter.
 
     Args:
         summary: of `efcp.analysis.summary.summarise`.
         title: above the plot.
-        path: of the file.
     """
     figure = Figure(figsize=(8.2, 4.8), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
@@ -42,24 +57,37 @@ def plot_tradeoff(summary: pd.DataFrame, title: str, path: Path) -> None:
     axes.set_xscale("log")
 
     sparse = summary[summary["method"] == "sparse M-FAC"]
-    for feedback, style in ((True, _FEEDBACK), (False, _NO_FEEDBACK)):
+    for feedback, style in ((True, FEEDBACK), (False, NO_FEEDBACK)):
         line = sparse[sparse["error_feedback"].eq(feedback)].sort_values("bytes_per_parameter")
         if not line.empty:
-            _draw(axes, line, f"sparse M-FAC, {'with' if feedback else 'without'} error feedback", style)
+            draw(axes, line, f"sparse M-FAC, {'with' if feedback else 'without'} error feedback", style)
             names = [f"{100 * density:g}%" for density in line["density"]]
-            _name_points(axes, line, names, below=feedback, color=style["color"])
+            name_points(axes, line, names, below=feedback, color=style["color"])
     low_rank = summary[summary["method"] == LOW_RANK].sort_values("bytes_per_parameter")
     for style, number in zip(cycle(_LOW_RANK), sorted(low_rank["power_iterations"].unique().tolist())):
         line = low_rank[low_rank["power_iterations"] == number]
-        _draw(axes, line, f"{LOW_RANK}, {power_iterations_label(number)}", style)
-        _name_points(axes, line, [f"r={rank:g}" for rank in line["rank"]], below=True, color=style["color"])
-    for name, style in _OTHERS.items():
-        rows = summary[summary["method"] == name]
+        draw(axes, line, f"{LOW_RANK}, {power_iterations_label(number)}", style)
+        name_points(axes, line, [f"r={rank:g}" for rank in line["rank"]], below=True, color=style["color"])
+    for name, style in OTHERS.items():
+        rows = summary[summary["method"].eq(name) & summary["error_feedback"].ne(False)]
         if not rows.empty:
-            density = rows["density"].iloc[0]
-            label = name if pd.isna(density) else f"{name}, {100 * density:g}%"
-            _draw(axes, rows, label, {"linestyle": "none", **style})
+            densities = [f"{100 * density:g}%" for density in rows["density"].dropna()]
+            label = ", ".join([name, *densities])
+            draw(axes, rows, label, {"linestyle": "none", **style})
 
+    adam_line(axes)
+    axes.margins(x=0.08, y=0.12)
+    axes.set_xlabel("optimizer state, bytes per parameter (measured, log scale)")
+    axes.set_ylabel("test accuracy, % (mean ± std over seeds)")
+    axes.set_title(title, fontsize=10)
+    plain_log(axes)
+    light_grid(axes)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    return figure
+
+
+def adam_line(axes: Axes) -> None:
+    """Where Adam is, on an axis of bytes per parameter."""
     axes.axvline(ADAM_BYTES, color="0.35", linestyle=":", linewidth=1.4, zorder=0)
     axes.annotate(
         f"Adam: {ADAM_BYTES:g} bytes",
@@ -70,32 +98,35 @@ def plot_tradeoff(summary: pd.DataFrame, title: str, path: Path) -> None:
         color="0.25",
         fontsize=9,
     )
-    axes.margins(x=0.08, y=0.12)
-    axes.set_xlabel("optimizer state, bytes per parameter (measured, log scale)")
-    axes.set_ylabel("test accuracy, % (mean ± std over seeds)")
-    axes.set_title(title, fontsize=10)
+
+
+def plain_log(axes: Axes) -> None:
+    """A logarithmic x axis with plain numbers."""
+    axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def light_grid(axes: Axes) -> None:
     axes.grid(which="major", color="0.88", linewidth=0.8)
     axes.set_axisbelow(True)
-    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path)
 
 
-def _draw(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, object]) -> None:
+def draw(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, Any], x: str = "bytes_per_parameter") -> None:
+    """Mean and standard deviation of test accuracy against a column."""
+    kind = {"linewidth": 1.6, **style}
     axes.errorbar(
-        rows["bytes_per_parameter"],
+        rows[x],
         rows["test_mean"],
         yerr=rows["test_std"].fillna(0),
         label=label,
         capsize=4,
-        linewidth=1.6,
-        **style,  # type: ignore[arg-type]
+        **kind,
     )
 
 
-def _name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, color: object) -> None:
+def name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, color: object) -> None:
     """Writes a name beside each point of a line, on the side where the other line is not expected."""
     side = 1 if below else -1
     for name, (_, row) in zip(names, rows.iterrows(), strict=True):

@@ -1,94 +1,189 @@
-"""Many runs: several at once, with a progress bar, and a CSV file that holds every record as soon as there is one."""
+"""Many runs: several at once, with a progress bar, and CSV files that hold every record as soon as there is one."""
 
 import csv
 import multiprocessing
+import os
 import pickle
 import signal
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
 from efcp.analysis.data import DataSet
-from efcp.analysis.training import COLUMNS, PLAN, TASK, Run, train
+from efcp.analysis.summary import choose, read_runs
+from efcp.analysis.training import COLUMNS, CURVE_COLUMNS, DIAGNOSTICS_COLUMNS, TASK, Result, Run, text, train
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a method: those that choose a point of its grid, those at the chosen point, and any others."""
+
+    tuning: Sequence[Run]
+    final_seeds: Sequence[int]
+    others: Sequence[Run] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.tuning) + len(self.final_seeds) + len(self.others)
+
+    def known(self, records: "RecordFile") -> list[Run]:
+        """All runs that can be told by now: the final ones where tuning is complete."""
+        return [*self.tuning, *self._final(records), *self.others]
+
+    def _final(self, records: "RecordFile") -> list[Run]:
+        if not all(run in records for run in self.tuning):
+            return []
+        runs = read_runs(records.path)
+        best = choose(runs[runs["run"].isin([run.key for run in self.tuning])])["run"].item()
+        chosen = next(run for run in self.tuning if run.key == best)
+        return [replace(chosen, phase="final", seed=seed) for seed in self.final_seeds]
 
 
 class RecordFile:
-    """A CSV file of records that is whole after every record, whatever happens to the process."""
+    """A CSV file of records that is whole after every record, whatever happens to the process.
+
+    Learning curves and diagnostics are in two more files beside it, if there are any.
+    """
 
     def __init__(self, path: Path, resume: bool) -> None:
         """Starts a file anew, with the first record, or goes on with the records of an earlier one."""
         self.path = path
-        self.rows: dict[tuple[str, ...], dict[str, str]] = {}
+        self.rows: dict[str, dict[str, str]] = {}
+        self.details = {
+            path.with_name("curves.csv"): (CURVE_COLUMNS, dict[str, list[dict[str, str]]]()),
+            path.with_name("diagnostics.csv"): (DIAGNOSTICS_COLUMNS, dict[str, list[dict[str, str]]]()),
+        }
         path.parent.mkdir(parents=True, exist_ok=True)
         if resume and path.exists():
-            with path.open(newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    self.rows[_key(row)] = row
+            for number, row in enumerate(_read(path)):
+                self.rows[row.get("run", str(number))] = row
+            for file, (_, rows) in self.details.items():
+                for row in _read(file) if file.exists() else []:
+                    if row["run"] in self.rows:  # else the run was not finished
+                        rows.setdefault(row["run"], []).append(row)
 
     def __contains__(self, run: Run) -> bool:
-        return _key(run.plan) in self.rows
+        return run.key in self.rows
 
-    def check(self, runs: Iterable[Run]) -> None:
+    def check(self, runs: Iterable[Run], columns: Iterable[str] = TASK) -> None:
         """Raises ValueError where records of the file come from other settings than runs that are to join them."""
-        for name in (*TASK, "window", "damping"):
-            own = {_text(run.plan[name]) for run in runs} - {""}
+        for name in columns:
+            own = {text(run.plan[name]) for run in runs} - {""}
             if other := {row.get(name, "?") for row in self.rows.values()} - {""} - own:
                 raise ValueError(
                     f"{self.path} holds runs with {name} {', '.join(sorted(other))}, not {', '.join(sorted(own))}: "
-                    "choose another --out, or leave out --resume to start anew"
+                    "choose another --out, or start anew"
                 )
 
     def add(self, record: dict[str, Any]) -> None:
-        self.rows[_key(record)] = {name: _text(record.get(name)) for name in COLUMNS}
-        self._write()
+        self.rows[record["run"]] = _texts(record, COLUMNS)
+        self._save()
 
-    def sort(self, runs: Iterable[Run]) -> None:
-        """Puts these runs first, in their order; before, it is that in which runs finished."""
-        first = {_key(run.plan): self.rows[_key(run.plan)] for run in runs}
-        self.rows = {**first, **self.rows}
-        self._write()
+    def add_result(self, result: Result) -> None:
+        """A record and its details. These are written first: only a run with a record is finished."""
+        for (file, (columns, rows)), own in zip(self.details.items(), (result.curve, result.diagnostics), strict=True):
+            if own:
+                rows[result.record["run"]] = [_texts(row, columns) for row in own]
+                self._save_details(file)
+        self.add(result.record)
 
-    def _write(self) -> None:
-        partial = self.path.with_suffix(".part")
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self.rows.values())
-        partial.replace(self.path)
+    def sort(self, runs: Sequence[Run], drop_others: bool = False) -> None:
+        """Puts the records of these runs first, in their order; before, it is that in which runs finished."""
+        self.rows = _sorted(self.rows, runs, drop_others)
+        self._save()
+        for name, (columns, rows) in self.details.items():
+            self.details[name] = columns, _sorted(rows, runs, drop_others)
+            self._save_details(name)
+
+    def _save(self) -> None:
+        if self.rows:
+            _write(self.path, COLUMNS, self.rows.values())
+
+    def _save_details(self, path: Path) -> None:
+        columns, rows = self.details[path]
+        if rows or path.exists():
+            _write(path, columns, (row for some in rows.values() for row in some))
 
 
 class Trainer:
-    """Trains runs, in processes of their own where jobs > 1; records come as runs finish."""
+    """Trains runs, in processes of their own where jobs > 1; results come as runs finish."""
 
     def __init__(self, data: DataSet, jobs: int) -> None:
-        self.data = data
+        self.data, self.jobs = data, jobs
         self.pool: ProcessPoolExecutor | None = None
         if jobs > 1:
             context = multiprocessing.get_context("spawn")  # a fork would inherit threads that compute
             self.pool = ProcessPoolExecutor(jobs, context, _start_worker, (pickle.dumps(data),))
 
-    def __call__(self, runs: list[Run]) -> Iterator[dict[str, Any]]:
+    def __call__(self, runs: Iterable[Run]) -> Iterator[Result]:
+        """The next run is asked for when it can be started, so that it may depend on the results before."""
         if self.pool is None:
             yield from (train(run, self.data) for run in runs)
-        else:
-            for future in as_completed([self.pool.submit(_train_in_worker, run) for run in runs]):
-                yield future.result()
+            return
+        queue, training = iter(runs), set[Future[Result]]()
+        while True:
+            while len(training) < self.jobs and (run := next(queue, None)) is not None:
+                training.add(self.pool.submit(_train_in_worker, run))
+            if not training:
+                return
+            done, training = wait(training, return_when=FIRST_COMPLETED)
+            yield from (future.result() for future in done)
 
-    def complete(self, runs: list[Run], records: RecordFile, name: str) -> None:
-        """Trains what the records lack of the runs, under a progress bar of that name."""
-        missing = [run for run in runs if run not in records]
-        with tqdm(total=len(runs), initial=len(runs) - len(missing), desc=name, unit="run") as bar:
-            for record in self(missing):
-                records.add(record)
+    def complete(self, plans: Sequence[Plan], records: RecordFile, name: str, seconds: float | None = None) -> None:
+        """Trains what the records lack of the plans, plan by plan, under a progress bar of that name.
+
+        Args:
+            plans: a later one is begun while the last tuning runs of an earlier one go on.
+            records: for the results.
+            name: of the bar.
+            seconds: after which no more runs are started; None for no limit.
+        """
+        end = time.monotonic() + seconds if seconds is not None else None
+        known = sum(run in records for plan in plans for run in plan.known(records))
+        with tqdm(total=sum(map(len, plans)), initial=known, desc=name, unit="run", smoothing=0.05) as bar:
+            for result in self(_Missing(plans, records, end)):
+                records.add_result(result)
                 bar.update()
 
     def close(self) -> None:
         """Ends the processes, after the runs that they are at; the others are dropped."""
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class _Missing:
+    """The runs that records lack of plans, as they become known; ends when none can be told, and may then go on."""
+
+    def __init__(self, plans: Sequence[Plan], records: RecordFile, end: float | None) -> None:
+        self.plans, self.records, self.end = list(plans), records, end
+        self.started: set[str] = set()
+
+    def __iter__(self) -> "_Missing":
+        return self
+
+    def __next__(self) -> Run:
+        if self.end is not None and time.monotonic() >= self.end:
+            raise StopIteration
+        for plan in list(self.plans):
+            runs = plan.known(self.records)
+            for run in runs:
+                if run not in self.records and run.key not in self.started:
+                    self.started.add(run.key)
+                    return run
+            if len(runs) == len(plan):
+                self.plans.remove(plan)
+        raise StopIteration
 
 
 _worker_data: DataSet
@@ -101,14 +196,28 @@ def _start_worker(data: bytes) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the parent, which ends the pool
 
 
-def _train_in_worker(run: Run) -> dict[str, Any]:
+def _train_in_worker(run: Run) -> Result:
     return train(run, _worker_data)
 
 
-def _key(plan: dict[str, Any]) -> tuple[str, ...]:
-    """What tells a record from all others of an experiment."""
-    return tuple(_text(plan.get(name)) for name in PLAN)
+def _sorted(rows: dict[str, T], runs: Sequence[Run], drop_others: bool) -> dict[str, T]:
+    first = {run.key: rows[run.key] for run in runs if run.key in rows}
+    return first if drop_others else {**first, **rows}
 
 
-def _text(value: Any) -> str:
-    return "" if value is None else str(value)
+def _texts(row: dict[str, Any], columns: Iterable[str]) -> dict[str, str]:
+    return {name: text(row.get(name)) for name in columns}
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _write(path: Path, columns: Iterable[str], rows: Iterable[dict[str, str]]) -> None:
+    partial = path.with_suffix(".part")
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)

@@ -1,14 +1,22 @@
-"""From the CSV of runs to one row a method: the chosen learning rate, accuracy over seeds, memory, time.
+"""From the CSV of runs to one row a method: the chosen point of its grid, accuracy over seeds, memory, time.
 
-A learning rate is chosen by validation accuracy of the tuning runs, and by nothing else.
+A point (learning rate, damping and what else is tuned) is chosen by validation accuracy of the tuning runs, and by
+nothing else.
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from efcp.analysis.methods import LABELLED, method_label
+from efcp.analysis.methods import LABELLED, TUNED, VARIANT, method_label
 from efcp.analysis.training import COLUMNS
+
+POINT = ("lr", *TUNED)
+"""What is tuned."""
+DIAGNOSTICS = ("grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75", "error_ratio")
+_NEEDED = ("phase", "method", *LABELLED, "window", "damping", "lr", "seed", "val_accuracy", "test_accuracy", "steps")
 
 
 def read_runs(path: Path) -> pd.DataFrame:
@@ -20,53 +28,69 @@ def read_runs(path: Path) -> pd.DataFrame:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: run the experiment first")
-    runs = pd.read_csv(path, float_precision="round_trip")
-    if missing := [name for name in COLUMNS if name not in runs]:
+    runs = pd.read_csv(path, float_precision="round_trip", dtype={"run": str})
+    if missing := [name for name in _NEEDED if name not in runs]:
         raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
-    options = runs[["method", *LABELLED]].astype(object)
-    options = options.where(options.notna(), None)
-    runs["label"] = [method_label(*row) for row in options.itertuples(index=False)]
+    runs = runs.reindex(columns=[*COLUMNS])
+    runs["label"] = _labels(runs)
     return runs
 
 
-def choose_lrs(runs: pd.DataFrame) -> dict[str, float]:
-    """The learning rate of each method, by label: best in mean validation accuracy over the seeds of the tuning runs.
+def choose(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of each method the point that is best in mean validation accuracy over the seeds of the tuning runs.
 
-    Of equally good ones the smallest.
+    Of equally good ones that of the smallest learning rate, then of the largest damping.
+
+    Returns:
+        A row a method, by label: the columns of `POINT`, val_accuracy, and `run` of one of the runs.
     """
     tuning = runs[runs["phase"] == "tune"]
-    means = tuning.groupby(["label", "lr"])["val_accuracy"].mean().reset_index()
-    best = means.sort_values(["val_accuracy", "lr"], ascending=[False, True]).drop_duplicates("label")
-    return {str(label): float(lr) for label, lr in zip(best["label"], best["lr"], strict=True)}
+    points = tuning.groupby(["label", *POINT], dropna=False, sort=False)
+    means = points.agg(val_accuracy=("val_accuracy", "mean"), run=("run", "first")).reset_index()
+    order = means.sort_values(["val_accuracy", "lr", "damping"], ascending=[False, True, False], kind="stable")
+    return order.drop_duplicates("label").set_index("label")
+
+
+def at_chosen(runs: pd.DataFrame) -> pd.DataFrame:
+    """The final runs that are at the chosen points of their methods; others are left from an earlier choice."""
+    final, chosen = runs[runs["phase"] == "final"], choose(runs)
+    same = [
+        label in chosen.index
+        and all(_equal(row, chosen.loc[label, name]) for row, name in zip(point, POINT, strict=True))
+        for label, *point in final[["label", *POINT]].itertuples(index=False)
+    ]
+    return final[same]
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """One row a method, by label, in the order of the runs.
 
-    Columns: method and the options that tell methods apart; lr and whether it is the smallest or largest that was tried
-    (at_edge); val and test accuracy (test_mean and test_std over seeds, val_mean) in %; seeds; diverged, how many of
-    the final runs; bytes_per_parameter and estimated_per_parameter; step_ms and optimizer_ms.
+    Columns: method and the options that tell methods apart; the chosen point; edge, which of its coordinates are the
+    smallest or largest that were tried; val and test accuracy (test_mean and test_std over seeds, val_mean) in %;
+    seeds; diverged, how many of the final runs; bytes_per_parameter, the share of it that grows with the network
+    (growing_per_parameter), and estimated_per_parameter; step_ms and
+    optimizer_ms where steps were timed, train_ms a step as the final runs took it; the diagnostics (mean over seeds).
 
     Raises:
-        ValueError: where the runs hold no final one at a chosen learning rate.
+        ValueError: where the runs hold no final one at a chosen point.
     """
-    chosen = choose_lrs(runs)
-    rows = []
-    for label, own in runs.groupby("label", sort=False):
-        lr = chosen.get(str(label))
-        final = own[(own["phase"] == "final") & (own["lr"] == lr)]
-        if final.empty:
-            continue
-        tried = own.loc[own["phase"] == "tune", "lr"]
-        timing = own[own["phase"] == "timing"]
-        first = final.iloc[0]
+    finals, rows = at_chosen(runs), []
+    for label, final in finals.groupby("label", sort=False):
+        own = runs[runs["label"] == label]
+        tried, timing, first = own[own["phase"] == "tune"], own[own["phase"] == "timing"], final.iloc[0]
+        edge = [
+            name
+            for name in POINT
+            if tried[name].nunique() > 1 and first[name] in (tried[name].min(), tried[name].max())
+        ]
         rows.append(
             {
                 "label": label,
-                **{name: first[name] for name in ("method", *LABELLED, "bytes_per_parameter")},
+                **{name: first[name] for name in ("method", *VARIANT, *POINT, "bytes_per_parameter")},
+                "growing_per_parameter": (first["state_bytes"] - first["matrix_bytes"]) / first["numel"],
                 "estimated_per_parameter": first["state_bytes_estimated"] / first["numel"],
-                "lr": lr,
-                "at_edge": lr in (tried.min(), tried.max()),
+                "edge": edge,
+                "points": tried[[*POINT]].drop_duplicates().shape[0],
                 "val_mean": final["val_accuracy"].mean(),
                 "test_mean": final["test_accuracy"].mean(),
                 "test_std": final["test_accuracy"].std(),
@@ -74,18 +98,28 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
                 "diverged": int(final["diverged"].eq(True).sum()),
                 "step_ms": timing["step_ms"].mean(),
                 "optimizer_ms": timing["optimizer_ms"].mean(),
+                "train_ms": 1e3 * (final["cpu_seconds"] / final["steps"]).mean(),
+                **{name: final[name].mean() for name in (*DIAGNOSTICS, "objective")},
             }
         )
     if not rows:
-        raise ValueError("there is no final run at a chosen learning rate yet")
+        raise ValueError("there is no final run at a chosen point yet")
     return pd.DataFrame(rows).set_index("label")
 
 
-def markdown(summary: pd.DataFrame) -> str:
-    """The summary as a table in Markdown, aligned for reading as plain text."""
-    header = ("method", "test accuracy, %", "lr", "state, bytes/param", "estimated", "step, ms", "optimizer, ms")
-    lines = [header, *(_cells(str(label), row) for label, row in summary.iterrows())]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+def markdown(summary: pd.DataFrame, columns: Mapping[str, Callable[[pd.Series], str]] | None = None) -> str:
+    """The summary as a table in Markdown, aligned for reading as plain text.
+
+    Args:
+        summary: of `summarise`.
+        columns: heads, and what stands below them; the default are those of `TIMED`.
+    """
+    columns = TIMED if columns is None else columns
+    lines = [
+        ("method", *columns),
+        *((str(label), *(cell(row) for cell in columns.values())) for label, row in summary.iterrows()),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, tuple("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)))
     aligned = (
         (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
@@ -99,35 +133,100 @@ def remarks(runs: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
     final = runs[runs["phase"] == "final"].iloc[0]
     tuning, seeds = runs[runs["phase"] == "tune"], sorted(summary["seeds"].unique())
     lrs = ", ".join(f"{lr:g}" for lr in sorted(tuning["lr"].unique()))
+    timed = summary["step_ms"].notna().any()
+    fixed = f"; window {runs['window'].max():g}, damping {runs['damping'].max():g}" if timed else ""
+    grid = f"Each method's lr: the best of {lrs}" if timed else _budget(summary)
+    time = "Steps timed" if timed else "Time of a step: what the final runs computed, beside other runs"
     lines = [
-        f"{final['data_set']}, {final['train_size']:,} training images; {final['numel']:,.0f} parameters; "
-        f"{final['epochs']} epochs, {final['steps']} steps of batch {final['batch_size']}; "
-        f"window {runs['window'].max():g}, damping {runs['damping'].max():g}.",
-        f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seeds. Each method's lr: the best of {lrs} on "
+        f"{final['data_set']}, {final['train_size']:,} training {'images' if timed else 'examples'}; "
+        f"{final['numel']:,.0f} parameters; "
+        f"{final['epochs']} epochs, {final['steps']} steps of batch {final['batch_size']}{fixed}.",
+        f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seeds. {grid} on "
         f"the validation split ({tuning['seed'].nunique()} other seed(s)).",
-        f"Steps timed on one thread, sparse windows by the {final['kernels']} kernels; torch {final['torch_version']}.",
+        f"{time} on one thread, sparse windows by the {final['kernels']} kernels; torch {final['torch_version']}.",
     ]
     if diverged := int(tuning["diverged"].eq(True).sum()):
         lines.append(f"{diverged} of {len(tuning)} tuning runs diverged, and count with the accuracy that they had.")
     for label, row in summary.iterrows():
         if row["diverged"]:
             lines.append(f"{label}: {row['diverged']} of {row['seeds']} final runs diverged.")
-        if row["at_edge"]:
-            lines.append(f"{label}: the chosen lr {row['lr']:g} lies at the edge of the grid.")
+        for name in row["edge"]:
+            lines.append(f"{label}: the chosen {name} {row[name]:g} lies at the edge of the grid.")
     return lines
 
 
-def _cells(label: str, row: pd.Series) -> tuple[str, ...]:
-    def number(value: float, digits: int) -> str:
-        return "" if pd.isna(value) else f"{value:.{digits}f}"
+def _budget(summary: pd.DataFrame) -> str:
+    points = " or ".join(map(str, sorted(summary["points"].unique())))
+    return f"Each method was tuned on {points} points, and the best is that"
 
-    spread = "" if pd.isna(row["test_std"]) else f" ± {row['test_std']:.2f}"
-    return (
-        label,
-        f"{row['test_mean']:.2f}{spread}",
-        f"{row['lr']:g}{' (edge)' if row['at_edge'] else ''}",
-        number(row["bytes_per_parameter"], 2),
-        number(row["estimated_per_parameter"], 2),
-        number(row["step_ms"], 1),
-        number(row["optimizer_ms"], 1),
-    )
+
+def _number(name: str, format_spec: str) -> Callable[[pd.Series], str]:
+    return lambda row: "" if pd.isna(row[name]) else f"{row[name]:{format_spec}}"
+
+
+def _tuned(*names: str) -> Callable[[pd.Series], str]:
+    """The first of these that the method has."""
+
+    def cell(row: pd.Series) -> str:
+        name = next((n for n in names if not pd.isna(row[n])), None)
+        return "" if name is None else f"{row[name]:g}{' (edge)' if name in row['edge'] else ''}"
+
+    return cell
+
+
+def _accuracy(row: pd.Series) -> str:
+    return f"{row['test_mean']:.2f}" + ("" if pd.isna(row["test_std"]) else f" ± {row['test_std']:.2f}")
+
+
+TIMED = {
+    "test accuracy, %": _accuracy,
+    "lr": _tuned("lr"),
+    "state, bytes/param": _number("bytes_per_parameter", ".2f"),
+    "estimated": _number("estimated_per_parameter", ".2f"),
+    "step, ms": _number("step_ms", ".1f"),
+    "optimizer, ms": _number("optimizer_ms", ".1f"),
+}
+"""Columns of a table of methods whose steps were timed one after the other."""
+LOOKED_AT = {
+    "test accuracy, %": _accuracy,
+    "validation": _number("val_mean", ".2f"),
+    "lr": _tuned("lr"),
+    "damping or eps": _tuned("damping", "eps"),
+    "state, bytes/param": _number("bytes_per_parameter", ".2f"),
+    "without m × m": _number("growing_per_parameter", ".2f"),
+    "step, ms": _number("train_ms", ".0f"),
+    "cos(g, u)": _number("cosine", ".2f"),
+    "abs(u/g) Q25": _number("scaling_q25", ".3g"),
+    "Q50": _number("scaling_q50", ".3g"),
+    "Q75": _number("scaling_q75", ".3g"),
+}
+"""Columns of a table of methods whose steps were looked at."""
+
+
+def _labels(runs: pd.DataFrame) -> list[str]:
+    """Of the method of each run.
+
+    Window, block size and dtypes show where methods that are else the same differ in them, and are not as usual.
+    """
+    options = runs[["method", *VARIANT]].astype(object)
+    options = options.where(options.notna(), None)
+    short = [method_label(*row) for row in options[["method", *LABELLED]].itertuples(index=False)]
+    groups = options.groupby(short)
+    differs = {name: groups[name].nunique(dropna=False) > 1 for name in _SHOWN}
+    labels = []
+    for label, (_, row) in zip(short, options.iterrows(), strict=True):
+        unusual = [name for name in _SHOWN if differs[name][label] and row[name] not in (None, _USUAL.get(name))]
+        labels.append(", ".join([label, *(f"{_SHOWN[name]} {_word(row[name])}" for name in unusual)]))
+    return labels
+
+
+_SHOWN = {"window": "window", "block_size": "block size", "value_dtype": "values", "error_dtype": "error"}
+_USUAL = {"block_size": 4096, "value_dtype": "bfloat16"}
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _equal(a: float, b: float) -> bool:
+    return a == b or (pd.isna(a) and pd.isna(b))

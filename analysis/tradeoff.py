@@ -10,7 +10,6 @@ run. Damping is the same for all. Written to the output folder: `runs.csv`, one 
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -21,9 +20,10 @@ from tqdm import tqdm
 from efcp.analysis.data import NAMES, load_data, resolve_name
 from efcp.analysis.methods import compared_methods
 from efcp.analysis.plots import plot_tradeoff
-from efcp.analysis.running import RecordFile, Trainer
-from efcp.analysis.summary import choose_lrs, markdown, read_runs, remarks, summarise
-from efcp.analysis.training import Run, Task, time_steps
+from efcp.analysis.running import Plan, RecordFile, Trainer, cores
+from efcp.analysis.summary import markdown, read_runs, remarks, summarise
+from efcp.analysis.tasks import Task
+from efcp.analysis.training import TASK, Run, time_steps
 
 LRS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _FIRST_TUNING_SEED = 1000  # far from those of final runs, which count from 0
@@ -72,27 +72,29 @@ def run_experiment(args: argparse.Namespace) -> None:
             raise ValueError(f"{option} must be distinct, got {' '.join(map(str, values))}")
     name = resolve_name(args.data, args.data_dir)
     data = load_data(name, args.data_dir, args.train_size)
-    train_size, _, height, width = data.train.images.shape
+    train_size, *shape = data.train.inputs.shape
     if args.batch_size > train_size:
         raise ValueError(f"--batch-size must be at most the training size {train_size}, got {args.batch_size}")
-    task = Task(name, (height, width), train_size, args.width, args.epochs, args.batch_size)
+    task = Task("small-cnn", name, tuple(shape), train_size, args.epochs, args.batch_size, width=args.width)
     methods = compared_methods(args.window, args.damping, args.densities, args.ranks, args.power_iterations)
     records = RecordFile(args.out / "runs.csv", args.resume)
 
     tuning_seeds = range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + args.tune_seeds)
-    tuning = [Run("tune", task, m, lr, seed) for m in methods for lr in sorted(args.lrs) for seed in tuning_seeds]
-    records.check(tuning)
-    steps = (len(tuning) + len(methods) * args.seeds) * task.steps
+    plans = [
+        Plan([Run("tune", task, m, lr, seed) for lr in sorted(args.lrs) for seed in tuning_seeds], range(args.seeds))
+        for m in methods
+    ]
+    records.check([run for plan in plans for run in plan.tuning], (*TASK, "window", "damping"))
+    steps = sum(map(len, plans)) * plans[0].tuning[0].steps
     print(f"{name}: {train_size:,} training images, {len(methods)} methods, {steps:,} steps in all", flush=True)
     with closing(Trainer(data, args.jobs)) as trainer:
-        trainer.complete(tuning, records, "tuning")
-        lrs = choose_lrs(read_runs(records.path))
-        final = [Run("final", task, m, lrs[m.label], seed) for m in methods for seed in range(args.seeds)]
-        trainer.complete(final, records, "final runs")
+        trainer.complete(plans, records, "training")
+    known = [run for plan in plans for run in plan.known(records)]
+    final = [run for run in known if run.phase == "final"]
     timing = [replace(run, phase="timing") for run in final if run.seed == 0]
     for run in tqdm(timing, desc="timing", unit="method"):
         records.add(time_steps(run, data))
-    records.sort(tuning + final + timing)
+    records.sort([*(run for run in known if run.phase == "tune"), *final, *timing])
 
 
 def report(folder: Path) -> None:
@@ -131,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lrs", type=positive, nargs="+", default=list(LRS), help="the grid, the same for all methods")
     parser.add_argument("--seeds", type=count, default=3, help="final runs of each method")
     parser.add_argument("--tune-seeds", type=count, default=1, help="tuning runs of each method at each lr")
-    parser.add_argument("--jobs", type=count, default=_cores(), help="runs at once")
+    parser.add_argument("--jobs", type=count, default=cores(), help="runs at once")
     parser.add_argument("--out", type=Path, default=Path("results/tradeoff"), help="folder for CSV, table and plot")
     parser.add_argument("--resume", action="store_true", help="keep the runs that the CSV of --out already holds")
     parser.add_argument("--plot-only", action="store_true", help="remake table and plot from the CSV of --out")
@@ -159,11 +161,6 @@ def _number(
         return value
 
     return parse
-
-
-def _cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -1,57 +1,83 @@
 """One run: a method trains a network from a seed, and one record comes out. Runs know nothing of each other.
 
 The seed decides initialisation and order of batches, both the same for all methods. The learning rate falls linearly to
-0. A run computes on one thread, so that its record depends neither on the number of cores nor on other runs.
+0, after a warm-up where the task has one. A run computes on one thread, so that its record depends neither on the
+number of cores nor on other runs.
 """
 
+import hashlib
 import math
 import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 import efcp
-from efcp import memory_report
+from efcp import EFCP, MemoryReport, memory_report
 from efcp.analysis.data import DataSet, Split
-from efcp.analysis.methods import Method
-from efcp.analysis.models import small_cnn
+from efcp.analysis.methods import TUNED, VARIANT, Method
+from efcp.analysis.tasks import Task
+from efcp.gram import allocate_gram
 from efcp.kernels import backend_name
 
 COLUMNS = {
-    "phase": "tune: for the choice of lr; final: at the chosen lr; timing: of steps, one method after the other",
+    "phase": "tune: for the choice of lr and of what else is tuned; map: more of the plane of lr and damping; final: "
+    "at the chosen point; rule: at the point that a rule gives; timing: of steps, one method after the other",
     "method": "its name",
     "density": "share of entries kept",
     "error_feedback": "whether what was not kept is added to the next gradient",
     "rank": "of low-rank rows",
     "power_iterations": "of each step, for low-rank rows",
     "window": "gradients kept",
+    "block_size": "entries among which the largest are kept",
+    "value_dtype": "of the rows of the window",
+    "error_dtype": "of the error; that of the parameters where empty",
     "damping": "of M-FAC",
-    "lr": "learning rate at the first step; it falls linearly to 0",
+    "eps": "of GGT, Adam, AdamW and Adagrad; PyTorch's default where empty",
+    "weight_decay": "decoupled; 0 where empty, but PyTorch's default for AdamW",
+    "lr": "the largest learning rate",
     "seed": "of initialisation and order of batches",
+    "run": "names the run in curves.csv and diagnostics.csv",
+    "network": "",
+    "data_set": "",
+    "train_size": "examples",
     "epochs": "",
     "batch_size": "",
-    "width": "of the network",
-    "data_set": "",
-    "train_size": "images",
+    "width": "of an image network",
+    "layers": "of MiniLM",
+    "l2": "weight of ‖θ‖²/2 in the loss",
+    "warm_up": "share of the steps",
     "steps": "taken; fewer than planned in a run that diverged",
     "diverged": "whether the training loss became infinite or NaN, where training stops",
     "train_loss": "mean over the last epoch",
+    "val_loss": "mean cross-entropy",
     "val_accuracy": "%",
-    "test_accuracy": "%, of final runs only",
-    "numel": "parameters of the network",
+    "test_accuracy": "%, of phases final and rule only",
+    "objective": "loss over the whole training split, of convex tasks",
+    "grad_norm": "‖g‖, median over the steps that were looked at",
+    "cosine": "cos(g, u), the same",
+    "scaling_q25": "quantile of |u/g| over entries with g ≠ 0, the same",
+    "scaling_q50": "",
+    "scaling_q75": "",
+    "error_ratio": "‖e‖ over the sum of all ‖g‖ so far, at the last step that was looked at",
+    "numel": "trained parameters of the network",
     "state_bytes": "of the live optimizer's state, measured",
+    "matrix_bytes": "of these, what does not grow with the network: m × m matrices, of windowed methods",
     "state_bytes_estimated": "by efcp.estimate_memory, of windowed methods",
     "bytes_per_parameter": "state_bytes / numel",
     "step_ms": "median over steps of forward, backward and optimizer, of timing only",
     "optimizer_ms": "median over steps of the optimizer's part, of timing only",
     "seconds": "of the run's training, beside other runs",
+    "cpu_seconds": "that the run's process computed meanwhile: on one thread, and undisturbed by what else runs",
     "kernels": "backend of the sparse window's operations",
     "torch_version": "",
     "efcp_version": "",
@@ -59,31 +85,14 @@ COLUMNS = {
 }
 """The columns of a record, with units; empty where they do not apply."""
 
-PLAN = ("phase", "method", "density", "error_feedback", "rank", "power_iterations", "window", "damping", "lr", "seed")
-TASK = ("epochs", "batch_size", "width", "data_set", "train_size")
+CURVE_COLUMNS = ("run", "step", "epoch", "cpu_seconds", "train_loss", "val_loss", "val_accuracy", "objective")
+"""Of a final run's learning curve; train_loss is the mean since the point before. See `COLUMNS`."""
+DIAGNOSTICS_COLUMNS = ("run", "step", "grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75", "error_ratio")
+"""Of a step of a final run. See `COLUMNS`."""
 
-
-@dataclass(frozen=True)
-class Task:
-    """What is trained on what, for how long."""
-
-    data_set: str
-    image_size: tuple[int, int]
-    train_size: int
-    width: int
-    epochs: int
-    batch_size: int
-
-    @property
-    def steps(self) -> int:
-        """Of a run. Batches are full: what remains of an epoch is left out."""
-        return self.epochs * (self.train_size // self.batch_size)
-
-    def model(self, seed: int) -> nn.Module:
-        """The network as initialised from a seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return small_cnn(self.width, self.image_size)
+PLAN = ("phase", "method", *VARIANT, *TUNED, "lr", "seed")
+TASK = ("network", "data_set", "train_size", "epochs", "batch_size", "width", "layers", "l2", "warm_up")
+_EVALUATED = 500  # examples at once
 
 
 @dataclass(frozen=True)
@@ -96,70 +105,129 @@ class Run:
     lr: float
     seed: int
 
-    @property
+    @cached_property
     def plan(self) -> dict[str, Any]:
         """The columns of the record that are known beforehand."""
-        own = {"phase": self.phase, "method": self.method.name, "lr": self.lr, "seed": self.seed}
-        return {
-            **{name: own.get(name, self.method.options.get(name)) for name in PLAN},
-            **{name: getattr(self.task, name) for name in TASK},
+        known = {
+            "phase": self.phase,
+            "method": self.method.name,
+            "lr": self.lr,
+            "seed": self.seed,
+            **self.method.columns,
         }
+        own = {name: known[name] for name in PLAN}
+        task = {name: getattr(self.task, name) for name in TASK} | {"batch_size": self.batch_size}
+        key = "|".join(text(value) for value in own.values())
+        return {**own, "run": hashlib.sha1(key.encode()).hexdigest()[:8], **task}
+
+    @property
+    def key(self) -> str:
+        """Of the record."""
+        return str(self.plan["run"])
+
+    @property
+    def batch_size(self) -> int:
+        return self.method.batch_size or self.task.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Batches are full: what remains of an epoch is left out."""
+        return self.task.epochs * self.steps_of_epoch
+
+    @property
+    def steps_of_epoch(self) -> int:
+        return self.task.train_size // self.batch_size
+
+    @property
+    def tested(self) -> bool:
+        """Whether it may look at the test split."""
+        return self.phase in ("final", "rule")
 
 
-def train(run: Run, data: DataSet) -> dict[str, Any]:
-    """Trains, evaluates, measures: the record of a run. Only final runs look at the test split.
+@dataclass
+class Result:
+    """What comes out of a run: a record, and of final runs a learning curve and what was seen of single steps."""
+
+    record: dict[str, Any]
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    diagnostics: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train(run: Run, data: DataSet) -> Result:
+    """Trains, evaluates, measures.
 
     A run whose loss becomes infinite or NaN stops there, and counts with the accuracy that the network then has.
     """
-    task = run.task
-    with single_thread():
+    task, plan = run.task, run.plan
+    evaluated = _spread(run.steps, task.evaluations if run.tested else 0)
+    watched = {step - 1 - run.steps // (2 * task.diagnostics) for step in _spread(run.steps, task.diagnostics)}
+    losses: list[float] = []
+    curve: list[dict[str, Any]] = []
+    seen: list[dict[str, Any]] = []
+    clock = _Clock()
+    diverged, gradients = False, 0.0
+    with single_thread(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.seed)  # of dropout
         model = task.model(run.seed)
         optimizer = run.method.build(model, run.lr)
-        losses, diverged = [], False
-        start = time.perf_counter()
-        for step, (images, labels) in enumerate(batches(data.train, task, run.seed)):
-            for group in optimizer.param_groups:
-                group["lr"] = run.lr * (1 - step / task.steps)
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(images), labels)
-            losses.append(loss.item())
-            if diverged := not math.isfinite(losses[-1]):
-                break
-            loss.backward()
-            optimizer.step()
-        seconds = time.perf_counter() - start
-        last_epoch = losses[-(task.steps // task.epochs) :]
+        for step, (inputs, labels) in enumerate(batches(data.train, run)):
+            with clock:
+                for group in optimizer.param_groups:
+                    group["lr"] = run.lr * task.factor(step, run.steps)
+                optimizer.zero_grad()
+                loss = task.loss(model, inputs, labels)
+                losses.append(loss.item())
+                if diverged := not math.isfinite(losses[-1]):
+                    break
+                loss.backward()
+            if task.diagnostics:
+                gradients += _grad_norm(optimizer)
+            before = _flat(optimizer) if step in watched else None
+            with clock:
+                optimizer.step(partial(float, losses[-1]))  # L-BFGS wants to be told the loss
+            if before is not None:
+                seen.append({"run": plan["run"], "step": step + 1, **_look(optimizer, before, gradients)})
+            if step + 1 in evaluated:
+                since = curve[-1]["step"] if curve else 0
+                point = {"run": plan["run"], "step": step + 1, "epoch": round((step + 1) / run.steps_of_epoch, 3)}
+                point |= {"cpu_seconds": round(clock.cpu, 3), "train_loss": _mean(losses[since:])}
+                curve.append(point | _validation(task, model, data))
         measured, estimated = memory_report(optimizer), run.method.estimate(model)
-        return {
-            **run.plan,
+        state_bytes = measured.total + _bytes_in_lists(optimizer)
+        record = {
+            **plan,
             "steps": len(losses),
             "diverged": diverged,
-            "train_loss": sum(last_epoch) / len(last_epoch),
-            "val_accuracy": accuracy(model, data.validation),
-            "test_accuracy": accuracy(model, data.test) if run.phase == "final" else None,
+            "train_loss": _mean(losses[-run.steps_of_epoch :]),
+            **(_ending(curve, run) or _validation(task, model, data)),
+            "test_accuracy": accuracy(model, data.test) if run.tested else None,
+            **_summary(seen),
             "numel": measured.numel,
-            "state_bytes": measured.total,
+            "state_bytes": state_bytes,
+            "matrix_bytes": _matrix_bytes(optimizer, measured),
             "state_bytes_estimated": estimated.total if estimated else None,
-            "bytes_per_parameter": measured.per_parameter,
-            "seconds": round(seconds, 3),
+            "bytes_per_parameter": state_bytes / measured.numel,
+            "seconds": round(clock.wall, 3),
+            "cpu_seconds": round(clock.cpu, 3),
             **_versions(),
         }
+    return Result(record, curve, seen if run.tested else [])
 
 
 def time_steps(run: Run, data: DataSet, steps: int = 40, warm_up: int = 10) -> dict[str, Any]:
     """The record of a run of a few steps, timed: medians in ms."""
-    task = run.task
-    images, labels = data.train.images[: task.batch_size], data.train.labels[: task.batch_size]
+    inputs, labels = data.train.inputs[: run.batch_size], data.train.labels[: run.batch_size]
     whole, own = [], []
     with single_thread():
-        model = task.model(run.seed)
+        model = run.task.model(run.seed)
         optimizer = run.method.build(model, run.lr)
         for _ in range(warm_up + steps):
             start = time.perf_counter()
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
+            loss = run.task.loss(model, inputs, labels)
+            loss.backward()
             middle = time.perf_counter()
-            optimizer.step()
+            optimizer.step(partial(float, loss.item()))
             end = time.perf_counter()
             whole.append(end - start)
             own.append(end - middle)
@@ -172,23 +240,19 @@ def time_steps(run: Run, data: DataSet, steps: int = 40, warm_up: int = 10) -> d
     }
 
 
-def batches(train: Split, task: Task, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images (batch_size, 1, height, width) and labels (batch_size,) of every step; a new order in each epoch."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(task.epochs):
-        order = torch.randperm(task.train_size, generator=generator)
-        for batch in order.split(task.batch_size)[: task.train_size // task.batch_size]:
-            yield train.images[batch], train.labels[batch]
+def batches(train: Split, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs (batch_size, ...) and labels (batch_size,) of every step; a new order in each epoch."""
+    generator = torch.Generator().manual_seed(run.seed)
+    for _ in range(run.task.epochs):
+        order = torch.randperm(run.task.train_size, generator=generator)
+        for batch in order.split(run.batch_size)[: run.steps_of_epoch]:
+            yield train.inputs[batch], train.labels[batch]
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
-    """Of a network on a split, in %. An image with an infinite or NaN logit counts as wrong."""
-    right = 0
-    for images, labels in zip(split.images.split(1000), split.labels.split(1000), strict=True):
-        logits = model(images)
-        right += int(((logits.argmax(1) == labels) & logits.isfinite().all(1)).sum())
-    return 100 * right / len(split.labels)
+    """Of a network on a split, in %. An example with an infinite or NaN logit counts as wrong."""
+    logits = _logits(model, split)
+    return 100 * ((logits.argmax(1) == split.labels) & logits.isfinite().all(1)).double().mean().item()
 
 
 @contextmanager
@@ -200,6 +264,147 @@ def single_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def text(value: Any) -> str:
+    """As it stands in a CSV file; empty for None. Measured numbers are cut to seven digits, settings are short."""
+    if value is None:
+        return ""
+    return repr(float(f"{value:.7g}")) if isinstance(value, float) else str(value)
+
+
+class _Clock:
+    """Seconds spent within it: by the wall, and by what the process computed."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+
+    def __enter__(self) -> None:
+        self.wall -= time.perf_counter()
+        self.cpu -= time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.wall += time.perf_counter()
+        self.cpu += time.process_time()
+
+
+def _spread(steps: int, count: int) -> set[int]:
+    """Numbers of steps, counted from 1, that lie evenly and end with the last."""
+    return {round(steps * (i + 1) / count) for i in range(count)} - {0}
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, split: Split) -> Tensor:
+    """(n, classes), with the network in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    logits = torch.cat([model(inputs) for inputs in split.inputs.split(_EVALUATED)])
+    model.train(was_training)
+    return logits
+
+
+def _validation(task: Task, model: nn.Module, data: DataSet) -> dict[str, Any]:
+    logits, labels = _logits(model, data.validation), data.validation.labels
+    right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
+    return {
+        "val_loss": F.cross_entropy(logits, labels).item(),
+        "val_accuracy": 100 * right.double().mean().item(),
+        "objective": f"{objective(task, model, data.train):.12g}" if task.l2 else None,
+    }
+
+
+def _ending(curve: list[dict[str, Any]], run: Run) -> dict[str, Any]:
+    """The validation after the last step, if the curve has it."""
+    if not curve or curve[-1]["step"] < run.steps:
+        return {}
+    return {name: curve[-1][name] for name in ("val_loss", "val_accuracy", "objective")}
+
+
+@torch.no_grad()
+def objective(task: Task, model: nn.Module, train: Split) -> float:
+    """The loss over the whole training split, in float64."""
+    exact = task.model(0).double()
+    exact.load_state_dict(model.state_dict())
+    return task.loss(exact, train.inputs.double(), train.labels).item()
+
+
+def _params(optimizer: Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+@torch.no_grad()
+def _flat(optimizer: Optimizer) -> Tensor:
+    """All parameters, (d,) float32."""
+    return torch.cat([p.flatten() for p in _params(optimizer)])
+
+
+@torch.no_grad()
+def _grad_norm(optimizer: Optimizer) -> float:
+    grads = [p.grad for p in _params(optimizer) if p.grad is not None]
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads))).item()
+
+
+@torch.no_grad()
+def _look(optimizer: Optimizer, before: Tensor, gradients: float) -> dict[str, float | None]:
+    """What a step did, in the columns of diagnostics. The update is what moved the parameters, divided by −lr.
+
+    Args:
+        optimizer: after the step.
+        before: (d,), its parameters before the step.
+        gradients: the sum of the norms of all gradients up to this one.
+    """
+    update = (before - _flat(optimizer)) / optimizer.param_groups[0]["lr"]
+    grad = torch.cat(
+        [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in _params(optimizer)]
+    )
+    cosine = F.cosine_similarity(grad.double(), update.double(), dim=0).item()
+    error = None
+    if isinstance(optimizer, EFCP):
+        known = optimizer.diagnostics(quantiles=True)
+        quantiles = [known[f"scaling_q{q}"] for q in (25, 50, 75)]
+        if any("error" in state for state in optimizer.state.values()):
+            error = (known["error_norm"] or 0.0) / max(gradients, 1e-30)
+    else:
+        ratios = (update / grad)[grad != 0].abs().sort().values
+        quantiles = (
+            [ratios[int(q * (len(ratios) - 1))].item() for q in (0.25, 0.5, 0.75)] if len(ratios) else [None] * 3
+        )
+    return {
+        "grad_norm": torch.linalg.vector_norm(grad).item(),
+        "cosine": cosine,
+        **{f"scaling_q{q}": value for q, value in zip((25, 50, 75), quantiles, strict=True)},
+        "error_ratio": error,
+    }
+
+
+def _summary(seen: list[dict[str, Any]]) -> dict[str, float | None]:
+    """Of the steps that were looked at: medians, and the last ratio of the error."""
+
+    def median(name: str) -> float | None:
+        values = [row[name] for row in seen if row[name] is not None]
+        return torch.tensor(values).median().item() if values else None
+
+    names = ("grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75")
+    return {**{name: median(name) for name in names}, "error_ratio": seen[-1]["error_ratio"] if seen else None}
+
+
+def _matrix_bytes(optimizer: Optimizer, measured: MemoryReport) -> int | None:
+    """Of the state of a windowed method that does not grow with the network."""
+    if not isinstance(optimizer, EFCP):
+        return None
+    window, device = optimizer.param_groups[0]["window"], torch.device("meta")
+    names = {**allocate_gram(window, device), **optimizer.preconditioner.allocate(window, device)}
+    return sum(measured.tensors.get(name, 0) for name in names)
+
+
+def _bytes_in_lists(optimizer: Optimizer) -> int:
+    """Of tensors that the state keeps in lists, as that of L-BFGS does."""
+    lists = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, list)]
+    return sum(t.numel() * t.element_size() for some in lists for t in some if isinstance(t, Tensor))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
 
 
 @lru_cache

@@ -136,7 +136,7 @@ def test_every_run_of_the_stratified_order_has_all_classes_in_their_shares(count
 def identities(data: DataSet) -> list[set[bytes]]:
     """The images of each split, as sets."""
     splits = (data.train, data.validation, data.test)
-    return [{image.mul(1000).round().short().numpy().tobytes() for image in split.images} for split in splits]
+    return [{image.mul(1000).round().short().numpy().tobytes() for image in split.inputs} for split in splits]
 
 
 def test_fashion_splits(tmp_path: Path) -> None:
@@ -144,14 +144,14 @@ def test_fashion_splits(tmp_path: Path) -> None:
     data, again = load_data("fashion-mnist", folder), load_data("fashion-mnist", folder)
     assert [len(s.labels) for s in (data.train, data.validation, data.test)] == [440, 40, 100]
     for split, count in ((data.train, 44), (data.validation, 4), (data.test, 10)):
-        assert split.images.shape == (10 * count, 1, 8, 8)
-        assert split.images.dtype == torch.float32
+        assert split.inputs.shape == (10 * count, 1, 8, 8)
+        assert split.inputs.dtype == torch.float32
         assert (split.labels.bincount(minlength=10) == count).all()
     train, validation, test = identities(data)
     assert not train & validation
     assert not train & test
     assert not validation & test
-    assert torch.equal(data.train.images, again.train.images)
+    assert torch.equal(data.train.inputs, again.train.inputs)
     small = load_data("fashion-mnist", folder, 100)
     assert torch.equal(small.train.labels, data.train.labels[:100])
     assert torch.equal(small.validation.labels, data.validation.labels)
@@ -166,14 +166,14 @@ def test_the_training_size_is_limited(tmp_path: Path, size: int) -> None:
 def test_mnist5k() -> None:
     data = load_data("mnist5k")
     for split, count in ((data.train, 300), (data.validation, 100), (data.test, 100)):
-        assert split.images.shape == (10 * count, 1, 28, 28)
+        assert split.inputs.shape == (10 * count, 1, 28, 28)
         assert (split.labels.bincount(minlength=10) == count).all()
     train, validation, test = identities(data)
     assert not train & validation
     assert not train & test
     assert not validation & test
-    assert abs(data.train.images.mean()) < 1e-3
-    assert abs(data.train.images.std() - 1) < 1e-3
+    assert abs(data.train.inputs.mean()) < 1e-3
+    assert abs(data.train.inputs.std() - 1) < 1e-3
 
 
 def test_an_unknown_set_is_refused() -> None:

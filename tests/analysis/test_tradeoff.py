@@ -4,7 +4,6 @@ import csv
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -16,12 +15,13 @@ from efcp.analysis.data import DataSet, Split, load_data
 from efcp.analysis.methods import Method, compared_methods
 from efcp.analysis.models import small_cnn
 from efcp.analysis.running import Trainer
-from efcp.analysis.summary import choose_lrs, markdown, read_runs, remarks, summarise
+from efcp.analysis.summary import POINT, choose, markdown, read_runs, remarks, summarise
+from efcp.analysis.tasks import Task
 from efcp.analysis.tradeoff import main
-from efcp.analysis.training import COLUMNS, Run, Task, accuracy, batches, time_steps, train
+from efcp.analysis.training import COLUMNS, Result, Run, accuracy, batches, time_steps, train
 from tests.analysis.image_sets import write_image_set
 
-TASK = Task("fashion-mnist", (8, 8), train_size=200, width=4, epochs=1, batch_size=20)
+TASK = Task("small-cnn", "fashion-mnist", (1, 8, 8), train_size=200, epochs=1, batch_size=20, width=4)
 
 
 def arguments(images: Path, out: Path, *more: str) -> list[str]:
@@ -98,14 +98,14 @@ def test_resume_runs_only_what_is_missing(finished: Path, tmp_path: Path, monkey
     (tmp_path / "runs.csv").write_text("".join(kept))
     trained: list[Run] = []
 
-    def noted(run: Run, data: DataSet) -> dict[str, Any]:
+    def noted(run: Run, data: DataSet) -> Result:
         trained.append(run)
         return train(run, data)
 
     monkeypatch.setattr("efcp.analysis.running.train", noted)
     main(arguments(finished / "images", tmp_path, "--resume"))
     assert {(run.phase, run.method.name) for run in trained} == {("tune", "Adam")}
-    varying = ["seconds", "step_ms", "optimizer_ms"]
+    varying = ["seconds", "cpu_seconds", "step_ms", "optimizer_ms"]
     own, other = (pd.read_csv(folder / "runs.csv").drop(columns=varying) for folder in (tmp_path, finished))
     pd.testing.assert_frame_equal(own, other)
 
@@ -120,21 +120,29 @@ def test_resume_runs_only_what_is_missing(finished: Path, tmp_path: Path, monkey
 def test_test_labels_do_not_move_the_chosen_lr(finished: Path, tmp_path: Path) -> None:
     main(arguments(write_image_set(tmp_path / "images", shuffle_test=True), tmp_path))
     own, other = read_runs(tmp_path / "runs.csv"), read_runs(finished / "runs.csv")
-    assert choose_lrs(own) == choose_lrs(other)
+    pd.testing.assert_frame_equal(choose(own)[[*POINT]], choose(other)[[*POINT]])
     assert own["val_accuracy"].equals(other["val_accuracy"])
     assert not own["test_accuracy"].equals(other["test_accuracy"])
 
 
 def test_the_best_mean_on_the_validation_split_is_chosen() -> None:
     rows = [
-        ("tune", "a", 0.1, 50, 99),
-        ("tune", "a", 0.1, 90, 99),
-        ("tune", "a", 0.3, 80, 0),
-        ("tune", "a", 0.3, 70, 0),
+        ("tune", "a", 0.1, 1e-3, 50, 99),
+        ("tune", "a", 0.1, 1e-3, 90, 99),
+        ("tune", "a", 0.1, 1e-2, 90, 99),
+        ("tune", "a", 0.1, 1e-2, 50, 99),
+        ("tune", "a", 0.3, 1e-2, 80, 0),
+        ("tune", "a", 0.3, 1e-2, 70, 0),
+        ("tune", "a", 0.3, 1e-3, 70, 0),
+        ("tune", "a", 0.3, 1e-3, 70, 99),
     ]
-    rows += [("final", "a", 0.1, 99, 99), ("tune", "b", 1.0, 60, 0), ("tune", "b", 0.1, 60, 0)]
-    runs = pd.DataFrame(rows, columns=["phase", "label", "lr", "val_accuracy", "test_accuracy"])
-    assert choose_lrs(runs) == {"a": 0.3, "b": 0.1}
+    rows += [("final", "a", 0.1, 1e-3, 99, 99), ("map", "a", 0.1, 1e-1, 99, 99)]
+    rows += [("tune", "b", 1.0, None, 60, 0), ("tune", "b", 0.1, None, 60, 0)]
+    runs = pd.DataFrame(rows, columns=["phase", "label", "lr", "damping", "val_accuracy", "test_accuracy"])
+    chosen = choose(runs.assign(eps=None, weight_decay=None, run=range(len(runs))))
+    assert chosen["lr"].to_dict() == {"a": 0.3, "b": 0.1}
+    assert chosen.loc["a", "damping"] == 1e-2
+    assert chosen.loc["a", "run"] == 4
 
 
 def test_jobs_do_not_change_results(finished: Path) -> None:
@@ -143,7 +151,7 @@ def test_jobs_do_not_change_results(finished: Path) -> None:
     results = []
     for jobs in (1, 2):
         trainer = Trainer(data, jobs)
-        records = sorted(trainer(runs), key=lambda r: (r["method"], r["seed"]))
+        records = sorted((result.record for result in trainer(runs)), key=lambda r: (r["method"], r["seed"]))
         trainer.close()
         results.append([(r["val_accuracy"], r["test_accuracy"], r["train_loss"]) for r in records])
     assert results[0] == results[1]
@@ -155,8 +163,10 @@ def test_methods_share_initialisation_and_batches(finished: Path) -> None:
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["0.weight"], other["0.weight"])
     data = load_data("fashion-mnist", finished / "images", 200)
-    first_epoch = torch.cat([images for images, _ in batches(data.train, TASK, 0)])
-    assert torch.equal(first_epoch.sort(0).values, data.train.images.sort(0).values)
+    first_epoch = torch.cat(
+        [images for images, _ in batches(data.train, Run("tune", TASK, compared_methods(4, 1e-3, [])[0], 0.1, 0))]
+    )
+    assert torch.equal(first_epoch.sort(0).values, data.train.inputs.sort(0).values)
 
 
 # ---- a run
@@ -173,9 +183,10 @@ def test_measured_memory_equals_the_estimate(method: Method) -> None:
 
 def test_a_diverged_run_counts(finished: Path) -> None:
     data = load_data("fashion-mnist", finished / "images", 200)
-    record = train(Run("final", TASK, compared_methods(4, 1e-3, [0.1])[0], 1e30, 0), data)
+    run = Run("final", TASK, compared_methods(4, 1e-3, [0.1])[0], 1e30, 0)
+    record = train(run, data).record
     assert record["diverged"]
-    assert record["steps"] < TASK.steps
+    assert record["steps"] < run.steps
     assert 0 <= record["test_accuracy"] < 50
 
 
@@ -227,7 +238,7 @@ def test_bad_arguments_are_refused_before_anything_runs(
 def test_an_interruption_keeps_finished_runs(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(run: Run, data: DataSet) -> dict[str, Any]:
+    def interrupted(run: Run, data: DataSet) -> Result:
         if run.method.name == "Adam":
             raise KeyboardInterrupt
         return train(run, data)
@@ -237,7 +248,7 @@ def test_an_interruption_keeps_finished_runs(
         main(arguments(finished / "images", tmp_path))
     assert caught.value.code == 130
     assert "--resume" in capsys.readouterr().err
-    assert len(read_runs(tmp_path / "runs.csv")) == 3
+    assert list(read_runs(tmp_path / "runs.csv")["phase"]) == ["tune"] * 3 + ["final"]
 
 
 def test_plot_only_needs_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

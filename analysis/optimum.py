@@ -1,0 +1,80 @@
+"""The least loss of a convex task, by L-BFGS on the whole training split in float64.
+
+It is kept in `optimum.csv` of the experiment's folder, so that distances to it can be plotted from CSV files alone.
+"""
+
+import csv
+from pathlib import Path
+
+import torch
+
+from efcp.analysis.data import DataSet
+from efcp.analysis.tasks import Task
+from efcp.analysis.training import text
+
+FILE = "optimum.csv"
+_SETTINGS = ("network", "data_set", "train_size", "l2")
+_COLUMNS = (*_SETTINGS, "objective", "grad_norm", "lower_bound", "evaluations", "torch_version")
+_TOLERANCE = 1e-7  # of the norm of the gradient
+
+
+def keep_optimum(task: Task, data: DataSet, folder: Path) -> None:
+    """Computes the optimum and writes it, unless the file holds that of the task."""
+    path, settings = folder / FILE, {name: text(getattr(task, name)) for name in _SETTINGS}
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            row = next(csv.DictReader(file), {})
+        if all(row.get(name) == value for name, value in settings.items()):
+            return
+    row = settings | {name: text(value) for name, value in optimum(task, data).items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerow(row)
+
+
+def optimum(task: Task, data: DataSet) -> dict[str, float | int | str]:
+    """The least loss that was found, and how near it is to the least that there is.
+
+    Returns:
+        objective, the loss; grad_norm, of its gradient; evaluations, of loss and gradient; lower_bound, that no loss
+        can be under: a loss that is l2-strongly convex is at most ‖gradient‖²/(2·l2) above its least.
+
+    Raises:
+        RuntimeError: if the gradient does not become small.
+    """
+    model = task.model(0).double()
+    inputs, labels = data.train.inputs.double(), data.train.labels
+    params, evaluations = list(model.parameters()), 0
+
+    def closure() -> torch.Tensor:
+        nonlocal evaluations
+        evaluations += 1
+        model.zero_grad()
+        loss = task.loss(model, inputs, labels)
+        loss.backward()
+        return loss
+
+    def grad_norm() -> float:
+        return torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in params if p.grad is not None])).item()
+
+    optimizer = torch.optim.LBFGS(
+        params, max_iter=20, history_size=50, tolerance_grad=0, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+    for _ in range(500):
+        optimizer.step(closure)
+        loss = closure().item()
+        if grad_norm() <= _TOLERANCE:
+            break
+    else:
+        raise RuntimeError(
+            f"L-BFGS has not converged: the gradient's norm is {grad_norm():.2g} after {evaluations} evaluations"
+        )
+    return {
+        "objective": f"{loss:.15g}",
+        "grad_norm": grad_norm(),
+        "lower_bound": f"{loss - grad_norm() ** 2 / (2 * task.l2):.15g}",
+        "evaluations": evaluations,
+        "torch_version": torch.__version__,
+    }

@@ -1,0 +1,110 @@
+"""The paper's claims on real data: experiments from files, each with its CSV, tables and plots.
+
+    python -m efcp.analysis.paper
+
+Every experiment trains many methods on one task. Each method has the same number of points of a grid (learning rate,
+and damping or what else it has), epochs, schedule and seeds; the best point is chosen on the validation split, with
+seeds of their own, and the test split is looked at once by each final run. Written to a folder for each experiment:
+`runs.csv`, a row a run; `curves.csv` and `diagnostics.csv`, what happened within the final runs; and tables and plots
+made from them.
+
+A run that is in the CSV is never run again: the same command goes on from there.
+"""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from efcp.analysis.experiments import Experiment, find_experiment, names, read_experiment
+from efcp.analysis.figures import Results, figures
+from efcp.analysis.optimum import keep_optimum
+from efcp.analysis.running import RecordFile, Trainer, cores
+from efcp.analysis.summary import LOOKED_AT, markdown, remarks
+from efcp.analysis.tasks import load_task_data
+
+EXAMPLES = """\
+examples:
+  two experiments, on two cores:
+    python -m efcp.analysis.paper probe cnn-ablations --jobs 2
+  an hour of work now, the rest later, by the same command:
+    python -m efcp.analysis.paper --minutes 60
+  remake tables and plots from the CSVs:
+    python -m efcp.analysis.paper --plot-only
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        experiments = [read_experiment(find_experiment(name)) for name in args.names or names()]
+        for experiment in experiments:
+            if not args.plot_only:
+                run_experiment(experiment, args.out / experiment.name, args.jobs, args.minutes, args.data_dir)
+            report(experiment, args.out / experiment.name)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"\ninterrupted: finished runs are in {args.out}, and the same command goes on from there\n")
+
+
+def run_experiment(
+    experiment: Experiment, folder: Path, jobs: int, minutes: float | None = None, data_dir: Path | None = None
+) -> None:
+    """Tunes and trains; writes `runs.csv`, `curves.csv` and `diagnostics.csv` as runs finish.
+
+    Raises:
+        ValueError, FileNotFoundError: for settings that cannot work, before anything runs.
+    """
+    data = load_task_data(experiment.task["data_set"], experiment.task.get("train_size"), data_dir)
+    plans = experiment.plans(data)
+    records = RecordFile(folder / "runs.csv", resume=True)
+    records.check([run for plan in plans for run in plan.tuning])
+    if (task := plans[0].tuning[0].task).l2:
+        keep_optimum(task, data, folder)
+    with closing(Trainer(data, jobs)) as trainer:
+        trainer.complete(plans, records, experiment.name, None if minutes is None else 60 * minutes)
+    records.sort([run for plan in plans for run in plan.known(records)], drop_others=True)
+
+
+def report(experiment: Experiment, folder: Path) -> None:
+    """Writes table and plots from the CSV files in a folder; says so where no method has come to an end yet."""
+    results = Results(folder, experiment.title)
+    try:
+        summary = results.summary
+    except (FileNotFoundError, ValueError) as error:
+        print(f"{folder}: no table yet, {error}")
+        return
+    text = (
+        markdown(summary, LOOKED_AT) + "\n\n" + "\n".join(f"- {line}" for line in remarks(results.runs, summary)) + "\n"
+    )
+    (folder / "table.md").write_text(text, encoding="utf-8")
+    drawn = figures(results)
+    for name, figure in drawn.items():
+        figure.savefig(folder / f"{name}.png")
+    print(f"Written to {folder}: table.md, {', '.join(f'{name}.png' for name in drawn)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m efcp.analysis.paper",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    known = ", ".join(names())
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of experiments, or .toml files; none: all of {known}"
+    )
+    parser.add_argument("--jobs", type=int, default=cores(), help="runs at once (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("analysis/results"), help="(default: %(default)s)")
+    parser.add_argument("--data-dir", type=Path, help="folder of the data sets; else EFCP_DATA is looked at")
+    parser.add_argument("--minutes", type=float, help="after which no more runs are started")
+    parser.add_argument("--plot-only", action="store_true", help="remake tables and plots from the CSVs of --out")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

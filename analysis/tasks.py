@@ -1,0 +1,117 @@
+"""Tasks: what is trained on what, for how long. Each is a data set, a network and a loss.
+
+network        data sets                           loss
+small-cnn      mnist5k, fashion-mnist, cifar10     cross-entropy
+resnet20       the same                            the same
+linear-probe   fashion-mnist-features              cross-entropy + l2/2 ‖θ‖²: strictly convex
+minilm         movie-reviews                       cross-entropy
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from efcp.analysis.data import NAMES, DataSet, load_data
+from efcp.analysis.models import resnet20, small_cnn
+
+IMAGES = (*NAMES, "cifar10")
+DATA_SETS = {
+    "small-cnn": IMAGES,
+    "resnet20": IMAGES,
+    "linear-probe": ("fashion-mnist-features",),
+    "minilm": ("movie-reviews",),
+}
+"""The networks, and what each can learn from."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is trained on what, for how long.
+
+    Attributes:
+        network: one of `DATA_SETS`.
+        data_set: one that the network can learn from.
+        input_shape: of one example.
+        train_size: training examples.
+        epochs: passes over them.
+        batch_size: of methods that have none of their own.
+        width: channels of the first layer of an image network.
+        layers: of MiniLM that are kept.
+        l2: weight of ‖θ‖²/2 in the loss.
+        warm_up: share of the steps over which the learning rate rises, before it falls.
+        evaluations: points of the learning curve of a final run.
+        diagnostics: steps of a run on which the update is looked at.
+    """
+
+    network: str
+    data_set: str
+    input_shape: tuple[int, ...]
+    train_size: int
+    epochs: int
+    batch_size: int
+    width: int | None = None
+    layers: int | None = None
+    l2: float = 0.0
+    warm_up: float = 0.0
+    evaluations: int = 0
+    diagnostics: int = 0
+
+    def model(self, seed: int) -> nn.Module:
+        """The network as initialised from a seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return self._model()
+
+    def _model(self) -> nn.Module:
+        if self.network == "small-cnn":
+            assert self.width is not None
+            channels, height, width = self.input_shape
+            return small_cnn(self.width, (height, width), channels)
+        if self.network == "resnet20":
+            assert self.width is not None
+            return resnet20(self.width, self.input_shape[0])
+        if self.network == "linear-probe":
+            from efcp.analysis.features import linear_probe
+
+            return linear_probe()
+        from efcp.analysis.minilm import minilm_classifier
+
+        assert self.layers is not None
+        return minilm_classifier(self.layers)
+
+    def loss(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Of a batch: (), what training minimises."""
+        loss = F.cross_entropy(model(inputs), labels)
+        if self.l2:
+            loss = loss + self.l2 / 2 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
+        return loss
+
+    def factor(self, step: int, steps: int) -> float:
+        """Of the learning rate: rises linearly over the warm-up, then falls linearly to 0."""
+        rising = round(self.warm_up * steps)
+        return (step + 1) / rising if step < rising else (steps - step) / (steps - rising)
+
+
+def load_task_data(data_set: str, train_size: int | None, directory: Path | None = None) -> DataSet:
+    """The data set of a task by name.
+
+    Raises:
+        ValueError: for another name.
+        FileNotFoundError: where files are missing.
+    """
+    if data_set == "fashion-mnist-features":
+        from efcp.analysis.features import load_features
+
+        return load_features(directory, train_size)
+    if data_set == "movie-reviews":
+        from efcp.analysis.text import load_text
+
+        return load_text(directory, train_size)
+    if data_set == "cifar10":
+        from efcp.analysis.cifar import load_cifar10
+
+        return load_cifar10(directory, train_size)
+    return load_data(data_set, directory, train_size)

@@ -8,7 +8,7 @@ DEVELOPED := $(VENV)/developed
 PAPER := $(VENV)/paper
 FOLDERS := kernels perf analysis
 
-.PHONY: help demo test test-slow lint check-kernels compile-report traffic paper clean
+.PHONY: help demo test test-slow lint check-kernels bench bench-quick compile-report traffic paper clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -29,6 +29,12 @@ lint: $(DEVELOPED) build/types  ## check style, formatting and types
 
 check-kernels: $(DEVELOPED)  ## compile Triton kernels for absent GPUs; fails on spilled registers and narrow accesses
 	$(BIN)/python -m efcp.perf.compile_report --quick --check
+
+bench: $(DEVELOPED)  ## measure operations, steps and memory, into perf/results (about 10 minutes on a quiet machine)
+	$(BIN)/python -m efcp.perf.bench
+
+bench-quick: $(DEVELOPED)  ## the same on small sizes, into results/quick (a minute)
+	$(BIN)/python -m efcp.perf.bench --quick
 
 compile-report: $(DEVELOPED)  ## compile all configurations, into perf/results/compile-report.md (about 10 minutes)
 	$(BIN)/python -m efcp.perf.compile_report

@@ -1,0 +1,302 @@
+"""Everything that is measured, in one command: `python -m efcp.perf.bench [--quick] [--out DIR]`.
+
+| part | file | what |
+|---|---|---|
+| sweep | bench.csv | each operation and the whole step, by density, block size, window, parameter size and dtype |
+| breakdown | breakdown.csv | where the time of a step goes, for three models (`breakdown.py`) |
+| memory | memory.csv | state and temporaries, measured beside the estimate (`memory.py`) |
+
+From these follow scaling.csv, prediction.csv, largest-model.csv, tables.md and the plots; `--plot-only` makes nothing
+else. README.md in this folder says how to read them, GPU.md how to measure a GPU.
+
+A row of bench.csv is one measurement:
+
+| column | what |
+|---|---|
+| implementation | as in `implementations.py`; with ", graph" replayed from a CUDA graph |
+| dtype | of gradient and parameter / error / values of the window |
+| d, m, B, density, k | elements, rows of the window, block size, share and number of elements kept of a block |
+| status | "ok"; "wrong", and then no time is given; or why there is none |
+| p20_ms, p50_ms, p80_ms, runs | quantiles of the runs, and how many there were |
+| bytes, GB/s | that have to be moved, each once; these over the median |
+| bound, bandwidth GB/s | what it is held against, "read" or "copy", as measured in turn with it |
+| of bandwidth | GB/s in these |
+| temporary bytes | allocated at most during a run, on a GPU |
+"""
+
+import argparse
+import gc
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from efcp.kernels import backend_name
+from efcp.perf import breakdown, memory, report
+from efcp.perf.implementations import DEFINITION, OPERATIONS, OURS, Implementation
+from efcp.perf.problems import Case, Problem
+from efcp.perf.tables import write_csv
+from efcp.perf.timing import Run, Timer
+
+__all__ = ["COLUMNS", "environment", "main", "measure", "sweep"]
+
+COLUMNS = [
+    *("operation", "implementation", "device", "dtype", "d", "m", "B", "density", "k", "status"),
+    *("p20_ms", "p50_ms", "p80_ms", "runs", "bytes", "GB/s", "bound", "bandwidth GB/s", "of bandwidth"),
+    *("temporary bytes", "timer", "machine", "threads", "versions", "commit"),
+]
+BOUNDS = {"all_finite": "read", "window_dots": "read"}  # the others read and write: "copy"
+GRAPH_ELEMENTS = 1 << 24  # up to this size ours is also replayed from a CUDA graph
+RESULTS = Path(__file__).parent / "results"
+PARTS = ("sweep", "breakdown", "memory")
+
+DENSITIES = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
+GRAPH = ", graph"
+COMPARED = 1 << 22  # elements together, so that no temporary is large
+SMALL, MEDIUM, LARGE = 25 << 12, 1 << 22, 1 << 24  # 102,400, 4.2M and 16.8M elements
+LARGEST = 24415 << 12  # 100 million
+Plan = list[tuple[Case, Sequence[str]]]
+
+
+def grid(quick: bool) -> Plan:
+    """The cases, and the operations that are measured on each."""
+    every, step = tuple(OPERATIONS), ("step",)
+    plan: Plan
+    if quick:
+        plan = [(Case(1 << 20, 64, density), every) for density in (0.001, 0.01, 0.05)]
+        return [*plan, (Case(SMALL, 64, 0.01), step), (Case(1 << 18, 64, 0.01), step), (Case(1 << 20, 16, 0.01), step)]
+    plan = [(Case(LARGE, 256, density), every) for density in DENSITIES]
+    plan += [(Case(MEDIUM, 256, density), every) for density in (0.001, 0.01, 0.05, 0.1)]
+    plan += [(Case(MEDIUM, 256, 0.01, block), every) for block in (256, 1024, 16384, 32768)]
+    plan += [(Case(MEDIUM, window, 0.01), every) for window in (16, 64, 1024, 2048)]
+    plan += [(Case(MEDIUM, 256, 0.01, dtype=dtype), every) for dtype in ("bf16/bf16/bf16", "fp32/fp32/fp32")]
+    plan += [(Case(SMALL, 256, 0.01), every), (Case(1 << 20, 256, 0.01), every)]
+    return [*plan, (Case(1 << 26, 256, 0.01), step), (Case(LARGEST, 256, 0.01), step)]
+
+
+@cache
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a measurement depends on: columns of its row."""
+
+    def installed(name: str) -> str:
+        try:
+            return f"{name} {version(name)}"
+        except PackageNotFoundError:
+            return f"no {name}"
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        own = git("ls-files", "__init__.py")  # not so where installed inside another project
+        commit = git("rev-parse", "--short", "HEAD") if own else ""
+        changed = git("status", "--porcelain", "--untracked-files=no") if own else ""
+    except OSError:  # no git
+        commit = changed = ""
+    names = ("efcp", "torch", "triton", "numba")
+    return {
+        "device": device.type,
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": ", ".join([f"python {platform.python_version()}", *map(installed, names)]),
+        "commit": commit + ("+" if changed else ""),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be allocated now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    info = Path("/proc/meminfo")
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def needed_bytes(case: Case) -> int:
+    """What the implementations of an operation on a case take together, at most: windows, vectors, matrices."""
+    return 5 * case.window_bytes + 120 * case.numel + 64 * case.window**2
+
+
+def agree(results: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
+    """Whether results differ from what is expected by at most tolerance times the largest magnitude of that."""
+    for result, right in zip(results, expected, strict=True):
+        allowed = tolerance * right.float().abs().max()  # of booleans as well
+        for some, correct in zip(result.flatten().split(COMPARED), right.flatten().split(COMPARED), strict=True):
+            if not (some.double() - correct.double()).abs().max() <= allowed:  # NaN does not agree
+                return False
+    return True
+
+
+def measure(operation: str, problem: Problem, timer: Timer, seconds: float) -> list[dict[str, Any]]:
+    """The rows of one operation on one problem. What fails gets a row that says so.
+
+    Args:
+        operation: one of `OPERATIONS`.
+        problem: what it works on; as before in the end.
+        timer: of the device.
+        seconds: to spend on each implementation, about.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        with problem.newest_row_kept():
+            rows += _measurements(operation, problem, timer, seconds)
+    except Exception as error:
+        rows.append(_row(operation, OURS, problem.case, timer, status=_reason(error)))
+    return rows
+
+
+def _measurements(operation: str, problem: Problem, timer: Timer, seconds: float) -> Iterator[dict[str, Any]]:
+    case, implementations = problem.case, OPERATIONS[operation](problem)
+    definition = implementations[DEFINITION]
+    first = {DEFINITION: timer.milliseconds(definition.run)}
+    right = [result.clone() for result in definition.results()]
+    runs: dict[str, Run] = {DEFINITION: definition.run}
+    for name, implementation in implementations.items():
+        if name == DEFINITION:
+            continue
+        try:
+            milliseconds = timer.milliseconds(implementation.run)
+            expected = implementation.expected() if implementation.expected else right
+            if not agree(implementation.results(), expected, implementation.tolerance):
+                yield _row(operation, name, case, timer, status="wrong")
+                continue
+            runs[name], first[name] = implementation.run, milliseconds
+            if implementation.capturable and case.numel <= GRAPH_ELEMENTS and (replay := _graph(timer, implementation)):
+                runs[name + GRAPH] = replay
+        except Exception as error:
+            yield _row(operation, name, case, timer, status=_reason(error))
+
+    first.pop(OURS, None)  # it may have compiled
+    copying = {name: run for name, (run, _) in timer.transfers.items()}
+    budget = {**dict.fromkeys(runs, seconds), **dict.fromkeys(copying, seconds / 2)}
+    times = timer.in_turn({**runs, **copying}, budget, first)
+    bandwidth = {name: size / float(np.median(times[name])) / 1e6 for name, (_, size) in timer.transfers.items()}
+    bound = BOUNDS.get(operation, "copy")
+    for name in runs:
+        size, t = implementations[name.removesuffix(GRAPH)].bytes or case.floors[operation], times[name]
+        p20, p50, p80 = (float(q) for q in np.quantile(t, (0.2, 0.5, 0.8)))
+        speed = size / p50 / 1e6
+        yield {
+            **_row(operation, name, case, timer, status="ok"),
+            **{"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "runs": len(t), "bytes": size, "GB/s": speed},
+            **{"bound": bound, "bandwidth GB/s": bandwidth[bound], "of bandwidth": speed / bandwidth[bound]},
+            "temporary bytes": timer.temporary_bytes(runs[name]),
+        }
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _graph(timer: Timer, implementation: Implementation) -> Run | None:
+    try:
+        return timer.as_graph(implementation.run)
+    except RuntimeError as error:
+        tqdm.write(f"no CUDA graph: {error}")
+        return None
+
+
+def _row(operation: str, name: str, case: Case, timer: Timer, status: str) -> dict[str, Any]:
+    """A row without times."""
+    values = {
+        "operation": operation,
+        "implementation": name,
+        "dtype": case.dtype,
+        "d": case.numel,
+        "m": case.window,
+        "B": case.block_size,
+        "density": case.density,
+        "k": case.blocks.kept,
+        "status": status,
+        "timer": timer.name,
+        **environment(timer.device),
+    }
+    return {column: values.get(column) for column in COLUMNS}
+
+
+def sweep(plan: Plan, timer: Timer, seconds: float, path: Path) -> pd.DataFrame:
+    """Measures operations on cases; the CSV is written anew after each, so that an interruption loses little."""
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=sum(len(operations) for _, operations in plan), unit="measured") as progress:
+        for case, operations in plan:
+            where = (
+                f"d={case.numel / 1e6:.1f}M m={case.window} {100 * case.density:g}% B={case.block_size} {case.dtype}"
+            )
+            try:
+                if (needed := needed_bytes(case)) > (available := available_bytes(timer.device)):
+                    raise MemoryError(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available")
+                problem = Problem.random(case, timer.device)
+            except Exception as error:
+                rows += [_row(operation, OURS, case, timer, status=_reason(error)) for operation in operations]
+                progress.update(len(operations))
+                continue
+            for operation in operations:
+                progress.set_description(f"{operation} {where}")
+                rows += measure(operation, problem, timer, seconds)
+                write_csv(pd.DataFrame(rows, columns=COLUMNS), path)
+                gc.collect()
+                if timer.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                progress.update()
+            del problem
+    frame = pd.DataFrame(rows, columns=COLUMNS)
+    write_csv(frame, path)
+    return frame
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="efcp.perf.bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small sizes, in a minute, into results/quick")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="measure these parts only")
+    parser.add_argument("--plot-only", action="store_true", help="measure nothing: tables and plots from the CSVs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is one")
+    parser.add_argument("--out", type=Path, help="folder for what is made; by default perf/results")
+    options = parser.parse_args(arguments)
+    if options.plot_only and options.only:
+        parser.error("--plot-only measures nothing, so there is nothing that --only could choose")
+    out = options.out or (Path("results/quick") if options.quick else RESULTS)
+    if options.plot_only and not out.is_dir():
+        parser.error(f"--out must be a folder with CSVs of an earlier run, got {out}")
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no GPU")
+    if backend_name(device) == "reference" and not options.plot_only:
+        parser.error(
+            f"there are no kernels for {device.type}: install {'efcp[cpu]' if device.type == 'cpu' else 'triton'}"
+        )
+
+    parts = () if options.plot_only else options.only or PARTS
+    out.mkdir(parents=True, exist_ok=True)
+    if "sweep" in parts:
+        sweep(grid(options.quick), Timer(device), 0.05 if options.quick else 0.25, out / "bench.csv")
+    if "breakdown" in parts:
+        breakdown.measure(device, out / "breakdown.csv", steps=10 if options.quick else 30)
+    if "memory" in parts:
+        memory.measure(device, out / "memory.csv", options.quick)
+    report.make(out, file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Where the time of a step of SparseMFAC goes, for models of many parameters: compress, dots, algebra, apply, Python.
+
+compress is `all_finite` and `compress_`, algebra the Gram matrix and M-FAC's weights, Python what is left of a step.
+On a GPU times are those between CUDA events, with the gaps in which it waits for Python; there Python is what is left
+of a step by the host's clock, which ends when the GPU has done all.
+
+The columns of breakdown.csv are those of one phase of one model: quantiles over steps in ms; `step` is the whole one.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from efcp import MFAC, SparseMFAC, kernels
+from efcp.gram import Gram
+from efcp.kernels import Blocks
+from efcp.perf import models
+from efcp.perf.tables import write_csv
+
+__all__ = ["PHASES", "measure", "phases_of_steps"]
+
+PHASES = ("compress", "dots", "algebra", "apply", "Python")
+MEASURED = ("CNN, 95k", "small transformer, 4.3M", "ResNet-18, 11.7M")
+WINDOW, DENSITY = 256, 0.01
+TIMED: tuple[tuple[Any, str, str], ...] = (  # owner, name, phase
+    (kernels, "all_finite", "compress"),
+    (kernels, "compress_", "compress"),
+    (kernels, "window_dots", "dots"),
+    (kernels, "window_apply_", "apply"),
+    (Gram, "replace", "algebra"),
+    (MFAC, "weights", "algebra"),
+)
+
+
+class Stopwatch:
+    """Adds up the time of calls, by phase: between CUDA events, or by the clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            start = self._now()
+            result = function(*arguments, **options)
+            self._spans.append((phase, start, self._now()))
+            return result
+
+        return call
+
+    def milliseconds(self) -> dict[str, float]:
+        """By phase, since the last call."""
+        total: dict[str, float] = defaultdict(float)
+        for phase, start, end in self._spans:
+            total[phase] += start.elapsed_time(end) if self.cuda else (end - start) * 1e3
+        self._spans.clear()
+        return total
+
+    def _now(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+@contextmanager
+def watched(device: torch.device) -> Iterator[Stopwatch]:
+    """Within the context, the parts of all steps are timed."""
+    watch = Stopwatch(device)
+    with ExitStack() as stack:
+        for owner, name, phase in TIMED:
+            stack.enter_context(patch.object(owner, name, _unbound(watch.timed(getattr(owner, name), phase))))
+        yield watch
+
+
+def _unbound(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that becomes a method where it is put into a class."""
+    return lambda *arguments, **options: function(*arguments, **options)
+
+
+def phases_of_steps(optimizer: SparseMFAC, steps: int, device: torch.device) -> pd.DataFrame:
+    """Milliseconds of every phase, and of the whole `step`, in each of some steps."""
+    rows = []
+    with watched(device) as watch:
+        for _ in range(steps):
+            if watch.cuda:
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            optimizer.step()
+            if watch.cuda:
+                torch.cuda.synchronize(device)
+            step = (time.perf_counter() - start) * 1e3
+            phases = watch.milliseconds()
+            rows.append({**phases, "Python": max(0.0, step - sum(phases.values())), "step": step})
+    return pd.DataFrame(rows, columns=[*PHASES, "step"])
+
+
+def full_optimizer(shapes: models.Shapes, device: torch.device, window: int) -> SparseMFAC:
+    """One with random gradients, whose window they have filled."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
+    optimizer = SparseMFAC(params, 1e-3, window=window, density=DENSITY, damping=1e-2)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    with torch.no_grad():
+        for param in params:  # as if from as many steps: rows alike in their values, apart in their positions
+            state, blocks = optimizer.state[param], Blocks(param.numel(), optimizer.defaults["block_size"], DENSITY)
+            values, indices = state["values"], state["indices"]
+            for part in blocks.parts(1 << 22):
+                stretch = part.length // part.kept
+                shape = (part.blocks.stop - part.blocks.start, window, part.kept)
+                at = torch.arange(part.kept, device=device) * stretch
+                at = at + torch.randint(stretch, shape, device=device)
+                indices[part.blocks, :, : part.kept] = at.to(indices.dtype)
+                values[part.blocks, :, : part.kept] = torch.randn(shape, device=device).to(values.dtype)
+    return optimizer
+
+
+def measure(device: torch.device, path: Path, steps: int) -> pd.DataFrame:
+    """Writes breakdown.csv."""
+    rows: list[dict[str, Any]] = []
+    for name in tqdm(MEASURED, desc="breakdown", unit="model"):
+        shapes = models.MODELS[name]()
+        try:
+            optimizer = full_optimizer(shapes, device, WINDOW)
+            phases_of_steps(optimizer, 2, device)  # warm-up
+            frame = phases_of_steps(optimizer, steps, device)
+        except Exception as error:
+            rows.append({"model": name, "device": device.type, "status": f"{type(error).__name__}: {error}"})
+            continue
+        for phase in frame:
+            p20, p50, p80 = np.quantile(frame[phase], (0.2, 0.5, 0.8))
+            rows.append(
+                {
+                    **{"model": name, "d": models.numel(shapes), "parameters": len(shapes), "device": device.type},
+                    **{"m": WINDOW, "density": DENSITY, "threads": torch.get_num_threads(), "status": "ok"},
+                    **{"phase": phase, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "steps": steps},
+                }
+            )
+    frame = pd.DataFrame(rows)
+    write_csv(frame, path)
+    return frame

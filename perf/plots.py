@@ -1,0 +1,347 @@
+"""All plots, from the CSVs of a run alone: `python -m efcp.perf.plots DIR`. What a CSV is missing for is not drawn.
+
+An implementation, an operation, a window has one colour, marker and line in all plots; colours run from dark to light,
+so that they differ in grey, too.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+from efcp.perf import scaling
+from efcp.perf.roofline import standing
+
+__all__ = ["PLOTS", "draw", "main"]
+
+OURS = "efcp"
+STYLES: dict[str, dict[str, Any]] = {
+    "efcp": {"color": "#08306b", "marker": "o", "linestyle": "-", "linewidth": 2.4},
+    "efcp, graph": {"color": "#08306b", "marker": "o", "linestyle": ":", "markerfacecolor": "white"},
+    "published": {"color": "#a02c6e", "marker": "^", "linestyle": "--"},
+    "torch.sparse": {"color": "#2f8f6b", "marker": "D", "linestyle": "-."},
+    "torch.topk": {"color": "#e08a2e", "marker": "v", "linestyle": "-."},
+    "definition": {"color": "#9a9a9a", "marker": "s", "linestyle": "--"},
+    "Adam, fused": {"color": "#1a1a1a", "marker": "X", "linestyle": ":"},
+    "Adam, foreach": {"color": "#1a1a1a", "marker": "X", "linestyle": ":", "markerfacecolor": "white"},
+    "SGD, fused": {"color": "#6f6f6f", "marker": "P", "linestyle": ":"},
+    "SGD, foreach": {"color": "#6f6f6f", "marker": "P", "linestyle": ":", "markerfacecolor": "white"},
+}
+OPERATIONS: dict[str, dict[str, Any]] = {
+    "all_finite": {"color": "#b8b8b8", "marker": "s"},
+    "compress_": {"color": "#e08a2e", "marker": "v"},
+    "window_dots": {"color": "#2f8f6b", "marker": "D"},
+    "window_apply_": {"color": "#a02c6e", "marker": "^"},
+    "step": {"color": "#08306b", "marker": "o"},
+}
+WINDOWS: dict[int, dict[str, Any]] = {
+    64: {"color": "#6baed6", "marker": "o", "linestyle": "-"},
+    256: {"color": "#2171b5", "marker": "s", "linestyle": "--"},
+    1024: {"color": "#08306b", "marker": "^", "linestyle": "-."},
+}
+PHASES: dict[str, dict[str, Any]] = {
+    "compress": {"color": "#08306b"},
+    "dots": {"color": "#2f8f6b", "hatch": "//"},
+    "apply": {"color": "#e08a2e", "hatch": ".."},
+    "algebra": {"color": "#d9d9d9", "hatch": "xx"},
+    "Python": {"color": "#ffffff"},
+}
+SHOWN = ("compress_", "window_dots", "window_apply_", "step")
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draws what can be drawn from the CSVs of a folder, into it.
+
+    Returns:
+        The files.
+    """
+    made = []
+    for name, (source, plot) in PLOTS.items():
+        if not (folder / source).exists():
+            continue
+        figure = plot(pd.read_csv(folder / source))
+        if figure is not None:
+            figure.savefig(folder / name)
+            made.append(folder / name)
+    return made
+
+
+def throughput(bench: pd.DataFrame) -> Figure | None:
+    """GB/s against density: the bytes that have to be moved, over the time."""
+    figure, panels = _density_panels(bench, "GB/s: bytes that have to be moved / time")
+    for axes, line in panels:
+        _implementations(axes, line, "density", "GB/s")
+        level = float(line["bandwidth GB/s"].median())
+        axes.axhline(level, color="0.4", linewidth=1.2, zorder=0, label=f"bandwidth of a {line['bound'].iloc[0]}")
+    return _finished(figure, "Throughput", bench, panels)
+
+
+def speedup(bench: pd.DataFrame) -> Figure | None:
+    """Times of others in ours, against density."""
+    figure, panels = _density_panels(bench, "time / time of efcp")
+    for axes, line in panels:
+        own = line[line["implementation"] == OURS].set_index("density")["p50_ms"]
+        others = line[line["implementation"] != OURS]
+        _implementations(axes, others.assign(ratio=others["p50_ms"] / others["density"].map(own)), "density", "ratio")
+        axes.axhline(
+            1, color=STYLES[OURS]["color"], linewidth=1.6, zorder=0, label="efcp = 1; above it others are slower"
+        )
+    return _finished(figure, "Speed against others", bench, panels)
+
+
+def memory_density(memory: pd.DataFrame) -> Figure | None:
+    """Bytes of state for each parameter against density, estimated as lines and measured as points."""
+    models = memory[memory["how"] == "measured"]["model"]
+    if models.empty:
+        return None
+    model = models.value_counts().index[0]
+    rows = memory[(memory["model"] == model) & (memory["status"] == "ok")]
+    own = rows[(rows["optimizer"] == "SparseMFAC") & (rows["error"] == "float32") & (rows["values"] == "bfloat16")]
+    figure, (axes,) = _figure(1, 1, (7.4, 4.8))
+    _log(axes, "x", percent=True)
+    _log(axes, "y")
+    for window, style in WINDOWS.items():
+        line = own[own["m"] == window].sort_values("density")
+        axes.plot(line["density"], line["per parameter"], **{**style, "marker": ""}, label=f"m = {window}, estimate")
+        points = line[line["how"] == "measured"]
+        if not points.empty:
+            look = {**style, "linestyle": "none", "markersize": 7}
+            axes.plot(points["density"], points["per parameter"], **look, label=f"m = {window}, measured")
+    _ticks(axes, own["density"])
+    others = (("Adam", "Adam", "right"), ("Shampoo-like", "Shampoo-like (formula)", "left"))
+    for name, label, side in (*others, ("DenseMFAC", "dense M-FAC, m = 64", "left")):
+        level = rows[(rows["optimizer"] == name) & (rows["m"].isna() | (rows["m"] == 64))]["per parameter"]
+        if not level.empty:
+            axes.axhline(level.iloc[0], color="0.3", linestyle=":", linewidth=1.4, zorder=0)
+            at = own["density"].min() if side == "left" else own["density"].max()
+            axes.annotate(
+                f"{label}: {level.iloc[0]:.3g}",
+                (at, level.iloc[0]),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha=side,
+                color="0.2",
+                fontsize=9,
+            )
+    axes.set_xlabel("density")
+    axes.set_ylabel("optimizer state, bytes per parameter")
+    axes.set_title(f"Memory of sparse M-FAC: {model}, float32 error, bfloat16 values", fontsize=10)
+    return _with_legend(figure, [axes])
+
+
+def roofline(bench: pd.DataFrame) -> Figure | None:
+    """Time against bytes that have to be moved; the roof is what the measured bandwidth allows."""
+    rows = standing(bench)
+    rows = rows[rows["implementation"].isin([OURS, "published"])]
+    if rows.empty:
+        return None
+    figure, (axes,) = _figure(1, 1, (7.4, 5.2))
+    _log(axes, "x")
+    _log(axes, "y")
+    for operation, style in OPERATIONS.items():
+        points = rows[rows["operation"] == operation]
+        for name, face in (("published", "none"), (OURS, style["color"])):
+            some = points[points["implementation"] == name]
+            if not some.empty:
+                look = {"marker": style["marker"], "s": 34, "facecolors": face, "edgecolors": style["color"]}
+                axes.scatter(some["bytes"] / 1e6, some["p50_ms"], **look, label=f"{operation}, {name}", zorder=3)
+    ends = rows["bytes"].min() / 1e6, rows["bytes"].max() / 1e6
+    timed = bench[bench["status"] == "ok"]
+    for bound, stroke in (("copy", "-"), ("read", "--")):
+        speed = timed[timed["bound"] == bound]["bandwidth GB/s"].median()
+        if pd.notna(speed):
+            label = f"roof: {speed:.3g} GB/s, {bound}"
+            axes.plot(ends, [x / speed for x in ends], color="0.25", linestyle=stroke, linewidth=1.4, label=label)
+    axes.set_xlabel("bytes that have to be moved, MB")
+    axes.set_ylabel("time, ms (median)")
+    axes.set_title(f"Against the roof of memory: {_machine(bench)}", fontsize=10)
+    return _with_legend(figure, [axes], columns=3)
+
+
+def breakdown(frame: pd.DataFrame) -> Figure | None:
+    """Shares of a step's time, stacked; the whole one in ms beside them."""
+    rows = frame[frame["status"] == "ok"]
+    if rows.empty:
+        return None
+    table = rows.pivot_table("p50_ms", "model", "phase", sort=False)
+    figure, (axes,) = _figure(1, 1, (7.4, 1.4 + 0.7 * len(table)))
+    parts = table[list(PHASES)]
+    shares = 100 * parts.div(parts.sum(axis=1), axis=0)
+    left = pd.Series(0.0, index=shares.index)
+    for phase, style in PHASES.items():
+        axes.barh(
+            shares.index, shares[phase], left=left, label=phase, edgecolor="0.15", linewidth=0.8, height=0.6, **style
+        )
+        left += shares[phase]
+    for position, total in enumerate(table["step"]):
+        axes.annotate(f" {total:.3g} ms", (100, position), va="center", fontsize=9)
+    axes.set_xlim(0, 114)
+    axes.set_xticks(range(0, 101, 20))
+    axes.invert_yaxis()
+    axes.grid(visible=False)
+    axes.set_xlabel("share of the median times of the phases, %")
+    first = rows.iloc[0]
+    device = f"{first['device']}, {first['threads']:.0f} threads" if first["device"] == "cpu" else first["device"]
+    text = f"Where a step of SparseMFAC goes: m = {first['m']:.0f}, {100 * first['density']:g}%; {device}"
+    axes.set_title(text, fontsize=10)
+    return _with_legend(figure, [axes], columns=len(PHASES))
+
+
+def growth(bench: pd.DataFrame) -> Figure | None:
+    """Time of a step and bytes of state along d, m and density."""
+    figure, panels = _figure(2, 3, (10.5, 6.2))
+    names = {"d": "parameters d", "m": "window m", "density": "density"}
+    drawn = []
+    for axis, above, below in zip(scaling.AXES, panels[:3], panels[3:], strict=True):
+        line, curve = scaling.series(bench, "step", axis), scaling.memory_curve(axis)
+        for axes in (above, below):
+            _log(axes, "x", percent=axis == "density")
+            _log(axes, "y")
+            axes.set_xlabel(names[axis])
+        if not line.empty:
+            _implementations(above, line, axis, "p50_ms")
+            if axis != "d":
+                _ticks(above, line[axis], apart=2.5)
+            drawn.append(above)
+            fixed = line.iloc[0]
+            held = [f"d = {fixed['d'] / 1e6:.1f}M", f"m = {fixed['m']}", f"{100 * fixed['density']:g}%"]
+            above.set_title(", ".join(h for a, h in zip(scaling.AXES, held, strict=True) if a != axis), fontsize=9)
+        below.plot(curve[axis], curve["bytes"] / 1e6, color=STYLES[OURS]["color"], linewidth=2)
+        held = ["d = 16.8M", "m = 256", "1%"]
+        below.set_title(", ".join(h for a, h in zip(scaling.AXES, held, strict=True) if a != axis), fontsize=9)
+    panels[0].set_ylabel("time of a step, ms (median)")
+    panels[3].set_ylabel("state of SparseMFAC, MB (estimate)")
+    figure.suptitle(f"Growth of time and memory: {_machine(bench)}", fontsize=10)
+    return _with_legend(figure, drawn) if drawn else None
+
+
+PLOTS: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
+    "throughput.png": ("bench.csv", throughput),
+    "speedup.png": ("bench.csv", speedup),
+    "memory.png": ("memory.csv", memory_density),
+    "roofline.png": ("bench.csv", roofline),
+    "breakdown.png": ("breakdown.csv", breakdown),
+    "scaling.png": ("bench.csv", growth),
+}
+
+
+class Decades(LogLocator):
+    """Ticks at powers of ten; at 1, 2 and 5 times these on a short axis."""
+
+    def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
+        self.set_params(subs=(1, 2, 5) if vmax < 300 * vmin else (1,))
+        return super().tick_values(vmin, vmax)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
+        axes.grid(which="major", color="0.88", linewidth=0.8)
+        axes.set_axisbelow(True)
+    return figure, panels
+
+
+def _log(axes: Axes, which: str, percent: bool = False) -> None:
+    """A logarithmic axis with plain numbers."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
+    axis.set_major_locator(Decades())
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{100 * v:g}%" if percent else _short(v)))
+
+
+def _ticks(axes: Axes, values: pd.Series, apart: float = 1.0) -> None:
+    """Ticks of the x-axis where there are measurements, by a factor apart."""
+    ticks: list[float] = []
+    for value in sorted(set(values)):
+        if not ticks or value > apart * ticks[-1]:
+            ticks.append(value)
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+
+
+def _short(value: float) -> str:
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= 10 * size or value == size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _density_panels(bench: pd.DataFrame, label: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """Panels of the operations along density, and their measurements."""
+    figure, panels = _figure(2, 2, (9.4, 7.0))
+    drawn = []
+    for axes in panels[2:]:
+        axes.set_xlabel("density")
+    for axes, operation in zip(panels, SHOWN, strict=True):
+        _log(axes, "x", percent=True)
+        _log(axes, "y")
+        line = scaling.series(bench, operation, "density")
+        axes.set_title(operation, fontsize=10)
+        if not line.empty:
+            _ticks(axes, line["density"])
+            drawn.append((axes, line))
+    figure.supylabel(label, fontsize=10)
+    return figure, drawn
+
+
+def _implementations(axes: Axes, line: pd.DataFrame, x: str, y: str) -> None:
+    for name, style in STYLES.items():
+        own = line[line["implementation"] == name]
+        if not own.empty:
+            axes.plot(own[x], own[y], **{"linewidth": 1.5, "markersize": 6, **style}, label=name)
+
+
+def _finished(
+    figure: Figure, title: str, bench: pd.DataFrame, panels: list[tuple[Axes, pd.DataFrame]]
+) -> Figure | None:
+    if not panels:
+        return None
+    case = panels[0][1].iloc[0]
+    what = f"d = {case['d'] / 1e6:.1f}M, m = {case['m']}, B = {case['B']}, {case['dtype']}"
+    figure.suptitle(f"{title}: {what}; {_machine(bench)}", fontsize=10)
+    return _with_legend(figure, [axes for axes, _ in panels])
+
+
+def _machine(bench: pd.DataFrame) -> str:
+    first = bench.iloc[0]
+    return f"{first['machine']}, {first['threads']} threads" if first["device"] == "cpu" else str(first["machine"])
+
+
+def _with_legend(figure: Figure, panels: Sequence[Axes], columns: int = 4) -> Figure:
+    """One legend for all panels, below them; rows are filled first."""
+    entries: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    labels = list(entries)
+    rows = [labels[i : i + columns] for i in range(0, len(labels), columns)]
+    ordered = [label for column in zip_longest(*rows) for label in column if label is not None]
+    handles = [entries[label] for label in ordered]
+    figure.legend(handles, ordered, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return figure
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="efcp.perf.plots", description="Draws all plots from the CSVs of a run.")
+    parser.add_argument("folder", type=Path, help="with the CSVs; the plots go there")
+    options = parser.parse_args(arguments)
+    if not options.folder.is_dir():
+        parser.error(f"there is no folder {options.folder}")
+    if not (made := draw(options.folder)):
+        needed = ", ".join(sorted({source for source, _ in PLOTS.values()}))
+        parser.error(f"{options.folder} holds none of {needed}")
+    for path in made:
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

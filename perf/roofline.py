@@ -1,0 +1,178 @@
+"""Times against the bytes that have to be moved, and a prediction for GPUs on which nothing has been measured.
+
+The operations do next to no arithmetic for each byte, so their roof is the bandwidth of memory. The floors are those
+of `Case.floors`: every tensor is read or written once.
+
+The prediction takes from the reports of the compiled kernels (compile-report.csv, traffic.csv) what they say, and from
+datasheets what a GPU can do. Of each operation of a step it is the largest of three times, and the launches:
+
+| time | what it takes |
+|---|---|
+| memory | floor × what gpusim has counted in floors (traffic.csv, sm_90, random windows) / bandwidth reached |
+| in flight | the same bytes / (bytes in flight of a multiprocessor × multiprocessors / latency) |
+| instructions | instructions for each element × elements / (lanes × multiprocessors × clock) |
+
+Assumptions: a kernel reaches `REACHED` of the datasheet's bandwidth; memory answers in `LATENCY`; an instruction of
+each warp scheduler in each cycle; instructions are those of the main loop, all branches taken, or where there is none
+the kernel's static instructions, loops counted once; a launch costs `LAUNCH` as in a CUDA graph, and a step launches
+as many small kernels for its m × m algebra as PyTorch has operations in it (counted). Reports of sm_90 stand for sm_80
+where there are none of it. None of this has been held against a GPU: see GPU.md.
+"""
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from efcp import SparseMFAC
+from efcp.perf.problems import Case
+
+__all__ = ["GPUS", "Gpu", "predict", "small_launches", "standing"]
+
+REACHED = 0.9  # of the datasheet's bandwidth; copies on an H100 reach 3.0 of 3.35 TB/s
+LATENCY = 800e-9  # seconds, of memory under load
+LAUNCH = 2.5e-6  # seconds
+OPERATIONS = ("all_finite", "compress_", "window_dots", "window_apply_")
+REPORTED = "B=4096 1% fp32/fp32/bf16 m=256"  # the case whose configurations are looked up
+ADAM_TENSORS = 7
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a datasheet says.
+
+    Args:
+        targets: of compile-report.csv, the first that is there.
+        bandwidth: bytes a second.
+        multiprocessors: or compute units.
+        clock: Hz, boost.
+        lanes: threads of which an instruction is issued in a cycle, on a multiprocessor.
+        source: where the figures are from.
+    """
+
+    targets: tuple[str, ...]
+    bandwidth: float
+    multiprocessors: int
+    clock: float
+    lanes: int
+    source: str
+
+
+GPUS = {
+    "A100 SXM 80 GB": Gpu(("80", "90"), 2.039e12, 108, 1.41e9, 128, "NVIDIA A100 datasheet and GA100 whitepaper"),
+    "H100 SXM": Gpu(("90",), 3.35e12, 132, 1.98e9, 128, "NVIDIA H100 datasheet and GH100 whitepaper"),
+    "MI300X": Gpu(("gfx942",), 5.3e12, 304, 2.1e9, 64, "AMD Instinct MI300X datasheet and CDNA 3 whitepaper"),
+}
+
+
+def standing(bench: pd.DataFrame) -> pd.DataFrame:
+    """Where operations stand: of each with a time, bytes, ms, the least ms that the measured bandwidth allows, and the
+    ratio. Columns: operation, implementation, d, m, B, density, bytes, p50_ms, floor_ms, times floor."""
+    rows = bench[bench["status"] == "ok"]
+    floor = rows["bytes"] / rows["bandwidth GB/s"] / 1e6
+    kept = rows[["operation", "implementation", "d", "m", "B", "density", "dtype", "bytes", "p50_ms"]]
+    return kept.assign(**{"floor_ms": floor, "times floor": rows["p50_ms"] / floor})
+
+
+@cache
+def small_launches() -> int:
+    """Operations on numbers in a step of SparseMFAC besides those on windows: a launch each on a GPU."""
+    calls = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal calls
+            # views and scalars launch nothing
+            calls += not function.is_view and "_local_scalar" not in str(function)
+            return function(*args, **(kwargs or {}))
+
+    param = torch.nn.Parameter(torch.zeros(4096))
+    param.grad = torch.ones(4096)
+    optimizer = SparseMFAC([param], window=8)
+    optimizer.step()
+    with Counting():
+        optimizer.step()
+    return calls
+
+
+def predict(results: Path, d: int, window: int = 256) -> pd.DataFrame:
+    """Predicted ms of a step, by GPU and density.
+
+    Args:
+        results: folder of compile-report.csv and traffic.csv.
+        d: elements of one float32 parameter, a multiple of 4096.
+        window: m, as counted in traffic.csv.
+
+    Returns:
+        Columns: gpu, density, d, m, operation ("step" is their sum, "Adam" what its bytes take), bytes, memory_ms,
+        in_flight_ms, instructions_ms, predicted_ms, limit, report (whose it is), how ("prediction").
+
+    Raises:
+        FileNotFoundError: where there are no reports.
+        ValueError: where nothing was counted for this window, or a kernel is missing.
+    """
+    compiled, traffic = (pd.read_csv(results / name) for name in ("compile-report.csv", "traffic.csv"))
+    counted = traffic[(traffic["launch"] == "all") & (traffic["m"] == window)]
+    if counted.empty:
+        raise ValueError(f"window must be one of traffic.csv, {sorted(set(traffic['m']))}, got {window}")
+    rows = []
+    for name, gpu in GPUS.items():
+        reported = set(compiled["target"].astype(str))
+        target = next((t for t in gpu.targets if t in reported), None)
+        if target is None:
+            continue
+        kernels = compiled[(compiled["target"].astype(str) == target) & (compiled["case"] == REPORTED)]
+        for density in sorted(set(counted["density"])):
+            case = Case(d, window, density)
+            parts = [_operation(operation, case, gpu, kernels, traffic) for operation in OPERATIONS]
+            launches = small_launches() * LAUNCH * 1e3
+            parts.append({"operation": "algebra", "predicted_ms": launches, "limit": "launches"})
+            parts.append({"operation": "step", "predicted_ms": sum(part["predicted_ms"] for part in parts)})
+            adam = ADAM_TENSORS * 4 * d
+            milliseconds = adam / (REACHED * gpu.bandwidth) * 1e3
+            parts.append({"operation": "Adam", "bytes": adam, "predicted_ms": milliseconds, "limit": "memory"})
+            where = {"gpu": name, "density": density, "d": d, "m": window, "report": target, "how": "prediction"}
+            rows += [{**where, **part} for part in parts]
+    return pd.DataFrame(rows)
+
+
+def _operation(operation: str, case: Case, gpu: Gpu, kernels: pd.DataFrame, traffic: pd.DataFrame) -> dict[str, Any]:
+    moved = case.floors[operation] * _times_floor(operation, case, traffic)
+    own = kernels[(kernels["operation"] == operation) & ~kernels["configuration"].str.contains("MOMENTUM")]
+    if own.empty:
+        raise ValueError(f"compile-report.csv must have {operation} for {REPORTED}, as compile_report --quick makes it")
+    lanes = 64 if gpu.targets[0].startswith("gfx") else 32
+    in_flight = own["KB in flight"].max() * 1024 * gpu.multiprocessors / LATENCY  # of the kernel that streams
+    instructions = 0.0
+    for kernel in own.to_dict("records"):
+        elements = case.entries if operation.startswith("window") else case.numel
+        if kernel["kernel"] == "_spread_kernel":
+            elements //= case.window  # the newest row alone
+        each = kernel["an element"]
+        if pd.isna(each):
+            size = int(re.findall(r"\bSIZE=(\d+)", kernel["configuration"])[0])
+            each = kernel["instructions"] / (size / (kernel["warps"] * lanes))
+        instructions += each * elements / (gpu.lanes * gpu.multiprocessors * gpu.clock)
+    times = {
+        "memory": moved / (REACHED * gpu.bandwidth) * 1e3,
+        "in flight": moved / in_flight * 1e3,
+        "instructions": instructions * 1e3,
+    }
+    limit = max(times, key=lambda name: times[name])
+    columns = {f"{name.replace(' ', '_')}_ms": t for name, t in times.items()}
+    total = times[limit] + len(own) * LAUNCH * 1e3
+    return {"operation": operation, "bytes": int(moved), **columns, "predicted_ms": total, "limit": limit}
+
+
+def _times_floor(operation: str, case: Case, traffic: pd.DataFrame) -> float:
+    if operation == "all_finite":  # not counted
+        return 1.0
+    rows = traffic[(traffic["operation"] == operation) & (traffic["launch"] == "all")]
+    rows = rows[(rows["density"] == case.density) & (rows["support"] != "trained") & (rows["error"] != "bfloat16")]
+    best = rows.loc[(rows["m"] - case.window).abs().idxmin()]  # `compress_` does not depend on m
+    return float(best["times floor"])

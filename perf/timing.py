@@ -1,0 +1,112 @@
+"""How long something takes on a device, and how much memory it takes meanwhile.
+
+Before each run a tensor larger than the last cache is read (on a CPU) or overwritten (on a GPU), so that operands come
+from memory. On a CPU the clock is that of the wall; on a GPU CUDA events are recorded around the run, as
+`triton.testing.do_bench` does, and what is launched too slowly by Python to fill the GPU can be replayed from a CUDA
+graph (`as_graph`).
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["Timer"]
+
+ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # of the tensors that are copied, read, and there to flush caches
+MOST_RUNS = 100
+LEAST_RUNS = 3
+SLOW = 2
+
+Run = Callable[[], Any]
+
+
+class Timer:
+    """Times runs on a device.
+
+    Args:
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: for another type of device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type not in ELEMENTS:
+            raise ValueError(f"device must be of type {' or '.join(ELEMENTS)}, got {device.type!r}")
+        self.device = device
+        self._source, self._copied = (torch.ones(ELEMENTS[device.type], device=device) for _ in range(2))
+
+    @property
+    def name(self) -> str:
+        """How it measures."""
+        return "CUDA events" if self.device.type == "cuda" else "wall clock"
+
+    @property
+    def transfers(self) -> dict[str, tuple[Run, int]]:
+        """Copying and reading memory: what does it, and the bytes that it moves."""
+        size = self._source.nbytes
+        return {"copy": (lambda: self._copied.copy_(self._source), 2 * size), "read": (self._source.sum, size)}
+
+    def milliseconds(self, run: Run) -> float:
+        """Of one run, out of cold caches."""
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._copied.zero_()
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end))
+        self._source.sum()
+        before = time.perf_counter()
+        run()
+        return (time.perf_counter() - before) * 1e3
+
+    def in_turn(
+        self, runs: Mapping[str, Run], seconds: Mapping[str, float], first: Mapping[str, float] | None = None
+    ) -> dict[str, np.ndarray]:
+        """Milliseconds of each run of several, one after the other in turn, so that all meet the same disturbances.
+
+        Args:
+            runs: by name; each has been run before.
+            seconds: by name, for about how long to repeat it.
+            first: milliseconds of that run before; where it was `SLOW` times as long as there is, it stands for all.
+        """
+        slow = {name: t for name, t in (first or {}).items() if t > SLOW * seconds[name] * 1e3}
+        times = {name: [slow[name]] if name in slow else [] for name in runs}
+        spent = dict.fromkeys(runs, 0.0)
+
+        def wanted(name: str) -> bool:
+            some = len(times[name])
+            return name not in slow and (some < LEAST_RUNS or (spent[name] < seconds[name] and some < MOST_RUNS))
+
+        while waiting := [name for name in runs if wanted(name)]:
+            for name in waiting:
+                before = time.perf_counter()
+                times[name].append(self.milliseconds(runs[name]))
+                spent[name] += time.perf_counter() - before
+        return {name: np.array(t) for name, t in times.items()}
+
+    def temporary_bytes(self, run: Run) -> int | None:
+        """How much more memory is allocated at most during a run than before it; None on a CPU, which does not tell."""
+        if self.device.type != "cuda":
+            return None
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        run()
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
+
+    def as_graph(self, run: Run) -> Run | None:
+        """The replay of a CUDA graph of a run that has been run before; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.graph(graph):
+            run()
+        return graph.replay

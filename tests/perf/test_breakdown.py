@@ -1,0 +1,58 @@
+"""Where a step's time goes: phases are those of a step, and nothing stays patched."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from efcp import MFAC, kernels
+from efcp.gram import Gram
+from efcp.perf import breakdown, models
+from efcp.perf.breakdown import PHASES, full_optimizer, phases_of_steps
+
+OPERATIONS = (kernels.all_finite, kernels.compress_, kernels.window_dots, kernels.window_apply_)
+CPU = torch.device("cpu")
+SHAPES: models.Shapes = [(70, 100), (63,)]
+
+
+def test_phases_add_up_to_the_step() -> None:
+    frame = phases_of_steps(full_optimizer(SHAPES, CPU, 5), 3, CPU)
+    assert list(frame.columns) == [*PHASES, "step"]
+    assert len(frame) == 3
+    assert (frame > 0).all(axis=None)
+    assert frame[list(PHASES)].sum(axis=1).to_numpy() == pytest.approx(frame["step"].to_numpy())
+
+
+def test_time_counts_in_its_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(breakdown.time, "perf_counter", lambda: next(clock) / 1e3)
+    frame = phases_of_steps(full_optimizer(SHAPES, CPU, 5), 1, CPU)
+    calls = {"compress": 2, "dots": 1, "algebra": 2, "apply": 1}  # each takes one tick, all else but the rest is Python
+    assert frame[list(calls)].loc[0].to_dict() == pytest.approx(calls)
+    assert frame["step"][0] == pytest.approx(2 * 6 + 1)
+
+
+def test_nothing_stays_patched() -> None:
+    before = [getattr(owner, name) for owner, name, _ in breakdown.TIMED]
+    assert before == [*OPERATIONS, Gram.replace, MFAC.weights]
+    phases_of_steps(full_optimizer(SHAPES, CPU, 5), 1, CPU)
+    assert before == [getattr(owner, name) for owner, name, _ in breakdown.TIMED]
+
+
+def test_the_window_is_full_and_valid() -> None:
+    optimizer = full_optimizer(SHAPES, CPU, 5)
+    for param, state in optimizer.state.items():
+        optimizer.compressor.check("state", {k: state[k] for k in ("values", "indices", "error")}, param)
+        assert (state["values"] != 0).float().mean() > 0.8  # all but padding
+
+
+def test_the_csv_tells_of_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breakdown, "MEASURED", ("large", "tiny"))
+    monkeypatch.setitem(models.MODELS, "large", lambda: [(1 << 60,)])
+    monkeypatch.setitem(models.MODELS, "tiny", lambda: SHAPES)
+    breakdown.measure(CPU, tmp_path / "breakdown.csv", steps=2)
+    frame = pd.read_csv(tmp_path / "breakdown.csv").set_index("model")
+    assert "memory" in frame.loc["large", "status"]
+    assert set(frame.loc["tiny", "phase"]) == {*PHASES, "step"}
+    assert set(frame.loc["tiny", "d"]) == {7063}

@@ -27,7 +27,7 @@ lint: $(DEVELOPED) build/types  ## check style, formatting and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy -p efcp
 
-check-kernels: $(DEVELOPED)  ## compile Triton kernels for absent GPUs; fails on spilled registers and narrow accesses
+check-kernels: $(DEVELOPED)  ## compile Triton kernels for absent GPUs; fails on spills, narrow accesses, too little in flight
 	$(BIN)/python -m efcp.perf.compile_report --quick --check
 
 bench: $(DEVELOPED)  ## measure operations, steps and memory, into perf/results (about 10 minutes on a quiet machine)

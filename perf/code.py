@@ -119,6 +119,7 @@ class _Instruction:
 
 
 Labels = dict[str, int]  # places in the code, by name
+_JUMPS = ("BRA", "CALL.REL.NOINC", "s_branch", "s_cbranch")  # kernels call no functions: the second leaves a loop
 _ENDS = ("BRA", "EXIT", "s_branch", "s_endpgm")  # what comes next in the text does not follow them
 
 
@@ -127,7 +128,7 @@ def _successors(code: list[_Instruction], labels: Labels) -> list[list[int]]:
     successors = []
     for n, i in enumerate(code):
         following = [n + 1] if (i.conditional or i.opcode not in _ENDS) and n + 1 < len(code) else []
-        if i.opcode.startswith(("BRA", "s_branch", "s_cbranch")):
+        if i.opcode.startswith(_JUMPS):
             following += [labels[name] for name in re.findall(r"\.L\w+", i.operands) if labels[name] < len(code)]
         successors.append(following)
     return successors

@@ -3,6 +3,9 @@
     python -m efcp.perf.compile_report            # perf/results/compile-report.csv and .md
     python -m efcp.perf.compile_report --check    # exit status 1 if a kernel is not as it should be
 
+Operations and targets are shared out among processes (`--processes`). Without `--quick`, what is done is kept until all
+is, in a folder for temporary files, so that the report goes on from there if it was interrupted.
+
 | column | what |
 |---|---|
 | case | block size, density, dtypes of gradient / error / values, and window of the first operation that launched it |
@@ -22,16 +25,25 @@ An access streams if its line, or the line of a call through which it was inline
 Of a call over several lines it is the first one. Where a kernel has two paths that end in the same way, the compiler
 for AMD makes one of these ends, whose accesses then have no line: they stand for marked lines that have none, and must
 be wide like them.
+
+On sm_80 and sm_90, fewer than 32 KB in flight count as a problem.
 """
 
 import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -44,10 +56,11 @@ from efcp.perf.code import Access, Line, accesses, read_code, source_lines, stre
 from efcp.perf.occupancy import LIMITS, resident_programs
 from efcp.perf.offline import Compiled, GPUTarget, compile_for
 
-__all__ = ["Case", "Result", "compile_cases", "problems", "report", "unreached"]
+__all__ = ["Case", "Part", "Result", "compile_cases", "make_part", "problems", "unreached"]
 
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)]
 TARGETS += [GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")]
+OPERATIONS = ("all_finite", "compress_", "window_dots", "window_apply_")
 BLOCK_SIZES = (256, 4096, 32768)
 DENSITIES = (0.001, 0.1)
 WINDOWS = (32, 1024)
@@ -64,6 +77,10 @@ DTYPES: list[tuple[torch.dtype, torch.dtype | None, torch.dtype]] = [  # of grad
 # The fallbacks of portable.py read rows that begin anywhere, entry by entry.
 EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel"})
 STREAM_BITS = 128
+KB_IN_FLIGHT = 32  # at least, on these:
+BUSY = (80, 90)
+# The sums of large blocks leave shared memory for too few programs.
+FILLING, SHARED_OF_MANY = "_apply_kernel", 32 << 10
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -94,27 +111,40 @@ class Result:
     error: str = ""
 
 
-def compile_cases(targets: Sequence[GPUTarget], cases: Iterable[Case]) -> list[Result]:
-    """Compile all operations in all cases, each kernel once.
+Job = tuple[GPUTarget, str]  # an operation on a target
 
-    Args:
-        targets: for which GPUs.
-        cases: what to launch.
-    """
+
+class Part(NamedTuple):
+    """What came of an operation on a target."""
+
+    rows: list[dict[str, object]]  # of the table, columns as in the description of this module and `problem`
+    reached: list[tuple[str, int]]  # files and lines that its kernels have code from
+
+
+def make_part(target: GPUTarget, operation: str, cases: Sequence[Case]) -> Part:
+    """Compile an operation in all cases, without Triton's cache, so that kernels have a time."""
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        results = compile_cases(target, operation, cases)
+        kernels = [result.kernel for result in results if result.kernel]
+        reached = {(str(path), line) for kernel in kernels for path, line in source_lines(kernel)}
+        return Part([_row(result) for result in results], sorted(reached))
+
+
+def compile_cases(target: GPUTarget, operation: str, cases: Iterable[Case]) -> list[Result]:
+    """Compile an operation in all cases, each kernel once."""
     results = []
-    launches = list(_launches(cases))
-    with tqdm(total=len(targets) * len(launches), unit="launch", mininterval=1.0) as progress:
-        for target in targets:
-            with compile_for(target) as compiled:
-                for operation, case, launch in launches:
-                    before = len(compiled)
-                    try:
-                        launch()
-                    except Exception as error:  # of any kind: Triton's, LLVM's, or the assembler's
-                        last = str(error).strip().splitlines()[-1:]
-                        results.append(Result(operation, target, case, None, " ".join([type(error).__name__, *last])))
-                    results += [Result(operation, target, case, kernel) for kernel in compiled[before:]]
-                    progress.update()
+    with compile_for(target) as compiled:
+        for name, case, launch in _launches(cases):
+            if name != operation:
+                continue
+            before = len(compiled)
+            try:
+                launch()
+            except Exception as error:  # of any kind: Triton's, LLVM's, or the assembler's
+                last = str(error).strip().splitlines()[-1:]
+                results.append(Result(operation, target, case, None, " ".join([type(error).__name__, *last])))
+            results += [Result(operation, target, case, kernel) for kernel in compiled[before:]]
     return results
 
 
@@ -146,17 +176,11 @@ def problems(kernel: Compiled, exempt: frozenset[str] = EXEMPT) -> list[str]:
     return found
 
 
-def unreached(kernels: Iterable[Compiled]) -> list[str]:
+def unreached(reached: Iterable[tuple[str, int]]) -> list[str]:
     """Marked lines, in the source files of kernels, that are compiled into none of them."""
-    reached = {place for kernel in kernels for place in source_lines(kernel)}
-    marked = {(path, line) for path in {path for path, _ in reached} for line in stream_lines(path)}
-    return [f"{path}:{line} is marked, but in no kernel" for path, line in sorted(marked - reached)]
-
-
-def report(results: Iterable[Result]) -> pd.DataFrame:
-    """Columns as in the description of this module, a row a kernel; `problem` is what is wrong, if anything."""
-    rows = [_row(result) for result in tqdm(list(results), unit="kernel", mininterval=1.0)]
-    return pd.DataFrame(rows).convert_dtypes()
+    lines = set(reached)
+    marked = {(path, line) for path in {path for path, _ in lines} for line in stream_lines(Path(path))}
+    return [f"{path}:{line} is marked, but in no kernel" for path, line in sorted(marked - lines)]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -165,21 +189,69 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--markdown", type=Path, default=RESULTS / "compile-report.md", help="where to write tables")
     parser.add_argument("--quick", action="store_true", help="some configurations, two targets")
     parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 if something is wrong")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="how many compile at a time")
     options = parser.parse_args(arguments)
     cases = list(quick_cases() if options.quick else all_cases())
     targets = [target for target in TARGETS if target.arch in (90, "gfx942") or not options.quick]
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder  # empty, so that kernels have a time, and lines of the files that are here
-        results = compile_cases(targets, cases)
-        if options.check:
-            return _check(results)
-        frame = report(results)
-    options.csv.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(options.csv, index=False)
-    options.markdown.parent.mkdir(parents=True, exist_ok=True)
-    options.markdown.write_text(markdown(frame, options.quick))
-    print(f"{len(frame)} kernels: {options.csv}, {options.markdown}")
-    return 0
+    folder = None if options.quick else Path(tempfile.gettempdir()) / f"efcp-compile-report-{_version(cases)}"
+    parts = make_parts(targets, cases, options.processes, folder)
+    rows = [row for part in parts for row in part.rows]
+    if options.check:
+        status = _check(rows, unreached(place for part in parts for place in part.reached))
+    else:
+        status = 0
+        rows = [row for operation in OPERATIONS for row in rows if row["operation"] == operation]
+        frame = pd.DataFrame(rows).convert_dtypes()
+        options.csv.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_csv(options.csv, index=False)
+        options.markdown.parent.mkdir(parents=True, exist_ok=True)
+        options.markdown.write_text(markdown(frame, options.quick))
+        print(f"{len(frame)} kernels: {options.csv}, {options.markdown}")
+    if folder:
+        shutil.rmtree(folder)
+    return status
+
+
+def make_parts(targets: Sequence[GPUTarget], cases: Sequence[Case], processes: int, folder: Path | None) -> list[Part]:
+    """All operations on all targets, by target.
+
+    Args:
+        targets: for which GPUs.
+        cases: what to launch.
+        processes: how many are made at a time; 1: in this process.
+        folder: where each is kept when it is done, and taken from if it is there.
+    """
+    jobs = [(target, operation) for target in targets for operation in OPERATIONS]
+    files = {job: folder / f"{job[0].arch}-{job[1]}.json" for job in jobs} if folder else {}
+    parts = {job: Part(**json.loads(file.read_text())) for job, file in files.items() if file.is_file()}
+    todo = [job for job in jobs if job not in parts]
+    for job, part in tqdm(_made(todo, cases, processes), total=len(todo), unit="operation"):
+        parts[job] = part
+        if job in files:
+            files[job].parent.mkdir(parents=True, exist_ok=True)
+            new = files[job].with_suffix(".new")
+            new.write_text(json.dumps(part._asdict()))
+            new.replace(files[job])
+    return [parts[job] for job in jobs]
+
+
+def _made(jobs: Sequence[Job], cases: Sequence[Case], processes: int) -> Iterator[tuple[Job, Part]]:
+    """Each as soon as it is done."""
+    if processes == 1:
+        yield from ((job, make_part(*job, cases)) for job in jobs)
+        return
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        submitted = {pool.submit(make_part, *job, cases): job for job in jobs}
+        yield from ((submitted[future], future.result()) for future in as_completed(submitted))
+
+
+def _version(cases: Sequence[Case]) -> str:
+    """Of all that the report depends on."""
+    version = hashlib.sha256(f"{triton.__version__} {torch.__version__} {cases}".encode())
+    for folder in (Path(triton_ops.__file__).parents[1], Path(__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            version.update(path.read_bytes())
+    return version.hexdigest()[:12]
 
 
 def all_cases() -> Iterator[Case]:
@@ -270,23 +342,17 @@ def _place(line: Line) -> str:
     return f"{line[0]}:{line[1]}"
 
 
-def _check(results: Sequence[Result]) -> int:
-    kernels = [result.kernel for result in results if result.kernel]
-    found = []
-    for result in results:
-        found += [f"{_name(result)}: {text}" for text in _problems(result)]
-    found += unreached(kernels)
-    print("\n".join([*found, f"{len(kernels)} kernels, {len(found)} problems"]))
-    return 1 if found else 0
+def _check(rows: Sequence[dict[str, object]], more: Sequence[str]) -> int:
+    found = [f"{_name(row)}: {row['problem']}" for row in rows if row["problem"]]
+    print(
+        "\n".join([*found, *more, f"{sum('kernel' in row for row in rows)} kernels, {len(found) + len(more)} problems"])
+    )
+    return 1 if found or more else 0
 
 
-def _problems(result: Result) -> list[str]:
-    return problems(result.kernel) if result.kernel else [f"does not compile: {result.error}"]
-
-
-def _name(result: Result) -> str:
-    name = f" {result.kernel.name}({_configuration(result.kernel)})" if result.kernel else ""
-    return f"{result.operation}{name}, {result.target.arch}, {result.case}"
+def _name(row: dict[str, object]) -> str:
+    name = f" {row['kernel']}({row['configuration']})" if "kernel" in row else ""
+    return f"{row['operation']}{name}, {row['target']}, {row['case']}"
 
 
 def _configuration(kernel: Compiled) -> str:
@@ -298,15 +364,19 @@ def _configuration(kernel: Compiled) -> str:
 def _row(result: Result) -> dict[str, object]:
     kernel = result.kernel
     row: dict[str, object] = {"operation": result.operation, "target": result.target.arch, "case": str(result.case)}
-    problem = {"problem": "; ".join(_problems(result))}
     if kernel is None:
-        return row | problem
+        return row | {"problem": f"does not compile: {result.error}"}
     programs, threads = _programs(kernel), kernel.num_warps * kernel.target.warp_size
     marked = _marked(kernel)
     found = accesses(kernel)
     streaming = [access for access in found if access.streams(marked)]
     code = read_code(kernel, streaming or found)
     elements = code.loop_bytes / _element_bytes(result)
+    flying = round(code.in_flight * threads * programs / 1024, 1)
+    found_wrong = problems(kernel)
+    exempt = kernel.name in EXEMPT or (kernel.name == FILLING and kernel.shared > SHARED_OF_MANY)
+    if kernel.target.arch in BUSY and flying < KB_IN_FLIGHT and not exempt:
+        found_wrong.append(f"has {flying} KB in flight")
     return row | {
         "kernel": kernel.name,
         "configuration": _configuration(kernel),
@@ -317,7 +387,7 @@ def _row(result: Result) -> dict[str, object]:
         "shared": kernel.shared,
         "programs": programs,
         "occupancy": f"{programs * kernel.num_warps / LIMITS[kernel.target.arch].warps:.0%}",
-        "KB in flight": round(code.in_flight * threads * programs / 1024, 1),
+        "KB in flight": flying,
         "loads": _widths(found, "load", marked),
         "stores": _widths(found, "store", marked),
         "main loop": " ".join(_place(line) for line in sorted(code.loop_lines)).replace(".py", ""),
@@ -325,7 +395,7 @@ def _row(result: Result) -> dict[str, object]:
         "instructions": code.instructions,
         "barriers": code.barriers,
         "compile s": "" if kernel.seconds is None else round(kernel.seconds, 2),
-        **problem,
+        "problem": "; ".join(found_wrong),
     }
 
 

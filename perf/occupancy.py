@@ -5,13 +5,18 @@ given out in eights.
 
 | | where from |
 |---|---|
-| NVIDIA | CUDA C++ Programming Guide, appendix Compute Capabilities, table Technical Specifications; 1 KB of shared memory that each program costs besides: section Shared Memory of 8.x and later; granules: `cuda_occupancy.h` |
-| AMD | CDNA 2 and CDNA 3 ISA reference guides (vector registers, LDS); waves, work-groups and granules: LLVM, AMDGPUBaseInfo.cpp |
+| NVIDIA: warps, programs, shared memory | CUDA C++ Programming Guide, table Technical Specifications per Compute Capability (8.0, 9.0, 10.0: 64 warps, 32 programs; 12.0: 48 and 24). The tuning guides agree, but for the one of Blackwell, which says 32 programs and 128 KB for 12.0: the latter is with the L1 cache |
+| NVIDIA: shared memory that a program costs besides its own | Hopper Tuning Guide: 1 KB |
+| NVIDIA: granules, partitions | `cuda_occupancy.h`: 128 bytes of shared memory; 256 registers of a warp, 8 of a lane; 4 partitions |
+| AMD | LLVM, AMDGPUBaseInfo.cpp, for gfx90a, whose features gfx942 has, too: getMaxWavesPerEU 8, getEUsPerCU 4, getMaxWorkGroupsPerCU 16, getLocalMemorySize 64 KB, getLdsDwGranularity 128 words, getTotalNumVGPRs 512, getVGPRAllocGranule 8 |
 
 Scalar registers of AMD are left out: only more than 100 of them would cost a wave of eight.
 """  # noqa: E501
 
 from dataclasses import dataclass
+
+from efcp.kernels.triton_ops import LEAST_SHARED, SHARED
+from efcp.kernels.triton_ops.tuning import DRIVER_SHARED
 
 __all__ = ["LIMITS", "Limits", "resident_programs"]
 
@@ -34,13 +39,19 @@ class Limits:
     shared_granule: int  # bytes
 
 
+def _nvidia(arch: int, warps: int, programs: int) -> Limits:
+    shared = SHARED.get(arch, LEAST_SHARED)
+    return Limits(warps, programs, programs, shared + DRIVER_SHARED, shared, DRIVER_SHARED, 128)
+
+
+_CDNA = Limits(32, 16, 32, 64 * KB, 64 * KB, 0, 512)
 LIMITS: dict[int | str, Limits] = {
-    80: Limits(64, 32, 32, 164 * KB, 163 * KB, 1 * KB, 128),
-    90: Limits(64, 32, 32, 228 * KB, 227 * KB, 1 * KB, 128),
-    100: Limits(64, 32, 32, 228 * KB, 227 * KB, 1 * KB, 128),
-    120: Limits(48, 24, 24, 100 * KB, 99 * KB, 1 * KB, 128),
-    "gfx90a": Limits(32, 16, 32, 64 * KB, 64 * KB, 0, 512),
-    "gfx942": Limits(32, 16, 32, 64 * KB, 64 * KB, 0, 512),
+    80: _nvidia(80, 64, 32),
+    90: _nvidia(90, 64, 32),
+    100: _nvidia(100, 64, 32),
+    120: _nvidia(120, 48, 24),
+    "gfx90a": _CDNA,
+    "gfx942": _CDNA,
 }
 
 

@@ -89,9 +89,9 @@ def trained_window(window: int, density: float) -> Window:
     )
     steps = window + window // 4
     for step in range(steps):
-        batch = torch.arange(step * BATCH, (step + 1) * BATCH) % len(data.images)
+        batch = torch.arange(step * BATCH, (step + 1) * BATCH) % len(data.inputs)
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(data.images[batch]), data.labels[batch]).backward()
+        torch.nn.functional.cross_entropy(model(data.inputs[batch]), data.labels[batch]).backward()
         optimizer.step()
     state = optimizer.state[first.weight]
     blocks = Blocks(BLOCKS * BLOCK_SIZE, BLOCK_SIZE, density)

@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from efcp.kernels.blocks import Blocks, Rows, kept
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton_ops.group import DTYPES, Group, find_block, group, triton_accumulation_dtype
-from efcp.kernels.triton_ops.tuning import Configuration, choose
+from efcp.kernels.triton_ops.tuning import Configuration, choose, most_in_flight
 
 find_block = gluon.jit(find_block.fn)
 ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
@@ -35,15 +35,23 @@ def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: 
     row, room = kept(blocks.block_size, blocks.density), triton.next_power_of_2(blocks.block_size)
     default = 1 << max(0, min(3, (row // 64).bit_length() - 1))
     least = max(2048, triton.next_power_of_2(row + 16))
-    fit = []
-    for num_warps, tile in ((default, least), (default, 2 * least), (2 * default, least), (default // 2, least)):
+    entry = values.element_size() + blocks.index_dtype.itemsize
+    candidates = []
+    for num_warps, tile in (
+        (default, least),
+        (default, 2 * least),
+        (2 * default, least),
+        (default // 2, least),
+        (2 * default, 4 * least),
+        (default, least // 2),
+    ):
         sums = (room + triton.next_power_of_2(values.shape[1])) * accumulation_dtype(target).itemsize
-        bytes = sums + tile * (values.element_size() + blocks.index_dtype.itemsize)
-        if bytes <= shared and 0 < num_warps <= 8 and 32 * num_warps <= max(32, row) and tile <= 2048 * num_warps * 2:
+        if 0 < num_warps <= 8 and 32 * num_warps <= max(32, row) and row + 16 <= tile <= max(2048 * num_warps, least):
             columns = min(1 << (row.bit_length() - 1), 64 * num_warps)
             chunk = min(room, 1024 * num_warps)
-            fit.append({"TILE": tile, "COLUMNS": columns, "CHUNK": chunk, "num_warps": num_warps})
-    return fit
+            configuration = {"TILE": tile, "COLUMNS": columns, "CHUNK": chunk, "num_warps": num_warps}
+            candidates.append((configuration, sums + tile * entry, tile * entry))
+    return most_in_flight(candidates, shared)
 
 
 @gluon.jit
@@ -75,22 +83,22 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
 
     program = gl.program_id(0).to(gl.int64)
     row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
-    numel = gl.load(row + 4)
     values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
     indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
     entries = block * window * stride
-    end = (numel + SIZE - 1) // SIZE * window * stride
+    end = gl.load(row + 4) * window * stride
     end = gl.where(aligned, end, -1)  # else no access may take 128 bits
 
-    total = gl.allocate_shared_memory(DTYPE, [ROOM], SHARED)
+    chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
+    total = chunks._reinterpret(DTYPE, [ROOM], SHARED)
     tile_values = gl.allocate_shared_memory(VALUES, [TILE], SHARED)
     tile_indices = gl.allocate_shared_memory(INDICES, [TILE], SHARED)
     shared_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
     lanes = gl.arange(0, WINDOW, layout=STEPS)
     shared_weights.store(gl.load(weights + lanes, mask=lanes < window, other=0.0))
     zero = gl.zeros([CHUNK], DTYPE, CHUNKS)
-    for chunk in gl.static_range(ROOM // CHUNK):
-        total.slice(chunk * CHUNK, CHUNK).store(zero)
+    for chunk in range(ROOM // CHUNK):
+        chunks.index(chunk).store(zero)
 
     rows = gl.maximum((TILE - ALIGNED) // stride.to(gl.int32), 1)  # of a tile
     lane = gl.arange(0, COLUMNS, layout=STEPS)
@@ -120,19 +128,19 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
     scale, step, decay = gl.load(scale).to(DTYPE), gl.load(step).to(DTYPE), gl.load(decay).to(DTYPE)
     if (length == ROOM) & aligned:
         target, momentum = gl.multiple_of(target, 16), gl.multiple_of(momentum, 16)
-        for chunk in gl.static_range(ROOM // CHUNK):
+        for chunk in range(ROOM // CHUNK):
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
-            update = total.slice(chunk * CHUNK, CHUNK).load(CHUNKS)
+            update = chunks.index(chunk).load(CHUNKS)
             if MOMENTUM is not None:
                 update += decay * gl.load(momentum + position).to(DTYPE)  # stream
                 gl.store(momentum + position, update.to(MOMENTUM))  # stream
             old = gl.load(target + position).to(DTYPE)  # stream
             gl.store(target + position, (scale * old + step * update).to(TARGET))  # stream
     else:
-        for chunk in gl.static_range(ROOM // CHUNK):
+        for chunk in range(ROOM // CHUNK):
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
             inside = position < length
-            update = total.slice(chunk * CHUNK, CHUNK).load(CHUNKS)
+            update = chunks.index(chunk).load(CHUNKS)
             if MOMENTUM is not None:
                 update += decay * gl.load(momentum + position, mask=inside).to(DTYPE)
                 gl.store(momentum + position, update.to(MOMENTUM), mask=inside)

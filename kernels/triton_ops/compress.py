@@ -30,20 +30,18 @@ def configurations(size: int, bytes: int, width: int, warp: int) -> list[Configu
     """For blocks of `size` elements of `bytes` each; the default first.
 
     A chunk is one access, of `width` elements, of each thread: prefix sums are taken over a chunk at a time, which
-    leaves most registers to the block. A thread takes 64 bytes of a block, 128 of one for which there would be too
-    many threads, and more where even that is not enough. Then only the first RESIDENT chunks are in registers, and
-    others are read in every pass.
+    leaves most registers to the block. A thread takes four accesses of a block, and more where there would be too many
+    threads; beyond 128 bytes, only the first RESIDENT chunks are in registers, and others are read in every pass.
     """
     size = max(warp * width, triton.next_power_of_2(size))
     if size * bytes > 512 * 128:
         # Without the option the assembler spills some registers, for an occupancy that is of no use here.
         return [_configuration(size, bytes, width, warp, 256) | at_most_registers(255)]
-    default = max(warp, min(512, size * bytes // 64))
-    others = [threads for threads in (2 * default, default // 2) if warp <= threads <= 512]
+    default = max(warp, min(512, size // (4 * width)))
     return [
         _configuration(size, bytes, width, warp, threads)
-        for threads in (default, *others)
-        if threads * 128 >= size * bytes and threads * width <= size
+        for threads in (default, 2 * default, default // 2)
+        if warp <= threads <= 512 and threads * 128 >= size * bytes and threads * width <= size
     ]
 
 
@@ -77,7 +75,7 @@ def _reaching(a, bits, grad, error, finite, length,
     count = tl.zeros((CHUNK,), tl.int32)
     for chunk in tl.static_range(len(a)):
         count += (tl.abs(a[chunk]) >= threshold).to(tl.int32)
-    for chunk in range(len(a), CHUNKS):
+    for chunk in tl.range(len(a), CHUNKS, loop_unroll_factor=1 if MASKED else 4):  # else too little is in flight
         other = _sum(grad, error, finite, chunk, length, CHUNK, MASKED, DTYPE)
         count += (tl.abs(other) >= threshold).to(tl.int32)
     return tl.sum(count, 0)

@@ -2,11 +2,11 @@
 
 A kernel gets two tensors on the device, whatever the number of parameters:
 
-    parameters  (parameters, 7)  int64: addresses of x, y, values and indices, 0 for None; elements; number of the first
-                                 block; and packed, as every load counts: k, k of the tail, whether all is aligned
-    owners      (blocks,)        int32, the row of `parameters` of each block
+    parameters  (parameters, 6)  int64: addresses of x, y, values and indices, 0 for None; number of blocks; and packed,
+                                 as every load counts: k, elements and k of the last block, whether all is aligned
+    owners      (blocks,)        int64, packed: row of `parameters`, whether the last of its blocks, its number there
 
-The blocks of all parameters are numbered through, so that a program finds its block with two loads.
+The blocks of all parameters stand one after the other, so that a program finds its block with two loads.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,11 @@ from torch import Tensor
 from efcp.kernels.blocks import Blocks, Rows
 from efcp.kernels.reference import accumulation_dtype
 
-COLUMNS = tl.constexpr(7)
+COLUMNS = tl.constexpr(6)
+BLOCK_BITS = tl.constexpr(40)  # of an owner, for the number of a block
+BLOCK_MASK = tl.constexpr((1 << 40) - 1)
+FIELD = tl.constexpr(16)  # bits of a length, at most 32768, or of a k
+FIELD_MASK = tl.constexpr((1 << 16) - 1)
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -66,13 +70,15 @@ def _address(tensor: Tensor | None) -> int:
 @lru_cache(maxsize=256)
 def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks], ...]) -> Group:
     """The group of parameters with these addresses and layouts; made once, as most stay from step to step."""
-    parameters, owners, first = [], [], 0
+    parameters, owners = [], []
     for number, (*addresses, blocks) in enumerate(entries):
         aligned = all(address % 16 == 0 for address in addresses)
-        packed = blocks.kept | blocks.kept_in_tail << 20 | aligned << 40
-        parameters.append([*addresses, blocks.numel, first, packed])
-        owners.append(torch.full((blocks.count,), number, dtype=torch.int32))
-        first += blocks.count
+        last = (blocks.tail, blocks.kept_in_tail) if blocks.tail else (blocks.size, blocks.kept)
+        packed = blocks.kept | last[0] << FIELD.value | last[1] << 2 * FIELD.value | aligned << 3 * FIELD.value
+        parameters.append([*addresses, blocks.count, packed])
+        owner = torch.arange(blocks.count) | number << (BLOCK_BITS.value + 1)
+        owner[-1:] |= 1 << BLOCK_BITS.value
+        owners.append(owner)
     return Group(_on(device, torch.tensor(parameters)), _on(device, torch.cat(owners)))
 
 
@@ -111,12 +117,12 @@ def find_block(parameters, owners, program, SIZE: tl.constexpr):
     The row of the table that its parameter has; the block's number there, and its elements; entries that it keeps in a
     row of the window, and from one row to the next; whether tensors begin where an access of 128 bits may.
     """
-    row = parameters + tl.load(owners + program).to(tl.int64) * COLUMNS
-    numel = tl.load(row + 4)
-    block = program - tl.load(row + 5)  # int64
-    packed = tl.load(row + 6)
-    length = tl.minimum(numel - block * SIZE, SIZE).to(tl.int32)
-    stride = packed & 0xFFFFF  # int64
-    whole = (length == SIZE) | (block == 0)  # a parameter smaller than a block is one, and no tail
-    kept = tl.where(whole, stride, (packed >> 20) & 0xFFFFF).to(tl.int32)
-    return row, block, length, kept, stride, (packed >> 40) != 0
+    owner = tl.load(owners + program)
+    row = parameters + (owner >> (BLOCK_BITS + 1)) * COLUMNS
+    block = owner & BLOCK_MASK  # int64
+    packed = tl.load(row + 5)
+    last = ((owner >> BLOCK_BITS) & 1) != 0
+    stride = packed & FIELD_MASK  # int64
+    length = tl.where(last, (packed >> FIELD) & FIELD_MASK, SIZE).to(tl.int32)
+    kept = tl.where(last, (packed >> (FIELD * 2)) & FIELD_MASK, stride).to(tl.int32)
+    return row, block, length, kept, stride, (packed >> (FIELD * 3)) != 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from efcp.kernels.blocks import Rows, kept
 from efcp.kernels.reference import accumulation_dtype
-from efcp.kernels.triton_ops.group import DTYPES, find_block, group, triton_accumulation_dtype
+from efcp.kernels.triton_ops.group import DTYPES, at_most_registers, find_block, group, triton_accumulation_dtype
 
 TILE = 2048  # entries of the window in flight in a program
 PROGRAMS = 1056  # at most, a few for each multiprocessor
@@ -74,7 +74,7 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
             )
             _portable_dots_kernel[(programs, triton.cdiv(window, tile_rows))](
                 table.parameters, table.owners, newest, partial, window, table.blocks, PER_PROGRAM=per_program,
-                **dtypes, SIZE=size, ROWS=tile_rows, COLUMNS=columns,
+                **dtypes, SIZE=size, ROWS=tile_rows, COLUMNS=columns, **at_most_registers(128),  # else some are spilled
             )  # fmt: skip
     return partial.sum(0)
 

@@ -21,6 +21,23 @@ from efcp.kernels.blocks import Blocks, Rows
 
 Configuration = dict[str, int]  # constants and options of a launch
 NUMEL = 1 << 22  # elements of the parameter that configurations are tried on
+IN_FLIGHT = 32 << 10  # bytes on their way to a multiprocessor at a time, at least; fewer leave its memory idle
+DRIVER_SHARED = 1 << 10  # bytes of shared memory that a program costs besides its own
+
+
+def most_in_flight(candidates: Sequence[tuple[Configuration, int, int]], shared: int) -> list[Configuration]:
+    """Those that fit, in the order given, but those before others with which more bytes are in flight, up to IN_FLIGHT.
+
+    Args:
+        candidates: with the bytes of shared memory that a program takes, and the bytes that it has in flight.
+        shared: bytes of shared memory that a program may take, almost all that a multiprocessor has.
+    """
+    fit = [
+        (min((shared + DRIVER_SHARED) // (taken + DRIVER_SHARED) * flying, IN_FLIGHT), configuration)
+        for configuration, taken, flying in candidates
+        if taken <= shared
+    ]
+    return [configuration for _, configuration in sorted(fit, key=lambda pair: -pair[0])]
 
 
 def choose(

@@ -262,9 +262,8 @@ def far_away(modules, monkeypatch):
             entry[:4] -= torch.tensor([FAR * blocks.block_size * size for size in sizes] + [
                 entries * values.element_size(), entries * indices.element_size()
             ])  # fmt: skip
-            entry[4] += FAR * blocks.block_size
-            entry[5] -= FAR
-        return table._replace(parameters=parameters)
+            entry[4] += FAR
+        return table._replace(parameters=parameters, owners=table.owners + FAR)
 
     for module in modules:
         monkeypatch.setattr(module, "group", shifted)

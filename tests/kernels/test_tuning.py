@@ -114,3 +114,13 @@ def test_what_is_tried_is_a_window():
     assert index.min() >= 0
     assert index.max() < rows.blocks.size
     assert torch.isfinite(scratch.values).all()
+
+
+def test_enough_bytes_in_flight_come_first():
+    """Of 164 KB, of which a program takes 1 KB more than its own."""
+    kb, few, enough, more = 1 << 10, {"TILE": 1}, {"TILE": 2}, {"TILE": 3}
+    candidates = [(few, 81 * kb, 8 * kb), (enough, 100 * kb, 32 * kb), (more, 53 * kb, 20 * kb)]
+    assert tuning.most_in_flight(candidates, 163 * kb) == [enough, more, few]
+    assert tuning.most_in_flight(candidates, 99 * kb) == [more, few]
+    assert tuning.most_in_flight([(few, 81 * kb, 16 * kb), *candidates[1:]], 163 * kb) == [few, enough, more]
+    assert tuning.most_in_flight([(few, 82 * kb, 16 * kb)], 81 * kb) == []

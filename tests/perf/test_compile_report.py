@@ -159,8 +159,10 @@ def test_notices_lines_that_are_marked_for_nothing(target):
     assert narrow == f"{name}:{line} streams {64 * 32 // target.warp_size} bits at a time"
     assert nothing == f"{name}:{line + 1} is marked, but has no access to global memory"
     left_out = f"{__file__}:{line + 3} is marked, but in no kernel"
-    assert left_out in unreached([kernel])
-    assert left_out not in unreached([kernel, compiled(target, _scale_kernel, x, FACTOR=3)])
+    reached = [(str(path), line) for path, line in source_lines(kernel)]
+    assert left_out in unreached(reached)
+    more = compiled(target, _scale_kernel, x, FACTOR=3)
+    assert left_out not in unreached(reached + [(str(path), line) for path, line in source_lines(more)])
 
 
 @TARGETS
@@ -298,27 +300,65 @@ def small(monkeypatch):
     operations.num_warps = 4
     monkeypatch.setattr(compile_report, "triton_ops", operations)
     monkeypatch.setattr(compile_report, "quick_cases", lambda: [Case(SIZE, 0.01, *[torch.float32] * 3, 4)])
-    monkeypatch.setattr(compile_report, "unreached", lambda kernels: [])  # of the many in this file
+    monkeypatch.setattr(compile_report, "unreached", lambda reached: [])  # of the many in this file
     return operations
 
 
+CHECK = ["--quick", "--check", "--processes", "1"]
+
+
 def test_check_tells_by_its_exit_status(small, capsys):
-    assert compile_report.main(["--quick", "--check"]) == 0
-    assert capsys.readouterr().out == "2 kernels, 0 problems\n"
+    assert compile_report.main(CHECK) == 0
+    assert capsys.readouterr().out == "6 kernels, 0 problems\n"  # of three operations for two targets
     small.window_dots = broken
-    assert compile_report.main(["--quick", "--check"]) == 1
+    assert compile_report.main(CHECK) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("window_dots, 90, B=1024 1% fp32/fp32/fp32 m=4: does not compile: ValueError no such layout")
-    assert lines[-1] == "2 kernels, 2 problems"
+    assert lines[-1] == "6 kernels, 2 problems"
+
+
+def test_check_notices_too_few_bytes_in_flight(small, monkeypatch, capsys):
+    monkeypatch.setattr(compile_report, "KB_IN_FLIGHT", 1000)
+    assert compile_report.main(CHECK) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last == "6 kernels, 3 problems"
+    assert all(re.search(r"_double_kernel\(.*\), 90, .*: has \d+\.\d KB in flight$", line) for line in lines)
+
+
+def test_goes_on_where_it_was_interrupted(small, monkeypatch, tmp_path):
+    cases = compile_report.quick_cases()
+
+    def parts():
+        return compile_report.make_parts([SM90], cases, 1, tmp_path / "parts")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    expected = compile_report.make_parts([SM90], cases, 1, None)
+    small.window_dots = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        parts()
+    small.all_finite = small.compress_ = interrupt  # these are done
+    small.window_dots = lambda *_: None
+    assert [len(part.rows) for part in parts()] == [len(part.rows) for part in expected] == [1, 1, 0, 1]
+
+
+def test_processes_share_the_work(monkeypatch):
+    """Each compiles with the operations as they are."""
+    monkeypatch.setattr(compile_report, "OPERATIONS", ("all_finite",))
+    cases = [Case(4096, 0.01, *[torch.float32] * 3, 4)]
+    ((first,), (second,)) = (part.rows for part in compile_report.make_parts([SM90, GFX942], cases, 2, None))
+    assert (first["kernel"], second["kernel"]) == ("_squares_kernel", "_squares_kernel")
+    assert (first["target"], second["target"]) == (90, "gfx942")
 
 
 def test_the_report(small, tmp_path):
     small.window_dots = broken
     small.num_warps = 1  # which no other test has compiled in this process, for it goes to a cache of its own
     csv, text = tmp_path / "a" / "report.csv", tmp_path / "report.md"
-    assert compile_report.main(["--quick", "--csv", str(csv), "--markdown", str(text)]) == 0
+    assert compile_report.main(["--quick", "--processes", "1", "--csv", str(csv), "--markdown", str(text)]) == 0
     frame = pd.read_csv(csv)
-    assert list(frame["operation"]) == ["all_finite", "window_dots"] * 2  # each kernel once
+    assert list(frame["operation"]) == [name for name in compile_report.OPERATIONS for _ in range(2)]
     row = frame.iloc[0]
     assert (row["kernel"], row["target"], row["warps"]) == ("_double_kernel", "90", 1)
     assert row["configuration"] == f"SIZE={SIZE}"

@@ -87,7 +87,7 @@ def test_random_windows_are_at_chance(monkeypatch):
 def test_training_fills_the_window(monkeypatch):
     monkeypatch.setattr(traffic, "BLOCKS", 2)
     images = torch.randn(64, 1, 28, 28)
-    split = SimpleNamespace(images=images, labels=torch.arange(64) % 10)
+    split = SimpleNamespace(inputs=images, labels=torch.arange(64) % 10)
     monkeypatch.setattr(traffic, "_data", lambda: SimpleNamespace(train=split))
     window = traffic.trained_window(4, 0.01)
     assert window.rows.values.shape == window.rows.indices.shape == (2, 4, 41)

@@ -34,7 +34,7 @@ PUBLISHED_ENTRIES = 220_000_000
 FOREACH_ELEMENTS = 1 << 24  # of a parameter; for larger ones memory is short
 LR = 1e-3
 MOMENTUM = 0.9
-FLOAT32_SUMS = 1e-4  # tolerance for long sums in float32
+FLOAT32_SUMS = 1e-3  # tolerance for sums of millions of terms in float32
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def compress_implementations(p: Problem) -> dict[str, Implementation]:
         p.indices[:, slot] = index.to(p.indices.dtype).unsqueeze(1)
         a.scatter_(1, index, 0.0)
 
-    lost = torch.finfo(p.values.dtype).eps  # where rounding is not fed back
+    lost = 4 * torch.finfo(p.values.dtype).eps  # rounding that is not fed back, of values larger than what is left
     implementations = {
         OURS: build(dispatched.compress_, capturable=True),
         DEFINITION: build(reference.compress_),

@@ -1,0 +1,78 @@
+"""The rule for the learning rate, on made-up runs that follow it."""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from efcp.analysis import rule
+from efcp.analysis.training import COLUMNS
+
+LRS = (0.001, 0.01, 0.1, 1.0)
+DAMPINGS = (1e-3, 1e-1)
+WINDOW, NORM = 100, 2.0  # so that s/m = 0.04
+
+
+def write_runs(folder: Path, rate: float, method: str = "dense M-FAC") -> Path:
+    """Runs whose validation accuracy falls with the distance of log lr from what the rule with a rate says."""
+    rows = [
+        {
+            **dict.fromkeys(COLUMNS),
+            "phase": phase,
+            "method": method,
+            "window": WINDOW,
+            "damping": damping,
+            "lr": lr,
+            "seed": 1000,
+            "run": f"{damping}-{lr}-{phase}",
+            "grad_norm": NORM,
+            "val_accuracy": 90 - abs(math.log10(lr / (rate * (damping + NORM**2 / WINDOW)))),
+        }
+        for phase, lrs in (("tune", LRS), ("map", (0.3,)))
+        for lr in lrs
+        for damping in DAMPINGS
+    ]
+    folder.mkdir(parents=True)
+    pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(folder / "runs.csv", index=False)
+    return folder
+
+
+def test_the_rate_is_found(tmp_path: Path) -> None:
+    runs = rule.read_tuning(write_runs(tmp_path / "a", rate=1.0))
+    # λ + s/m is 0.041 and 0.14, and the best learning rates of the grid 0.1 and 0.1
+    assert rule.fitted_rate(runs) == pytest.approx((0.1 / 0.041 + 0.1 / 0.14) / 2)
+
+
+def test_a_task_that_follows_the_rule_loses_nothing(tmp_path: Path) -> None:
+    rows = rule.tested("a", rule.read_tuning(write_runs(tmp_path / "a", rate=1.0)), 1.0)
+    assert [(row["damping"], row["rule_lr"], row["tried_lr"], row["lost"]) for row in rows] == [
+        (1e-3, 0.041, 0.1, 0.0),
+        (1e-1, 0.14, 0.1, 0.0),
+    ]
+
+
+def test_a_task_that_does_not_follow_it_shows_what_is_lost(tmp_path: Path) -> None:
+    rows = rule.tested("b", rule.read_tuning(write_runs(tmp_path / "b", rate=0.01)), 1.0)
+    assert rows[1]["best_lr"] == 0.001
+    assert rows[1]["tried_lr"] == 0.1
+    assert rows[1]["lost"] == pytest.approx(math.log10(0.1 / 0.0014) - math.log10(0.0014 / 0.001), abs=0.01)
+
+
+def test_the_command_writes_a_table_of_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_runs(tmp_path / "a", rate=1.0)
+    write_runs(tmp_path / "b", rate=3.0)
+    rule.main(["a", "--on", "b", "--results", str(tmp_path)])
+    frame = pd.read_csv(tmp_path / "rule.csv")
+    assert list(frame.columns) == list(rule.COLUMNS)
+    assert frame["task"].tolist() == ["a", "a", "b", "b"]
+    assert "points lost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["Adam", None])
+def test_without_runs_it_says_so(tmp_path: Path, method: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if method:
+        write_runs(tmp_path / "a", rate=1.0, method=method)
+    with pytest.raises(SystemExit):
+        rule.main(["a", "--results", str(tmp_path)])
+    assert "runs.csv" in capsys.readouterr().err

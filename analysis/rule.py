@@ -2,12 +2,12 @@
 
     python -m efcp.analysis.rule cnn --on probe resnet20
 
-Were the gradients in the window orthogonal to each other, of squared norm s, M-FAC's update would be u = g/(λ + s/m), and
+Were the gradients of the window orthogonal and of squared norm s, M-FAC's update would be u = g/(λ + s/m), and
 a step lr · u one of SGD with the rate η = lr/(λ + s/m). The rule keeps that rate:
 
     lr = η (λ + s/m)
 
-η is the median of lr/(λ + s/m) over the best learning rates at each damping, in a task's tuning runs of dense and sparse
+η is the median of lr/(λ + s/m) over the best rates at each damping, in a task's tuning runs of dense and sparse
 M-FAC; s is the square of the gradient norm, median over the best of a method's runs. On another task the rule is worth
 what validation accuracy its rate gives, at the nearest point of the grid, against the best point at the same damping.
 """

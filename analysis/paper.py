@@ -12,6 +12,8 @@ A run that is in the CSV is never run again: the same command goes on from there
 """
 
 import argparse
+import sys
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -38,22 +40,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = _parser()
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {args.jobs}")
+    end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
+    errors = []
     try:
         experiments = [read_experiment(find_experiment(name)) for name in args.names or names()]
         for experiment in experiments:
-            if not args.plot_only:
-                run_experiment(experiment, args.out / experiment.name, args.jobs, args.minutes, args.data_dir)
-            report(experiment, args.out / experiment.name)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+            try:
+                if not args.plot_only:
+                    run_experiment(experiment, args.out / experiment.name, args.jobs, end, args.data_dir)
+                report(experiment, args.out / experiment.name)
+            except (OSError, ValueError) as error:  # data that is not there, say: the others can go on
+                errors.append(f"{experiment.name}: {error}")
+                print(errors[-1], file=sys.stderr)
+    except ValueError as error:
+        errors.append(str(error))
     except KeyboardInterrupt:
         parser.exit(130, f"\ninterrupted: finished runs are in {args.out}, and the same command goes on from there\n")
+    if errors:
+        parser.exit(2, "".join(f"{parser.prog}: error: {error}\n" for error in errors))
 
 
 def run_experiment(
-    experiment: Experiment, folder: Path, jobs: int, minutes: float | None = None, data_dir: Path | None = None
+    experiment: Experiment, folder: Path, jobs: int, end: float | None = None, data_dir: Path | None = None
 ) -> None:
     """Tunes and trains; writes `runs.csv`, `curves.csv` and `diagnostics.csv` as runs finish.
+
+    Args:
+        experiment: whose runs are trained that are not in the folder's records.
+        folder: for the CSV files.
+        jobs: runs at once.
+        end: time.monotonic() from which on no more runs are started; None for no end.
+        data_dir: where the data sets are looked for first.
 
     Raises:
         ValueError, FileNotFoundError: for settings that cannot work, before anything runs.
@@ -65,7 +84,7 @@ def run_experiment(
     if (task := plans[0].tuning[0].task).l2:
         keep_optimum(task, data, folder)
     with closing(Trainer(data, jobs)) as trainer:
-        trainer.complete(plans, records, experiment.name, None if minutes is None else 60 * minutes)
+        trainer.complete(plans, records, experiment.name, end)
     records.sort([run for plan in plans for run in plan.known(records)], drop_others=True)
 
 

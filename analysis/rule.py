@@ -57,9 +57,9 @@ def read_tuning(folder: Path) -> pd.DataFrame:
 def best_points(runs: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFrame, float]]:
     """For each method and damping its best run, all its runs, and the squared norm of the method's gradients."""
     for _, own in runs.groupby(["label", "window"], sort=False):
-        squared_norm = own.loc[own["val_accuracy"].idxmax(), "grad_norm"] ** 2
+        squared_norm = float(_best(own)["grad_norm"]) ** 2
         for _, some in own.groupby("damping"):
-            yield some.loc[some["val_accuracy"].idxmax()], some, squared_norm
+            yield _best(some), some, squared_norm
 
 
 def fitted_rate(runs: pd.DataFrame) -> float:
@@ -73,7 +73,7 @@ def tested(task: str, runs: pd.DataFrame, rate: float) -> list[dict[str, Any]]:
     rows = []
     for best, some, norm in best_points(runs):
         lr = rate * _scale(best, norm)
-        near = some.loc[(some["lr"] / lr).map(math.log).abs().idxmin()]
+        near = some.iloc[int((some["lr"] / lr).map(math.log).abs().argmin())]
         rows.append(
             {
                 "task": task,
@@ -91,6 +91,10 @@ def tested(task: str, runs: pd.DataFrame, rate: float) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def _best(runs: pd.DataFrame) -> pd.Series:
+    return runs.iloc[int(runs["val_accuracy"].argmax())]
 
 
 def _scale(run: pd.Series, squared_norm: float) -> float:

@@ -135,16 +135,15 @@ class Trainer:
             done, training = wait(training, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in done)
 
-    def complete(self, plans: Sequence[Plan], records: RecordFile, name: str, seconds: float | None = None) -> None:
+    def complete(self, plans: Sequence[Plan], records: RecordFile, name: str, end: float | None = None) -> None:
         """Trains what the records lack of the plans, plan by plan, under a progress bar of that name.
 
         Args:
             plans: a later one is begun while the last tuning runs of an earlier one go on.
             records: for the results.
             name: of the bar.
-            seconds: after which no more runs are started; None for no limit.
+            end: time.monotonic() from which on no more runs are started; None for no end.
         """
-        end = time.monotonic() + seconds if seconds is not None else None
         known = sum(run in records for plan in plans for run in plan.known(records))
         with tqdm(total=sum(map(len, plans)), initial=known, desc=name, unit="run", smoothing=0.05) as bar:
             for result in self(_Missing(plans, records, end)):

@@ -266,6 +266,32 @@ def test_minutes_limit_what_is_started(config: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "trial" / "runs.csv").exists()
 
 
+def test_an_experiment_without_data_does_not_stop_the_others(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(CONFIG.replace('"fashion-mnist"', '"mnist5k"'), encoding="utf-8")
+
+    def load(name: str, *_: object) -> DataSet:
+        if name == "mnist5k":
+            raise FileNotFoundError("no such images")
+        return noise((1, 8, 8))
+
+    monkeypatch.setattr("efcp.analysis.paper.load_task_data", load)
+    monkeypatch.setattr("efcp.analysis.running.train", invented)
+    with pytest.raises(SystemExit) as error:
+        main([str(other), str(config), "--jobs", "1", "--out", str(tmp_path)])
+    assert error.value.code == 2
+    assert "other: no such images" in capsys.readouterr().err
+    assert (tmp_path / "trial" / "table.md").is_file()
+
+
+def test_jobs_are_checked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([str(config), "--jobs", "0"])
+    assert "--jobs must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_records_of_another_task_are_not_joined(
     finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

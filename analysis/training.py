@@ -193,7 +193,6 @@ def train(run: Run, data: DataSet) -> Result:
                 point |= {"cpu_seconds": round(clock.cpu, 3), "train_loss": _mean(losses[since:])}
                 curve.append(point | _validation(task, model, data))
         measured, estimated = memory_report(optimizer), run.method.estimate(model)
-        state_bytes = measured.total + _bytes_in_lists(optimizer)
         record = {
             **plan,
             "steps": len(losses),
@@ -203,10 +202,10 @@ def train(run: Run, data: DataSet) -> Result:
             "test_accuracy": accuracy(model, data.test) if run.tested else None,
             **_summary(seen),
             "numel": measured.numel,
-            "state_bytes": state_bytes,
+            "state_bytes": measured.total,
             "matrix_bytes": _matrix_bytes(optimizer, measured),
             "state_bytes_estimated": estimated.total if estimated else None,
-            "bytes_per_parameter": state_bytes / measured.numel,
+            "bytes_per_parameter": measured.per_parameter,
             "seconds": round(clock.wall, 3),
             "cpu_seconds": round(clock.cpu, 3),
             **_versions(),
@@ -395,12 +394,6 @@ def _matrix_bytes(optimizer: Optimizer, measured: MemoryReport) -> int | None:
     window, device = optimizer.param_groups[0]["window"], torch.device("meta")
     names = {**allocate_gram(window, device), **optimizer.preconditioner.allocate(window, device)}
     return sum(measured.tensors.get(name, 0) for name in names)
-
-
-def _bytes_in_lists(optimizer: Optimizer) -> int:
-    """Of tensors that the state keeps in lists, as that of L-BFGS does."""
-    lists = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, list)]
-    return sum(t.numel() * t.element_size() for some in lists for t in some if isinstance(t, Tensor))
 
 
 def _mean(values: list[float]) -> float:

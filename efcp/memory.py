@@ -17,7 +17,7 @@ class MemoryReport:
     """Bytes of an optimizer's state.
 
     Attributes:
-        tensors: bytes by name of the tensors in `optimizer.state[p]`, summed over parameters.
+        tensors: bytes by name of the tensors in `optimizer.state[p]`, or of lists of tensors, summed over parameters.
         numel: elements of all parameters.
     """
 
@@ -88,4 +88,7 @@ def _on_meta(param: Any) -> Any:
 
 
 def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    return ((name, value) for name, value in state.items() if isinstance(value, Tensor))
+    for name, value in state.items():
+        for tensor in value if isinstance(value, list) else [value]:  # L-BFGS keeps its history in lists
+            if isinstance(tensor, Tensor):
+                yield name, tensor

@@ -57,6 +57,16 @@ def test_estimate_allocates_nothing_and_takes_groups():
     assert report.tensors["values"] == 2 * 1024 * (4 * (1 << 18) + (1 << 8))
 
 
+def test_report_counts_tensors_in_lists():
+    param = torch.nn.Parameter(torch.ones(100))
+    optimizer = torch.optim.LBFGS([param], max_iter=1, history_size=3)
+    for _ in range(6):
+        optimizer.step(lambda: param.square().sum().backward() or param.square().sum())
+    report = memory_report(optimizer)
+    assert report.tensors["old_dirs"] == report.tensors["old_stps"] == 4 * 100 * len(optimizer.state[param]["old_dirs"])
+    assert report.tensors["d"] == 4 * 100
+
+
 def test_paper_settings():
     """At m = 1024 and 1% a parameter takes 41 bytes of window; at m = 128, with its error, less than Adam's 8."""
     large = estimate_memory(11_000_000, window=1024, density=0.01, error_dtype=torch.bfloat16)

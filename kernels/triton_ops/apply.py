@@ -20,7 +20,14 @@ from triton.experimental.gluon import language as gl
 
 from efcp.kernels.blocks import Blocks, Rows, kept
 from efcp.kernels.reference import accumulation_dtype
-from efcp.kernels.triton_ops.group import DTYPES, Group, find_block, group, triton_accumulation_dtype
+from efcp.kernels.triton_ops.group import (
+    DTYPES,
+    Group,
+    at_most_registers,
+    find_block,
+    group,
+    triton_accumulation_dtype,
+)
 from efcp.kernels.triton_ops.tuning import Configuration, choose, most_in_flight
 
 find_block = gluon.jit(find_block.fn)
@@ -48,8 +55,10 @@ def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: 
         sums = (room + triton.next_power_of_2(values.shape[1])) * accumulation_dtype(target).itemsize
         if 0 < num_warps <= 8 and 32 * num_warps <= max(32, row) and row + 16 <= tile <= max(2048 * num_warps, least):
             columns = min(1 << (row.bit_length() - 1), 64 * num_warps)
-            chunk = min(room, 1024 * num_warps)
+            chunk = min(room, 512 * num_warps)  # of the sums, at once: more would not fit into registers
             configuration = {"TILE": tile, "COLUMNS": columns, "CHUNK": chunk, "num_warps": num_warps}
+            # Without a limit some would be spilled, for an occupancy that is of no use here.
+            configuration |= at_most_registers(128 if num_warps == 4 else 255)
             candidates.append((configuration, sums + tile * entry, tile * entry))
     return most_in_flight(candidates, shared)
 

@@ -51,7 +51,8 @@ def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configur
         columns = min(1 << (row.bit_length() - 1), threads)
         configuration = {"TILE": tile, "ROWS": rows, "ROWS_ROOM": rows_room, "COLUMNS": columns, "SKIP": skip}
         # A default would spill on some targets, and a higher limit would cost resident programs.
-        configuration |= {"num_warps": threads // 32} | at_most_registers(min(128, 64 + 4 * tile // threads))
+        registers = min(128, 64 + 4 * tile // threads) if index_bytes > 1 else 144
+        configuration |= {"num_warps": threads // 32} | at_most_registers(registers)
         candidates.append((configuration, taken, tiles))
     fit = most_in_flight(candidates, shared)
     return [*fit[:1], *(default | {"SKIP": 1 - skip} for default in fit[:1]), *fit[1:]]

@@ -142,5 +142,5 @@ def window_apply_(
             TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
             MOMENTUM=DTYPES[momenta[0].dtype] if momenta else None,
             DTYPE=triton_accumulation_dtype(dtype), SIZE=size, COLUMNS=columns,
-            num_warps=max(1, min(8, columns // 64)),
+            num_warps=max(1, min(8, columns // 64)), **at_most_registers(168),  # else some are spilled
         )  # fmt: skip

@@ -9,26 +9,28 @@ Results do not depend on the number of threads. `compress_` and `window_apply_` 
 `window_dots` adds up the same float64 terms in another fixed order, and `all_finite` adds up the squares of a chunk in
 float32, of chunks in float64.
 
-The threads are Python's (the compiled code runs without the GIL), not those of one of Numba's threading layers: of the
-layers that are always at hand, one aborts when two threads call it, the other in a forked child. Small operations run
-in the caller.
+The threads are PyTorch's own OpenMP team. After an operation of PyTorch these wait for the next one busily, for
+milliseconds: any other thread would have to wait for a core, while they start at once. Where there is no such team, as
+in a forked child, threads of Python take its place; the compiled code is the same and runs without the GIL. Numba's
+threading layers would not do: of those that are always at hand, one aborts when two threads call it, the other in a
+forked child. Small operations run in the caller.
 """
 
+import ctypes
 import math
 import os
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache, partial
 from itertools import accumulate
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import llvmlite.ir as ir
 import numpy as np
 import torch
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
@@ -37,7 +39,7 @@ from efcp.kernels.reference import accumulation_dtype
 
 __all__ = ["all_finite", "compress_", "window_apply_", "window_dots"]
 
-PARALLEL = 1 << 16  # elements, or entries of the window, from which on an operation is worth several threads
+PARALLEL = 1 << 15  # elements, or entries of the window, from which on several threads are worth it; as in PyTorch
 PIECES = 64  # at most so many partial sums, whatever the number of threads
 CHUNK = 4096  # elements of a gradient, the unit in which `all_finite` is shared out
 LANES = 64  # elements whose comparisons make one bit mask
@@ -52,8 +54,15 @@ def _jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return njit(nogil=True, error_model="numpy", **options)(function)
 
 
-def _kernel(*constants: object, **options: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compiles what Python calls, at the first call, and keeps the machine code on disk.
+class Kernel(Protocol):
+    """Compiled code that takes the address of a call (see `_run`)."""
+
+    address: int
+    ctypes: Callable[[int], None]  # releases the GIL
+
+
+def _kernel(*constants: object) -> Callable[[Callable[[int], None]], Kernel]:
+    """Compiles what Python calls, and keeps the machine code on disk.
 
     Numba's cache sees changes of this file only: what a kernel is made of has to stand here. Constants that a kernel is
     compiled for become part of its name: two processes that write into the same index of the cache at the same time can
@@ -61,19 +70,22 @@ def _kernel(*constants: object, **options: Any) -> Callable[[Callable[..., None]
     be numbers and types, since any other object is a new one in each process.
     """
 
-    def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    def compiled(function: Callable[[int], None]) -> Kernel:
         function.__qualname__ = "-".join(map(str, [function.__name__, *constants]))
-        kernel = njit(nogil=True, error_model="numpy", **options)(function)
-        with suppress(RuntimeError):  # neither this folder nor the user's cache can be written
-            kernel.enable_caching()
+        compiler = partial(cfunc, types.void(types.int64), error_model="numpy")
+        kernel: Any
+        try:
+            kernel = compiler(cache=True)(function)
+        except RuntimeError:  # neither this folder nor the user's cache can be written
+            kernel = compiler()(function)
         return kernel
 
     return compiled
 
 
-def _instruction(function: Callable[..., Any]) -> Callable[..., Any]:
+def _instruction(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Makes a function in compiled code of LLVM's instructions; it is called without the typing context."""
-    return intrinsic(function)
+    return intrinsic(**options)(function) if options else intrinsic(function)
 
 
 # Memory behind an address. Unlike an index into an array, no index here is tested for being negative.
@@ -209,6 +221,42 @@ def _pointer(typing_context: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], I8.as_pointer())
 
     return types.voidptr(types.int64), codegen
+
+
+# A call: what threads share that work on the same operation. Eight bytes each: the share that is taken next, the number
+# of shares, the number of pieces, which the shares are made of, and the arguments of the kernel.
+
+
+@partial(_instruction, prefer_literal=True)
+def _pieces_and_arguments(typing_context: Any, call: Any, count: Any) -> Any:
+    """The number of pieces and so many arguments."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        first = builder.inttoptr(arguments[0], I64.as_pointer())
+        numbers = [builder.load(builder.gep(first, [ir.Constant(I64, 2 + n)])) for n in range(count.literal_value + 1)]
+        return context.make_tuple(builder, signature.return_type, numbers)
+
+    return types.UniTuple(types.int64, count.literal_value + 1)(types.int64, count), codegen
+
+
+@_instruction
+def _take(typing_context: Any, call: Any) -> Any:
+    """The number of a share, which no other thread gets."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        following = builder.inttoptr(arguments[0], I64.as_pointer())
+        return builder.atomic_rmw("add", following, ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(types.int64), codegen
+
+
+@_jit
+def _take_share(call: int) -> tuple[int, int]:
+    """The pieces of a share, from `first` to before `last`; the same twice when no share is left."""
+    share, shares, pieces = _take(call), _load_i64(call, 1), _load_i64(call, 2)
+    if share >= shares:
+        return pieces, pieces
+    return pieces * share // shares, pieces * (share + 1) // shares
 
 
 # Numbers of any dtype, to and from float32 by the bits, so that no setting of the processor flushes a denormal. Numba
@@ -671,7 +719,8 @@ def _eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> A
     return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.float32), codegen
 
 
-# The operations on some of the blocks, from `first` to before `last` in the numbering of all parameters.
+# The kernels. Each takes shares of the blocks of all parameters, or of other pieces, until none is left. What it
+# allocates it allocates before: a thread that finds no memory leaves the work to the others.
 
 
 @_jit
@@ -692,14 +741,14 @@ def _parameter(table: int, parameters: int, number: int) -> tuple[int, int, int,
 
 
 @cache
-def _compress_kernel(wide: bool) -> Callable[..., None]:
+def _compress_kernel(wide: bool) -> Kernel:
     real, integer, code = (np.float64, np.int64, FLOAT64) if wide else (np.float32, np.int32, FLOAT32)
 
     @_kernel(wide)
-    def compress(
-        table: int, parameters: int, largest: int, grad_code: int, error_code: int, value_code: int, index_size: int,
-        slot: int, finite: int, window: int, first: int, last: int,
-    ) -> None:  # fmt: skip
+    def compress(call: int) -> None:
+        (
+            _, table, parameters, largest, grad_code, error_code, value_code, index_size, slot, finite, window,
+        ) = _pieces_and_arguments(call, 10)  # fmt: skip
         row = _load_i64(slot, 0)
         most = integer(np.iinfo(integer).max)
         scratch = np.zeros(largest + LANES, real)  # a mask may look beyond the end
@@ -708,129 +757,144 @@ def _compress_kernel(wide: bool) -> Callable[..., None]:
         all_keys = np.empty(largest, integer)
         guess = integer(0)
         grad_size, error_size = SIZES[grad_code], SIZES[error_code]
-        begin = np.int64(0)
-        for number in range(parameters):
-            end, numel, size, kept, kept_in_tail, values, indices, grad, error = _parameter(table, parameters, number)
-            keys = all_keys[: min(size, kept + max(kept >> 1, 64))]
-            for block in range(max(first, begin) - begin, min(last, end) - begin):
-                start = block * size
-                length = min(size, numel - start)
-                chosen = kept if length == size else kept_in_tail
-                entry = (block * window + row) * kept
-                if grad == 0:
+        first, last = _take_share(call)
+        while first < last:
+            begin = np.int64(0)
+            for number in range(parameters):
+                end, numel, size, kept, kept_in_tail, values, indices, grad, error = _parameter(
+                    table, parameters, number
+                )
+                keys = all_keys[: min(size, kept + max(kept >> 1, 64))]
+                for block in range(max(first, begin) - begin, min(last, end) - begin):
+                    start = block * size
+                    length = min(size, numel - start)
+                    chosen = kept if length == size else kept_in_tail
+                    entry = (block * window + row) * kept
+                    if grad == 0:
+                        for j in range(chosen):
+                            _store_value(value_code, values, entry + j, np.float32(0))
+                        continue
+                    if _load_u8(finite, 0) == 0:
+                        for j in range(chosen):
+                            _store_value(value_code, values, entry + j, np.float32(0))
+                            _store_index(index_size, indices, entry + j, j)
+                        continue
+                    in_place = grad_code == code and error_code == code and length % LANES == 0
+                    if in_place:
+                        a = carray(_pointer(error + start * error_size), length, real)
+                        reached = np.int64(0)
+                        for j in range(0, length, LANES):
+                            at = (start + j) * error_size
+                            mask = _add_and_mask(error + at, grad + at, guess)
+                            masks[j // LANES] = mask
+                            reached += _bits_set(mask)
+                    else:
+                        a = scratch
+                        _read(grad_code, grad, start, length, a)
+                        if error_code != NONE:
+                            _add(error_code, error, start, length, a)
+                        reached = _masks(a.view(integer), length, guess, masks)
+                    following = start + size
+                    ahead = (grad + following * grad_size, grad_size, error + following * error_size, error_size)
+                    guess = _select(a.view(integer), length, chosen, guess, reached, most, masks, found, keys, ahead)
                     for j in range(chosen):
-                        _store_value(value_code, values, entry + j, np.float32(0))
-                    continue
-                if _load_u8(finite, 0) == 0:
-                    for j in range(chosen):
-                        _store_value(value_code, values, entry + j, np.float32(0))
-                        _store_index(index_size, indices, entry + j, j)
-                    continue
-                in_place = grad_code == code and error_code == code and length % LANES == 0
-                if in_place:
-                    a = carray(_pointer(error + start * error_size), length, real)
-                    reached = np.int64(0)
-                    for j in range(0, length, LANES):
-                        at = (start + j) * error_size
-                        mask = _add_and_mask(error + at, grad + at, guess)
-                        masks[j // LANES] = mask
-                        reached += _bits_set(mask)
-                else:
-                    a = scratch
-                    _read(grad_code, grad, start, length, a)
-                    if error_code != NONE:
-                        _add(error_code, error, start, length, a)
-                    reached = _masks(a.view(integer), length, guess, masks)
-                following = start + size
-                ahead = (grad + following * grad_size, grad_size, error + following * error_size, error_size)
-                guess = _select(a.view(integer), length, chosen, guess, reached, most, masks, found, keys, ahead)
-                for j in range(chosen):
-                    position = found[j]
-                    stored = _store_value(value_code, values, entry + j, np.float32(a[position]))
-                    _store_index(index_size, indices, entry + j, position)
-                    a[position] -= stored
-                if error_code != NONE and not in_place:
-                    _write(error_code, error, start, length, a)
-            begin = end
+                        position = found[j]
+                        stored = _store_value(value_code, values, entry + j, np.float32(a[position]))
+                        _store_index(index_size, indices, entry + j, position)
+                        a[position] -= stored
+                    if error_code != NONE and not in_place:
+                        _write(error_code, error, start, length, a)
+                begin = end
+            first, last = _take_share(call)
 
     return compress
 
 
 @cache
-def _dots_kernel(value_code: int, index_size: int) -> Callable[..., None]:
+def _dots_kernel(value_code: int, index_size: int) -> Kernel:
     # The product of two bfloat16 or float16 numbers is exact in float32, where one factor is scaled so that it neither
     # overflows nor (above 1e-29 times the largest) underflows.
     narrow = value_code != FLOAT32
     eight = value_code != FLOAT16  # at a time
 
     @_kernel(value_code, index_size)
-    def dots(
-        table: int, parameters: int, largest: int, sums: int, pieces: int, blocks: int, slot: int, window: int,
-        first: int, last: int,
-    ) -> None:  # fmt: skip
+    def dots(call: int) -> None:
+        pieces, table, parameters, largest, sums, blocks, slot, window = _pieces_and_arguments(call, 7)
         row = _load_i64(slot, 0)
         newest = np.zeros(largest, np.float32)
         total = np.empty(window, np.float64)
-        for piece in range(first, last):
-            total[:] = 0.0
-            first_block, last_block = piece * blocks // pieces, (piece + 1) * blocks // pieces
-            begin = np.int64(0)
-            for number in range(parameters):
-                end, numel, size, kept, kept_in_tail, values, indices, _, _ = _parameter(table, parameters, number)
-                for block in range(max(first_block, begin) - begin, min(last_block, end) - begin):
-                    chosen = kept if (block + 1) * size <= numel else kept_in_tail
-                    entry = block * window * kept
-                    own = entry + row * kept
-                    unit = 1.0
-                    if narrow:
-                        highest = np.float32(0)
+        first, last = _take_share(call)
+        while first < last:
+            for piece in range(first, last):
+                total[:] = 0.0
+                first_block, last_block = piece * blocks // pieces, (piece + 1) * blocks // pieces
+                begin = np.int64(0)
+                for number in range(parameters):
+                    end, numel, size, kept, kept_in_tail, values, indices, _, _ = _parameter(table, parameters, number)
+                    for block in range(max(first_block, begin) - begin, min(last_block, end) - begin):
+                        chosen = kept if (block + 1) * size <= numel else kept_in_tail
+                        entry = block * window * kept
+                        own = entry + row * kept
+                        unit = 1.0
+                        if narrow:
+                            highest = np.float32(0)
+                            for j in range(own, own + chosen):
+                                highest = max(highest, abs(_value(value_code, values, j)))
+                            unit = math.ldexp(1.0, (_bits_of_float(highest) >> 23) - 126)
                         for j in range(own, own + chosen):
-                            highest = max(highest, abs(_value(value_code, values, j)))
-                        unit = math.ldexp(1.0, (_bits_of_float(highest) >> 23) - 126)
-                    for j in range(own, own + chosen):
-                        newest[_index(index_size, indices, j)] = np.float64(_value(value_code, values, j)) / unit
-                    for i in range(window):
-                        first_entry = entry + i * kept
-                        rest = first_entry + (chosen - chosen % EIGHT if eight else 0)
-                        eight_dots = _no_sums()
-                        for j in range(first_entry, rest, EIGHT):
-                            eight_dots = _add_products(
-                                value_code, index_size, eight_dots, values, indices, j, newest.ctypes.data
-                            )
-                        dot = _total(eight_dots)
-                        for j in range(rest, first_entry + chosen):
-                            one = newest[_index(index_size, indices, j)]
-                            other = _value(value_code, values, j)
-                            dot += np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
-                        total[i] += unit * dot
-                    for j in range(own, own + chosen):
-                        newest[_index(index_size, indices, j)] = np.float32(0)
-                begin = end
-            for i in range(window):
-                _store_f64(sums, piece * window + i, total[i])
+                            newest[_index(index_size, indices, j)] = np.float64(_value(value_code, values, j)) / unit
+                        for i in range(window):
+                            first_entry = entry + i * kept
+                            rest = first_entry + (chosen - chosen % EIGHT if eight else 0)
+                            eight_dots = _no_sums()
+                            for j in range(first_entry, rest, EIGHT):
+                                eight_dots = _add_products(
+                                    value_code, index_size, eight_dots, values, indices, j, newest.ctypes.data
+                                )
+                            dot = _total(eight_dots)
+                            for j in range(rest, first_entry + chosen):
+                                one = newest[_index(index_size, indices, j)]
+                                other = _value(value_code, values, j)
+                                dot += np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
+                            total[i] += unit * dot
+                        for j in range(own, own + chosen):
+                            newest[_index(index_size, indices, j)] = np.float32(0)
+                    begin = end
+                for i in range(window):
+                    _store_f64(sums, piece * window + i, total[i])
+            first, last = _take_share(call)
 
     return dots
 
 
-@_kernel()
-def _add_up(sums: int, pieces: int, window: int) -> None:
-    """The first row of a (pieces, window) float64 matrix becomes the sum of its rows, added in order."""
-    for piece in range(1, pieces):
-        for i in range(window):
-            _store_f64(sums, i, _load_f64(sums, i) + _load_f64(sums, piece * window + i))
+@cache
+def _add_up_kernel() -> Kernel:
+    @_kernel()
+    def add_up(call: int) -> None:
+        """The first row of a float64 matrix becomes the sum of its rows, added in order. The pieces are its columns."""
+        columns, matrix, rows = _pieces_and_arguments(call, 2)
+        first, last = _take_share(call)
+        while first < last:
+            for row in range(1, rows):
+                for column in range(first, last):
+                    total = _load_f64(matrix, column) + _load_f64(matrix, row * columns + column)
+                    _store_f64(matrix, column, total)
+            first, last = _take_share(call)
+
+    return add_up
 
 
 @cache
-def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Callable[..., None]:
+def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
     real = np.float64 if wide else np.float32
     eight = value_code == BFLOAT16 and not wide  # at a time: a third fewer instructions
 
     @_kernel(wide, value_code, index_size)
-    def apply(
-        table: int, parameters: int, largest: int, target_code: int, momentum_code: int, weights: int,
-        weight_code: int, weight_stride: int, scale: int, scale_code: int, step: int, step_code: int,
-        decay: int, decay_code: int, window: int, first: int, last: int,
-    ) -> None:  # fmt: skip
+    def apply(call: int) -> None:
+        (
+            _, table, parameters, largest, target_code, momentum_code, weights, weight_code, weight_stride,
+            scale, scale_code, step, step_code, decay, decay_code, window,
+        ) = _pieces_and_arguments(call, 15)  # fmt: skip
         target_factor = real(_number(scale_code, scale, 0))
         update_factor = real(_number(step_code, step, 0))
         momentum_factor = real(_number(decay_code, decay, 0))
@@ -838,63 +902,88 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Callable[...,
         for i in range(window):
             weight[i] = real(_number(weight_code, weights, i * weight_stride))
         update = np.empty(largest, real)
-        begin = np.int64(0)
-        for number in range(parameters):
-            end, numel, size, kept, kept_in_tail, values, indices, target, momentum = _parameter(
-                table, parameters, number
-            )
-            for block in range(max(first, begin) - begin, min(last, end) - begin):
-                start = block * size
-                length = min(size, numel - start)
-                chosen = kept if length == size else kept_in_tail
-                update[:length] = 0.0
-                for i in range(window):
-                    entry = (block * window + i) * kept
-                    last_entry = entry + chosen
-                    if eight:
-                        for j in range(entry, last_entry - EIGHT + 1, EIGHT):
-                            terms = _eight_terms(values, j, weight[i])
-                            for lane in range(EIGHT):
-                                update[_index(index_size, indices, j + lane)] += terms[lane]
-                        entry = last_entry - chosen % EIGHT
-                    for j in range(entry, last_entry):
-                        update[_index(index_size, indices, j)] += real(_value(value_code, values, j)) * weight[i]
-                if momentum != 0:
-                    _blend(momentum_code, momentum, start, length, momentum_factor, update, real(1))
-                    _write(momentum_code, momentum, start, length, update)
-                _blend(target_code, target, start, length, target_factor, update, update_factor)
-                _write(target_code, target, start, length, update)
-            begin = end
+        first, last = _take_share(call)
+        while first < last:
+            begin = np.int64(0)
+            for number in range(parameters):
+                end, numel, size, kept, kept_in_tail, values, indices, target, momentum = _parameter(
+                    table, parameters, number
+                )
+                for block in range(max(first, begin) - begin, min(last, end) - begin):
+                    start = block * size
+                    length = min(size, numel - start)
+                    chosen = kept if length == size else kept_in_tail
+                    update[:length] = 0.0
+                    for i in range(window):
+                        entry = (block * window + i) * kept
+                        last_entry = entry + chosen
+                        if eight:
+                            for j in range(entry, last_entry - EIGHT + 1, EIGHT):
+                                terms = _eight_terms(values, j, weight[i])
+                                for lane in range(EIGHT):
+                                    update[_index(index_size, indices, j + lane)] += terms[lane]
+                            entry = last_entry - chosen % EIGHT
+                        for j in range(entry, last_entry):
+                            update[_index(index_size, indices, j)] += real(_value(value_code, values, j)) * weight[i]
+                    if momentum != 0:
+                        _blend(momentum_code, momentum, start, length, momentum_factor, update, real(1))
+                        _write(momentum_code, momentum, start, length, update)
+                    _blend(target_code, target, start, length, target_factor, update, update_factor)
+                    _write(target_code, target, start, length, update)
+                begin = end
+            first, last = _take_share(call)
 
     return apply
 
 
-@_kernel()
-def _squares(table: int, gradients: int, code: int, sums: int, pieces: int, chunks: int, first: int, last: int) -> None:
-    """Sums of squares over the pieces, into `sums`; behind them goes infinity, and work stops, once one is not finite.
+@cache
+def _squares_kernel() -> Kernel:
+    @_kernel()
+    def squares(call: int) -> None:
+        """Sums of squares over the pieces, into `sums`; behind them goes infinity, and no more is read, once one is not
+        finite.
 
-    The table has three columns: the number of the first chunk behind a gradient, n, and the address.
-    """
-    for piece in range(first, last):
-        if _load_f64(sums, pieces) != 0.0:
-            return
-        total = 0.0
-        first_chunk, last_chunk = piece * chunks // pieces, (piece + 1) * chunks // pieces
-        begin = np.int64(0)
-        for number in range(gradients):
-            end, numel = _load_i64(table, number), _load_i64(table, number + gradients)
-            address = _load_i64(table, number + gradients * 2)
-            for chunk in range(max(first_chunk, begin) - begin, min(last_chunk, end) - begin):
-                start = chunk * CHUNK
-                total += _sum_of_squares(code, address, start, min(start + CHUNK, numel))
-            begin = end
-        if not math.isfinite(total):
-            _store_f64(sums, pieces, math.inf)
-            return
-        _store_f64(sums, piece, total)
+        The table has three columns: the number of the first chunk behind a gradient, n, and the address.
+        """
+        pieces, table, gradients, code, sums, chunks = _pieces_and_arguments(call, 5)
+        first, last = _take_share(call)
+        while first < last:
+            for piece in range(first, last):
+                if _load_f64(sums, pieces) != 0.0:
+                    break
+                total = 0.0
+                first_chunk, last_chunk = piece * chunks // pieces, (piece + 1) * chunks // pieces
+                begin = np.int64(0)
+                for number in range(gradients):
+                    end, numel = _load_i64(table, number), _load_i64(table, number + gradients)
+                    address = _load_i64(table, number + gradients * 2)
+                    for chunk in range(max(first_chunk, begin) - begin, min(last_chunk, end) - begin):
+                        start = chunk * CHUNK
+                        total += _sum_of_squares(code, address, start, min(start + CHUNK, numel))
+                    begin = end
+                if not math.isfinite(total):
+                    piece, total = pieces, math.inf
+                _store_f64(sums, piece, total)
+            first, last = _take_share(call)
+
+    return squares
 
 
 # Threads.
+
+
+def _openmp() -> Callable[[int, int, int, int], None] | None:
+    """What the `parallel` of C calls: function, its argument, threads, flags. None where PyTorch does not have it."""
+    try:
+        parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
+    except (AttributeError, OSError):
+        return None
+    parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
+    parallel.restype = None
+    return parallel
+
+
+_team = _openmp()
 
 
 @cache
@@ -902,32 +991,36 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="efcp")
 
 
+def _forget_threads() -> None:
+    global _team
+    _team = None
+    _pool.cache_clear()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+    os.register_at_fork(after_in_child=_forget_threads)  # no thread survives a fork, and OpenMP would wait for its own
 
 
-def _run(kernel: Callable[..., None], arguments: tuple[int, ...], pieces: int, work: int) -> None:
-    """Calls kernel(*arguments, first, last) until all pieces are done, in as many threads as PyTorch is set to."""
-    threads = 1 if work < PARALLEL else min(torch.get_num_threads(), pieces)
-    if threads == 1:
-        kernel(*arguments, 0, pieces)
-        return
-    shares = min(pieces, 8 * threads)  # small enough that a thread which another process holds up keeps nobody waiting
-    queue = deque((pieces * i // shares, pieces * (i + 1) // shares) for i in range(shares))
+def _run(kernel: Kernel, arguments: tuple[int, ...], pieces: int, work: int) -> None:
+    """Calls a kernel in as many threads as PyTorch is set to, or, where there is little work, in this one."""
+    threads = torch.get_num_threads() if work >= PARALLEL and pieces > 1 else 1
+    # Shares are small enough that a thread which another process holds up keeps nobody waiting.
+    shares = min(pieces, 8 * threads if threads > 1 else 1)
+    call = array("q", [0, shares, pieces, *arguments])
 
     def take_shares() -> None:
-        while True:
-            try:
-                first, last = queue.popleft()
-            except IndexError:
-                return
-            kernel(*arguments, first, last)
+        kernel.ctypes(call.buffer_info()[0])
 
-    helpers = [_pool().submit(take_shares) for _ in range(threads - 1)]
-    take_shares()
-    for helper in helpers:
-        if not helper.cancel():
-            helper.result()
+    if threads > 1 and _team is not None:  # all of the team: OpenMP would end the others, and start them again later
+        _team(kernel.address, call.buffer_info()[0], threads, 0)
+    else:
+        helpers = [_pool().submit(take_shares) for _ in range(min(threads, pieces) - 1)]
+        take_shares()
+        for helper in helpers:
+            if not helper.cancel():
+                helper.result()
+    if call[0] < shares:
+        raise MemoryError("no thread could allocate its scratch")
 
 
 # The operations.
@@ -974,8 +1067,8 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
     table = array("q", [*ends, *numels, *_addresses(grads)])
     pieces = max(1, min(ends[-1], PIECES))
     sums = torch.zeros(pieces + 1, dtype=torch.float64)
-    arguments = (table.buffer_info()[0], len(grads), CODES[dtype], sums.data_ptr(), pieces, ends[-1])
-    _run(_squares, arguments, pieces, sum(numels))
+    arguments = (table.buffer_info()[0], len(grads), CODES[dtype], sums.data_ptr(), ends[-1])
+    _run(_squares_kernel(), arguments, pieces, sum(numels))
     return sums.sum() <= torch.finfo(accumulation_dtype(dtype)).max
 
 
@@ -998,11 +1091,11 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     window = values.shape[1]
     pieces = max(1, min(group.blocks, PIECES))
     sums = torch.empty(pieces * window, dtype=torch.float64)
-    arguments = (*group.arguments, sums.data_ptr(), pieces, group.blocks, slot.data_ptr(), window)
+    arguments = (*group.arguments, sums.data_ptr(), group.blocks, slot.data_ptr(), window)
     _run(_dots_kernel(CODES[values.dtype], indices.itemsize), arguments, pieces, group.entries * window)
     if pieces == 1:
         return sums
-    _add_up(sums.data_ptr(), pieces, window)
+    _run(_add_up_kernel(), (sums.data_ptr(), pieces), window, pieces * window)
     return sums[:window].clone()
 
 

@@ -1,12 +1,14 @@
 """The compiled CPU operations against the definition, and what must not change their results: threads and forks."""
 
+import ctypes
 import multiprocessing
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -218,7 +220,24 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert_same_bits(tensor, expected[what], what)
 
 
+@pytest.fixture(params=["OpenMP", "Python"])
+def kind_of_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "OpenMP" and cpu._team is None:
+        pytest.skip("this PyTorch has no OpenMP team that can be called")
+    if request.param == "Python":
+        monkeypatch.setattr(cpu, "_team", None)
+        monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    cpu._pool.cache_clear()
+    yield request.param
+    cpu._pool.cache_clear()
+
+
+def test_pytorch_for_linux_has_a_team() -> None:
+    assert sys.platform != "linux" or "backend: OpenMP" not in torch.__config__.parallel_info() or cpu._team is not None
+
+
 @pytest.mark.parametrize("case", [LARGE, Case(100003, 256, 0.1, window=4), Case(4097, 4096, 0.01)], ids=str)
+@pytest.mark.usefixtures("kind_of_threads")
 def test_the_number_of_threads_does_not_change_a_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     expected = run_all(case)
@@ -228,35 +247,112 @@ def test_the_number_of_threads_does_not_change_a_bit(case: Case, monkeypatch: py
         assert_same(run_all(case), expected)
 
 
+class PythonKernel:
+    """Takes shares as a compiled kernel does, and calls `work` with each."""
+
+    def __init__(self, work: Callable[[range], object]) -> None:
+        self.work, self.lock = work, threading.Lock()
+        self.workers: set[int] = set()
+        self.ctypes = ctypes.CFUNCTYPE(None, ctypes.c_int64)(self.take_shares)
+        self.address = ctypes.cast(self.ctypes, ctypes.c_void_p).value
+
+    def take_shares(self, address: int) -> None:
+        self.workers.add(threading.get_ident())
+        call = (ctypes.c_int64 * 3).from_address(address)
+        while True:
+            with self.lock:
+                share, shares, pieces = call
+                call[0] += 1
+            if share >= shares:
+                return
+            self.work(range(pieces * share // shares, pieces * (share + 1) // shares))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_as_many_threads_work_as_pytorch_is_set_to(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    cpu._pool.cache_clear()
+def test_as_many_threads_work_as_pytorch_is_set_to(threads: int, kind_of_threads: str) -> None:
     torch.set_num_threads(threads)
     workers, pieces = set(), []
     everyone = threading.Barrier(threads)
 
-    def kernel(first: int, last: int) -> None:
+    def work(share: range) -> None:
         if threading.get_ident() not in workers:
             workers.add(threading.get_ident())
             everyone.wait(timeout=60)
         time.sleep(0.001)
-        pieces.extend(range(first, last))
+        pieces.extend(share)
 
-    cpu._run(kernel, (), 100, cpu.PARALLEL)
-    cpu._pool.cache_clear()
+    cpu._run(PythonKernel(work), (), 100, cpu.PARALLEL)
     assert len(workers) == threads
     assert threading.get_ident() in workers
+    assert any(thread.name.startswith("efcp") for thread in threading.enumerate() if thread.ident in workers) is (
+        kind_of_threads == "Python" and threads > 1
+    )
     assert sorted(pieces) == list(range(100))
     assert torch.get_num_threads() == threads
 
 
 def test_a_small_operation_runs_in_the_caller() -> None:
     workers = []
-    cpu._run(lambda first, last: workers.append((threading.get_ident(), first, last)), (), 100, cpu.PARALLEL - 1)
-    assert workers == [(threading.get_ident(), 0, 100)]
+    kernel = PythonKernel(lambda share: workers.append((threading.get_ident(), share)))
+    cpu._run(kernel, (), 100, cpu.PARALLEL - 1)
+    assert workers == [(threading.get_ident(), range(100))]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("kind_of_threads")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_operation_for_which_no_thread_finds_memory_is_an_error(threads: int) -> None:
+    torch.set_num_threads(threads)
+    slot = torch.tensor([0])
+    with pytest.raises(MemoryError, match=r"^no thread could allocate its scratch$"):
+        cpu._run(cpu._dots_kernel(cpu.BFLOAT16, 2), (0, 0, 1 << 60, 0, 0, slot.data_ptr(), 1), 2, cpu.PARALLEL)
+
+
+@pytest.mark.skipif(cpu._team is None, reason="this PyTorch has no OpenMP team that can be called")
+def test_a_team_keeps_its_size_where_it_is_larger_than_needed() -> None:
+    torch.set_num_threads(3)
+    kernel = PythonKernel(lambda share: None)
+    cpu._run(kernel, (), 2, cpu.PARALLEL)
+    assert len(kernel.workers) == 3
+
+
+@pytest.mark.skipif(cpu._team is None, reason="this PyTorch has no OpenMP team that can be called")
+def test_threads_of_a_team_may_call() -> None:
+    expected = run_all(LARGE)
+    results = []
+    cpu._run(PythonKernel(lambda share: results.append(run_all(LARGE))), (), 2, cpu.PARALLEL)
+    for result in results:
+        assert_same(result, expected)
+    assert len(results) == 2
+
+
+def test_each_share_is_taken_once() -> None:
+    @cpu._kernel()
+    def mark(call: int) -> None:
+        _, marks = cpu._pieces_and_arguments(call, 1)
+        first, last = cpu._take_share(call)
+        while first < last:
+            for piece in range(first, last):
+                cpu._store_f64(marks, piece, cpu._load_f64(marks, piece) + 1.0)
+            first, last = cpu._take_share(call)
+
+    marks = torch.zeros(1 << 22, dtype=FLOAT64)
+    call = array("q", [0, len(marks), len(marks), marks.data_ptr()])
+    everyone = threading.Barrier(2)
+
+    def take_shares() -> None:
+        everyone.wait(timeout=60)
+        mark.ctypes(call.buffer_info()[0])
+
+    callers = [threading.Thread(target=take_shares) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert (marks == 1).all()
+
+
+@pytest.mark.usefixtures("kind_of_threads")
 def test_threads_may_call_at_the_same_time() -> None:
     expected = run_all(LARGE)
     results: list[dict[str, Tensor]] = []
@@ -305,21 +401,43 @@ def test_a_worker_of_a_data_loader_may_call() -> None:
 
 
 def test_kernels_compile_where_no_cache_can_be_written() -> None:
-    scope: dict[str, Any] = {}
-    exec("def kernel(first, last):\n    return first + last", scope)  # Numba finds no file, and so no folder, for it
+    scope: dict[str, Any] = {"store": cpu._store_f64}
+    exec("def kernel(call):\n    store(call, 0, 5.0)", scope)  # Numba finds no file, and so no folder, for it
     with pytest.raises(RuntimeError, match="cannot cache"):
         numba.njit(cache=True)(scope["kernel"])
-    assert cpu._kernel()(scope["kernel"])(2, 3) == 5
+    number = torch.zeros(1, dtype=FLOAT64)
+    cpu._kernel()(scope["kernel"]).ctypes(number.data_ptr())
+    assert number == 5
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [cpu._compress_kernel(False), cpu._dots_kernel(cpu.BFLOAT16, 2), cpu._apply_kernel(False, cpu.BFLOAT16, 2)],
-    ids=["compress", "dots", "apply"],
-)
+KERNELS = {
+    "compress": cpu._compress_kernel(False),
+    "dots": cpu._dots_kernel(cpu.BFLOAT16, 2),
+    "add_up": cpu._add_up_kernel(),
+    "apply": cpu._apply_kernel(False, cpu.BFLOAT16, 2),
+    "squares": cpu._squares_kernel(),
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS.keys())
 def test_kernels_refer_to_nothing_that_another_process_cannot_find_in_the_cache(kernel: Any) -> None:
-    for cell in kernel.py_func.__closure__ or ():
+    for cell in kernel.__wrapped__.__closure__ or ():
         assert isinstance(cell.cell_contents, int | type)
+
+
+CACHE = """
+from efcp.kernels import cpu
+
+print(cpu._compress_kernel(False).cache_hits, cpu._dots_kernel(cpu.BFLOAT16, 2).cache_hits,
+    cpu._add_up_kernel().cache_hits, cpu._apply_kernel(False, cpu.BFLOAT16, 2).cache_hits,
+    cpu._squares_kernel().cache_hits)
+"""
+
+
+def test_another_process_finds_the_kernels_in_the_cache() -> None:
+    run = subprocess.run([sys.executable, "-c", CACHE], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["1"] * 5
 
 
 MEMORY = """

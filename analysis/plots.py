@@ -67,7 +67,7 @@ def tradeoff(summary: pd.DataFrame, title: str) -> Figure:
     for style, number in zip(cycle(_LOW_RANK), sorted(low_rank["power_iterations"].unique().tolist())):
         line = low_rank[low_rank["power_iterations"] == number]
         draw(axes, line, f"{LOW_RANK}, {power_iterations_label(number)}", style)
-        name_points(axes, line, [f"r={rank:g}" for rank in line["rank"]], below=True, color=style["color"])
+        name_points(axes, line, [f"r={rank:g}" for rank in line["rank"]], below=False, color=style["color"])
     for name, style in OTHERS.items():
         rows = summary[summary["method"].eq(name) & summary["error_feedback"].ne(False)]
         if not rows.empty:

@@ -5,7 +5,6 @@ pixels; `b"labels"` is a list of n integers in [0, 10). Validation images are cu
 stratified and fixed. Nothing is downloaded.
 """
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efcp.analysis.data import CLASSES, DataSet, Split, _first, stratified_order
+from efcp.analysis.data import CLASSES, DataSet, Split, first, named_folder, stratified_order
 
 NAME = "cifar10"
 FOLDER = "cifar-10-batches-py"
@@ -43,7 +42,7 @@ def load_cifar10(directory: Path | None = None, train_size: int | None = None) -
     images, labels = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
     order = stratified_order(labels)
     validation, rest = order[: len(order) // 10], order[len(order) // 10 :]
-    train = _first(rest, train_size, len(rest))
+    train = first(rest, train_size, len(rest))
     pixels = images[train].float()
     std, mean = torch.std_mean(pixels, (0, 2, 3), correction=0, keepdim=True)  # (1, 3, 1, 1)
 
@@ -64,7 +63,7 @@ def find_cifar10(directory: Path | None = None) -> Path:
     Raises:
         FileNotFoundError: if there is none.
     """
-    named = directory or (Path(os.environ["EFCP_DATA"]) if os.environ.get("EFCP_DATA") else None)
+    named = named_folder(directory)
     if named is None:
         raise FileNotFoundError(f"name the folder with {FOLDER} by --data-dir or the environment variable EFCP_DATA")
     looked = []

@@ -73,15 +73,15 @@ def load_data(name: str, directory: Path | None = None, train_size: int | None =
         images, labels = _mnist5k()
         order = stratified_order(labels)
         test, validation, rest = order[:1000], order[1000:2000], order[2000:]
-        chosen = _first(rest, train_size, 3000)
+        chosen = first(rest, train_size, 3000)
         return _normalised(name, (images, labels), chosen, validation, (images[test], labels[test]))
     if name != "fashion-mnist":
         raise ValueError(f"the data set must be one of {', '.join(NAMES)}, got {name!r}")
     folder = find_fashion_mnist(directory)
-    images, labels = _read_pair(folder, "train")
+    images, labels = read_pair(folder, "train")
     order = stratified_order(labels)
     validation, rest = order[: len(order) // 12], order[len(order) // 12 :]
-    return _normalised(name, (images, labels), _first(rest, train_size, 4000), validation, _read_pair(folder, "test"))
+    return _normalised(name, (images, labels), first(rest, train_size, 4000), validation, read_pair(folder, "test"))
 
 
 def stratified_order(labels: Tensor) -> Tensor:
@@ -147,9 +147,14 @@ def read_idx(path: Path) -> Tensor:
     return torch.from_numpy(np.frombuffer(content, np.uint8, offset=start).copy()).reshape(shape)
 
 
+def named_folder(directory: Path | None) -> Path | None:
+    """Where the user keeps data sets: the directory, else `$EFCP_DATA`, else None."""
+    return directory or (Path(os.environ["EFCP_DATA"]) if os.environ.get("EFCP_DATA") else None)
+
+
 def _fashion_folders(directory: Path | None) -> list[Path]:
     """Where to look, in order."""
-    named = directory or (Path(os.environ["EFCP_DATA"]) if os.environ.get("EFCP_DATA") else None)
+    named = named_folder(directory)
     found = [named / "fashion-mnist", named] if named else []
     return found if directory else [*found, _SYSTEM_FASHION]
 
@@ -158,7 +163,7 @@ def _missing(folder: Path) -> list[str]:
     return [file for file in FASHION_FILES.values() if not (folder / file).is_file()]
 
 
-def _read_pair(folder: Path, split: str) -> tuple[Tensor, Tensor]:
+def read_pair(folder: Path, split: str) -> tuple[Tensor, Tensor]:
     """Images (n, height, width) uint8 and labels (n,) int64 of the "train" or "test" files."""
     images = read_idx(folder / FASHION_FILES[f"{split} images"])
     labels = read_idx(folder / FASHION_FILES[f"{split} labels"]).long()
@@ -180,7 +185,7 @@ def _mnist5k() -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.astype(np.uint8)).view(-1, 28, 28), torch.from_numpy(labels).long()
 
 
-def _first(indices: Tensor, size: int | None, default: int) -> Tensor:
+def first(indices: Tensor, size: int | None, default: int) -> Tensor:
     """The first `size` of the indices that training may use."""
     if size is None:
         size = min(default, len(indices))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from efcp.analysis.data import CLASSES, DataSet, Split, _first, _read_pair, find_fashion_mnist, stratified_order
+from efcp.analysis.data import CLASSES, DataSet, Split, find_fashion_mnist, first, read_pair, stratified_order
 from efcp.analysis.efficientnet import FEATURES, efficientnet_lite0, load_weights, weights_path
 
 NAME = "fashion-mnist-features"
@@ -45,12 +45,12 @@ def load_features(directory: Path | None = None, train_size: int | None = None, 
     """
     folder, weights = find_fashion_mnist(directory), weights_path()
     cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "efcp"
-    images, labels = _read_pair(folder, "train")
+    images, labels = read_pair(folder, "train")
     order = stratified_order(labels)
     size = len(order) // 12
-    validation, train = order[:size], _first(order[size:], train_size, 20_000)
+    validation, train = order[:size], first(order[size:], train_size, 20_000)
     features = cached_features(images[order], size + len(train), weights, cache)
-    test_images, test_labels = _read_pair(folder, "test")
+    test_images, test_labels = read_pair(folder, "test")
     test_order = stratified_order(test_labels)
     test_features = cached_features(test_images[test_order], len(test_order), weights, cache)
     variance, mean = torch.var_mean(features[size:], 0, correction=0)

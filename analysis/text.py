@@ -10,7 +10,6 @@ Splits are stratified, and depend neither on a run's seed nor on the training si
 """
 
 import io
-import os
 import tarfile
 import zlib
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from efcp.analysis.data import DataSet, Split, _first, stratified_order
+from efcp.analysis.data import DataSet, Split, first, named_folder, stratified_order
 from efcp.analysis.minilm import PADDING, model_directory
 
 NAME = "movie-reviews"
@@ -46,7 +45,7 @@ def load_text(directory: Path | None = None, train_size: int | None = None) -> D
     order = stratified_order(labels)
     fifth, tenth = len(order) // 5, len(order) // 10
     test, validation, rest = order[:fifth], order[fifth : fifth + tenth], order[fifth + tenth :]
-    train = _first(rest, train_size, len(rest))
+    train = first(rest, train_size, len(rest))
     ids = tokenize(sentences)
     return DataSet(NAME, *(Split(ids[part], labels[part]) for part in (train, validation, test)))
 
@@ -57,7 +56,7 @@ def find_source(directory: Path | None = None) -> Path:
     Raises:
         FileNotFoundError: if it is not there.
     """
-    named = directory or (Path(os.environ["EFCP_DATA"]) if os.environ.get("EFCP_DATA") else None)
+    named = named_folder(directory)
     if named and (named / SOURCE).is_file():
         return named / SOURCE
     raise FileNotFoundError(

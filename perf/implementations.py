@@ -27,7 +27,7 @@ from efcp.kernels import reference, use_backend
 from efcp.perf.problems import DEFAULT_DTYPE, DTYPES, Problem
 from efcp.perf.published import PublishedMFAC, RowMajorWindow
 
-__all__ = ["DEFINITION", "OPERATIONS", "OURS", "Implementation"]
+__all__ = ["DEFINITION", "OPERATIONS", "OURS", "PUBLISHED", "Implementation"]
 
 OURS, DEFINITION, PUBLISHED = "efcp", "definition", "published"
 PUBLISHED_ENTRIES = 220_000_000

@@ -51,8 +51,8 @@ class MFAC(Preconditioner):
     """M-FAC: f(S) = (λI + S/m)⁻¹, so that u = (λI + GᵀG/m)⁻¹c for the newest row c (arXiv 2107.03356; 2306.06098).
 
     A square root R of the inverse is kept, RᵀR = (mλI + S)⁻¹, and follows each replaced row in O(m²). It is computed
-    anew once in m steps and whenever the damping changes. One step of iterative refinement removes from the weights
-    what the updates have gathered in rounding errors meanwhile.
+    anew once in m steps and whenever the damping changes. Unless the system is well conditioned, one step of iterative
+    refinement removes from the weights what the updates have gathered in rounding errors meanwhile.
 
     Where squared norms of gradients exceed 10¹⁰ λ and rows of the window depend on each other, float64 cannot solve the
     system. Weights that miss it by 10% or more are replaced by those for a window of the newest row alone.
@@ -87,6 +87,8 @@ class MFAC(Preconditioner):
             weights = row * (window * row.index_select(0, slot))
         state["inverse_age"] += 1
 
+        if known_to_hold(S.trace() < WELL_CONDITIONED * ridge):
+            return weights
         target = torch.zeros_like(S[0]).index_fill_(0, slot, window)
         weights += R.t() @ (R @ (target - S @ weights - ridge * weights))
         solved = torch.linalg.vector_norm(target - S @ weights - ridge * weights) < 0.1 * window
@@ -99,6 +101,10 @@ class MFAC(Preconditioner):
     def refresh(self, gram: Gram) -> None:
         invert_(gram.state["inverse_root"], gram.matrix, len(gram.matrix) * self.damping)
         gram.state["inverse_age"], gram.state["inverse_damping"] = 0, float(self.damping)
+
+
+WELL_CONDITIONED = 1e8
+"""A bound of the condition number, (trace S + mλ)/mλ, up to which weights need no refinement: the update has six digits without."""
 
 
 def known_to_hold(flag: Tensor) -> bool:
@@ -127,15 +133,20 @@ def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> No
     at_slot = v.index_select(0, slot)
     norm = torch.linalg.vector_norm(v)
     v.index_add_(0, slot, torch.copysign(norm, at_slot))  # v reflects column t to a multiple of e_t
-    R.addmm_(v.unsqueeze(1), ((R.t() @ v) * (-2 / torch.dot(v, v))).unsqueeze(0))  # by BLAS, unlike `addr_`
-    R.index_fill_(0, slot, 0.0).index_fill_(1, slot, 0.0)
-
+    factor = -2 / torch.dot(v, v)
     column = S.index_select(0, slot).squeeze(0)
     diagonal = column.index_select(0, slot)
     column.index_fill_(0, slot, 0.0)
-    projected = R @ column
+
+    def reflected(x: Tensor) -> Tensor:
+        return x.addcmul(v, factor * torch.dot(v, x))
+
+    projected = reflected(R @ column).index_fill_(0, slot, 0.0)
+    vR, row = torch.stack([v, reflected(projected)]) @ R
+    R.addr_(v, factor * vR)
+    R.index_fill_(0, slot, 0.0).index_fill_(1, slot, 0.0)
     schur = (ridge + diagonal - torch.dot(projected, projected)).clamp(min=ridge)
-    row = (-(R.t() @ projected)).index_fill_(0, slot, 1.0)
+    row = row.neg_().index_fill_(0, slot, 1.0)
     R.index_copy_(0, slot, (row * schur.rsqrt()).unsqueeze(0))
 
 

@@ -104,7 +104,7 @@ class MFAC(Preconditioner):
 
 
 WELL_CONDITIONED = 1e8
-"""A bound of the condition number, (trace S + mλ)/mλ, up to which weights need no refinement: the update has six digits without."""
+"""trace S / mλ, which bounds the condition number, below which the update has six digits without refinement."""
 
 
 def known_to_hold(flag: Tensor) -> bool:

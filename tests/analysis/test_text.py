@@ -110,10 +110,16 @@ def test_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Encoder(torch.nn.Module):
-    """Gives ids + 1 and their squares, also for padding; keeps what it was given."""
+    """Gives ids + 1 and their squares, also for padding; keeps all that it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ids: list[list[list[int]]] = []
+        self.mask: list[list[list[bool]]] = []
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> "Encoder":
-        self.ids, self.mask = input_ids, attention_mask
+        self.ids.append(input_ids.tolist())
+        self.mask.append(attention_mask.tolist())
         self.last_hidden_state = torch.stack([input_ids + 1, (input_ids + 1).square()], 2).float()
         return self
 
@@ -122,10 +128,12 @@ def test_mean_is_over_tokens() -> None:
     model = MiniLMClassifier(Encoder(), width=2, classes=2)
     torch.nn.init.eye_(model.head.weight)
     torch.nn.init.zeros_(model.head.bias)
-    logits = model(torch.tensor([[1, 2, 3, 0, 0], [5, 0, 0, 0, 0]]))
-    torch.testing.assert_close(logits, torch.tensor([[3, 29 / 3], [6.0, 36.0]]))
-    assert model.encoder.ids.tolist() == [[1, 2, 3], [5, 0, 0]], "what no sentence uses is cut off"
-    assert model.encoder.mask.tolist() == [[True, True, True], [True, False, False]]
+    ids = [[1, 2, 3, 4, 5], [5, 0, 0, 0, 0], [1, 2, 3, 0, 0], [7, 0, 0, 0, 0], [1, 3, 0, 0, 0]]
+    expected = [[4, 18], [6, 36], [3, 29 / 3], [8, 64], [3, 10]]
+    torch.testing.assert_close(model(torch.tensor(ids)), torch.tensor(expected, dtype=torch.float32))
+    # Sentences of similar length together, and what none of them uses is cut off.
+    assert sorted(model.encoder.ids) == [[[1, 2, 3, 4, 5]], [[1, 3, 0], [1, 2, 3]], [[5], [7]]]
+    assert [[True, True, False], [True, True, True]] in model.encoder.mask
 
 
 @pytest.fixture

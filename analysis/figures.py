@@ -21,6 +21,7 @@ from efcp.analysis.methods import DENSE, LOW_RANK, SPARSE, power_iterations_labe
 from efcp.analysis.optimum import FILE as OPTIMUM
 from efcp.analysis.plots import (
     FEEDBACK,
+    LOW_RANKS,
     NO_FEEDBACK,
     OTHERS,
     adam_line,
@@ -343,13 +344,12 @@ def heatmaps(results: Results) -> Figure | None:
 
 def scaling(results: Results) -> Figure | None:
     """Quartiles of |u/g| and cos(g, u) over training, of the main methods."""
-    labels = _main(results, results.diagnostics)
-    if not labels:
+    styles = _main(results, results.diagnostics)
+    if not styles:
         return None
     figure, (left, right) = _figure(results.title, 2)
-    for position, label in enumerate(labels):
+    for label, style in styles.items():
         own = results.diagnostics[results.diagnostics["label"] == label].groupby("step")
-        style = _series(position, len(labels))
         middle = own["scaling_q50"].median()
         left.plot(middle.index, middle, label=label, **style)
         left.fill_between(
@@ -386,14 +386,13 @@ def distance(results: Results) -> Figure | None:
 
 def _curves(results: Results, name: str, ylabel: str, optimum: float | None) -> Figure | None:
     curves = results.curves
-    labels = _main(results, curves)
-    if not labels or curves[name].isna().all():
+    styles = _main(results, curves)
+    if not styles or curves[name].isna().all():
         return None
     figure, (left, right) = _figure(results.title, 2)
-    for position, label in enumerate(labels):
+    for label, style in styles.items():
         own = curves[curves["label"] == label].groupby("step")
         values = own[name].mean() - (optimum or 0.0)
-        style = _series(position, len(labels))
         left.plot(own["cpu_seconds"].mean(), values, label=label, **style)
         right.plot(own["epoch"].mean(), values, **style)
     left.set_xlabel("seconds of training on one thread (log scale)")
@@ -403,7 +402,7 @@ def _curves(results: Results, name: str, ylabel: str, optimum: float | None) -> 
         if optimum is not None:
             axes.set_yscale("log")
         else:
-            finals = curves[curves["label"].isin(labels)][name]
+            finals = curves[curves["label"].isin(list(styles))][name]
             axes.set_ylim(bottom=max(finals.min(), finals.quantile(0.15)))
     _finish(figure, (left, right), ylabel)
     return figure
@@ -423,19 +422,24 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
 }
 
 
-def _main(results: Results, details: pd.DataFrame) -> list[str]:
-    """The methods that plots of many lines are about, of those that have details."""
+def _main(results: Results, details: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """The methods that plots of many lines are about, of those that have details, and how to draw them: as in the plot
+    of memory, sparse windows with lines that are the more broken, the sparser they are."""
     usual, there = results.usual, set(details["label"])
-    wanted: list[Any] = []
-    for name in OTHERS:
-        wanted += list(usual.index[usual["method"] == name])[:1]
-    sparse = usual[usual["method"] == SPARSE]
-    for density in (0.1, 0.01, 0.001):
-        wanted += list(sparse.index[np.isclose(sparse["density"], density) & sparse["error_feedback"].eq(True)])
-    wanted += list(sparse.index[np.isclose(sparse["density"], 0.01) & sparse["error_feedback"].eq(False)])
-    ranks = usual[(usual["method"] == LOW_RANK) & usual["rank"].eq(4)]
-    wanted += list(ranks.sort_values("power_iterations").index[:1])
-    return [label for label in dict.fromkeys(wanted) if label in there]
+    wanted = [(usual["method"] == name, {**style, "linestyle": "-"}) for name, style in OTHERS.items()]
+    sparse, on = usual["method"] == SPARSE, usual["error_feedback"].eq(True)
+    for density, line, color in ((0.1, "-", "#08306b"), (0.01, "--", "#2171b5"), (0.001, ":", "#6baed6")):
+        own = sparse & np.isclose(usual["density"].astype(float), density)
+        wanted.append((own & on, {**FEEDBACK, "linestyle": line, "color": color}))
+        if density == 0.01:
+            wanted.append((own & ~on, NO_FEEDBACK))
+    wanted.append(((usual["method"] == LOW_RANK) & usual["rank"].eq(4), LOW_RANKS[0]))
+    return {
+        label: {**style, "markersize": 9 if style["marker"] == "*" else 5, "linewidth": 1.5}
+        for rows, style in wanted
+        for label in usual[rows].sort_values("power_iterations").index[:1]
+        if label in there
+    }
 
 
 def _default_blocks(rows: pd.DataFrame) -> pd.DataFrame:

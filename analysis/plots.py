@@ -22,7 +22,7 @@ NO_FEEDBACK: dict[str, Any] = {
     "markersize": 8,
     "markerfacecolor": "white",
 }
-_LOW_RANK = (
+LOW_RANKS: tuple[dict[str, Any], ...] = (
     {"color": "#5aa5d6", "marker": "v", "linestyle": "-.", "markersize": 7},
     {"color": "#b0387e", "marker": "P", "linestyle": ":", "markersize": 8},
     {"color": "#7f7f00", "marker": "h", "linestyle": (0, (5, 1)), "markersize": 8},
@@ -64,7 +64,7 @@ def tradeoff(summary: pd.DataFrame, title: str) -> Figure:
             names = [f"{100 * density:g}%" for density in line["density"]]
             name_points(axes, line, names, below=feedback, color=style["color"])
     low_rank = summary[summary["method"] == LOW_RANK].sort_values("bytes_per_parameter")
-    for style, number in zip(cycle(_LOW_RANK), sorted(low_rank["power_iterations"].unique().tolist())):
+    for style, number in zip(cycle(LOW_RANKS), sorted(low_rank["power_iterations"].unique().tolist())):
         line = low_rank[low_rank["power_iterations"] == number]
         draw(axes, line, f"{LOW_RANK}, {power_iterations_label(number)}", style)
         name_points(axes, line, [f"r={rank:g}" for rank in line["rank"]], below=False, color=style["color"])

@@ -1,6 +1,5 @@
 """Small networks for images."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,25 +39,13 @@ def resnet20(width: int = 16, channels: int = 1) -> nn.Sequential:
         width: channels of the first stage.
         channels: of the images.
     """
-    layers: list[nn.Module] = [
-        nn.Conv2d(channels, width, 3, padding=1, bias=False),
-        _ChannelsLast(),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-    ]
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
     before = width
     for after in (width, 2 * width, 4 * width):
         for stride in (1 if after == width else 2, 1, 1):
             layers.append(_Block(before, after, stride))
             before = after
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, CLASSES))
-
-
-class _ChannelsLast(nn.Module):
-    """The memory format in which a CPU convolves fastest; all layers that follow keep it."""
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return inputs.contiguous(memory_format=torch.channels_last)
 
 
 class _Block(nn.Module):

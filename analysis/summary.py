@@ -10,12 +10,14 @@ from typing import Any
 
 import pandas as pd
 
+from efcp import DenseMFAC, estimate_memory
 from efcp.analysis.methods import LABELLED, TUNED, VARIANT, method_label
 from efcp.analysis.training import COLUMNS
 
 POINT = ("lr", *TUNED)
 """What is tuned."""
 DIAGNOSTICS = ("grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75", "error_ratio")
+PAPER_WINDOW = 1024
 _NEEDED = ("phase", "method", *LABELLED, "window", "damping", "lr", "seed", "val_accuracy", "test_accuracy", "steps")
 
 
@@ -145,6 +147,12 @@ def remarks(runs: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
         f"the validation split ({tuning['seed'].nunique()} other seed(s)).",
         f"{time} on one thread, sparse windows by the {final['kernels']} kernels; torch {final['torch_version']}.",
     ]
+    if not timed:
+        dense = estimate_memory(int(final["numel"]), DenseMFAC, window=PAPER_WINDOW)
+        lines.append(
+            f"Estimated: dense M-FAC with the paper's window of {PAPER_WINDOW:,} takes {dense.total / 1e9:.2g} GB, "
+            f"{dense.per_parameter:,.0f} bytes a parameter."
+        )
     if diverged := int(tuning["diverged"].eq(True).sum()):
         lines.append(f"{diverged} of {len(tuning)} tuning runs diverged, and count with the accuracy that they had.")
     for label, row in summary.iterrows():

@@ -352,6 +352,14 @@ def test_every_question_has_a_plot(whole: Path) -> None:
         assert len(png) < 200_000
 
 
+def test_table_tells_what_the_papers_window_would_take(whole: Path) -> None:
+    numel = read_runs(whole / "whole" / "runs.csv")["numel"].iloc[0]
+    expected = 4 * 1024 + (2 * 8 * 1024**2 + 8 * 1024) / numel  # rows; S, the inverse root and the weights
+    found = re.search(r"window of 1,024 takes .+ GB, ([\d,]+) bytes", (whole / "whole" / "table.md").read_text("utf-8"))
+    assert found
+    assert abs(int(found[1].replace(",", "")) - expected) < 1
+
+
 def test_the_csv_alone_gives_the_same_table(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = whole / "whole"
     table = (folder / "table.md").read_bytes()

@@ -1,15 +1,18 @@
-"""A rule for the learning rate of M-FAC from damping, window and gradient norm: made on one task, tested on others.
+"""How to choose learning rate and damping of M-FAC: made on one task, tested on others.
 
     python -m efcp.analysis.rule cnn --on probe resnet20
 
-Were the gradients of the window orthogonal and of squared norm s, M-FAC's update would be u = g/(λ + s/m), and
-a step lr · u one of SGD with the rate η = lr/(λ + s/m). The rule keeps that rate:
+A point to start from (start.csv): that of the grid at which the method that loses most against its own best point loses
+least. On another task it is worth the validation accuracy at the nearest point of the grid, against the best point.
+
+A rule for the learning rate (rule.csv). Were the gradients of the window orthogonal and of squared norm s, M-FAC's
+update would be u = g/(λ + s/m), and a step lr · u one of SGD with the rate η = lr/(λ + s/m). The rule keeps that rate:
 
     lr = η (λ + s/m)
 
-η is the median of lr/(λ + s/m) over the best rates at each damping, in a task's tuning runs of dense and sparse
-M-FAC; s is the square of the gradient norm, median over the best of a method's runs. On another task the rule is worth
-what validation accuracy its rate gives, at the nearest point of the grid, against the best point at the same damping.
+η is the median of lr/(λ + s/m) over the best rates at each damping, in a task's tuning runs; s is the square of the
+gradient norm, median over the best of a method's runs. On another task the rule is worth the validation accuracy that
+its rate gives, at the nearest point of the grid, against the best point at the same damping.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 
-from efcp.analysis.methods import DENSE, SPARSE
+from efcp.analysis.methods import DENSE, LOW_RANK, SPARSE
 from efcp.analysis.summary import read_runs
 
 COLUMNS = {
@@ -38,20 +41,65 @@ COLUMNS = {
     "lost": "best_accuracy − accuracy, points",
 }
 """The columns of rule.csv."""
+START_COLUMNS = {
+    "task": "the experiment",
+    "method": "",
+    "window": "m",
+    "best_lr": "of all tuning runs, by validation accuracy",
+    "best_damping": "λ there",
+    "best_accuracy": "validation accuracy there, %",
+    "tried_lr": "of the point nearest to the start",
+    "tried_damping": "λ there",
+    "accuracy": "validation accuracy there, %",
+    "lost": "best_accuracy − accuracy, points",
+}
+"""The columns of start.csv."""
+Point = tuple[float, float]  # lr, damping
 
 
 def read_tuning(folder: Path) -> pd.DataFrame:
-    """The runs that chose damping and learning rate of dense and sparse M-FAC with error feedback, of an experiment.
+    """The runs that chose damping and learning rate of M-FAC, with error feedback where a window has one.
 
     Raises:
         FileNotFoundError, ValueError: if there are none.
     """
     runs = read_runs(folder / "runs.csv")
-    own = runs[runs["phase"].isin(["tune", "map"]) & runs["method"].isin([DENSE, SPARSE])]
+    own = runs[runs["phase"].isin(["tune", "map"]) & runs["method"].isin([DENSE, SPARSE, LOW_RANK])]
     own = own[own["error_feedback"].ne(False)]
     if own.empty:
-        raise ValueError(f"{folder / 'runs.csv'} has no tuning runs of {DENSE} or {SPARSE}")
+        raise ValueError(f"{folder / 'runs.csv'} has no tuning runs of {DENSE}, {SPARSE} or {LOW_RANK}")
     return own
+
+
+def start(runs: pd.DataFrame) -> Point:
+    """The point, of those that all methods have tried, whose greatest loss of accuracy over methods is least."""
+    accuracy = runs.pivot_table(index=["label", "window"], columns=["lr", "damping"], values="val_accuracy").T
+    greatest = (accuracy.max() - accuracy).dropna().max(axis=1)
+    lr, damping = greatest.index[greatest.argmin()]
+    return lr, damping
+
+
+def started(task: str, runs: pd.DataFrame, point: Point) -> list[dict[str, Any]]:
+    """How a point does on a task: rows of start.csv."""
+    rows = []
+    for (label, window), own in runs.groupby(["label", "window"], sort=False):
+        ratios = own[["lr", "damping"]] / list(point)
+        near, best = own.loc[ratios.map(math.log).abs().sum(axis=1).idxmin()], _best(own)
+        rows.append(
+            {
+                "task": task,
+                "method": label,
+                "window": int(window),
+                "best_lr": best["lr"],
+                "best_damping": best["damping"],
+                "best_accuracy": best["val_accuracy"],
+                "tried_lr": near["lr"],
+                "tried_damping": near["damping"],
+                "accuracy": near["val_accuracy"],
+                "lost": round(best["val_accuracy"] - near["val_accuracy"], 2),
+            }
+        )
+    return rows
 
 
 def best_points(runs: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFrame, float]]:
@@ -111,19 +159,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=Path("analysis/results"), help="(default: %(default)s)")
     args = parser.parse_args(argv)
     try:
-        own = read_tuning(args.results / args.task)
-        rate = fitted_rate(own)
-        rows = tested(args.task, own, rate)
-        for task in args.on:
-            rows += tested(task, read_tuning(args.results / task), rate)
+        runs = {task: read_tuning(args.results / task) for task in (args.task, *args.on)}
     except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    frame.to_csv(args.results / "rule.csv", index=False)
-    print(frame.to_string(index=False))
-    lost = frame.groupby(["task", "method"], sort=False)["lost"]
-    print(f"\nrate {rate:.3g}, from {args.task}; points lost, median and most over damping:")
-    print(lost.agg(["median", "max"]).to_string())
+    rate, point = fitted_rate(runs[args.task]), start(runs[args.task])
+    for name, columns, rows, title in (
+        ("rule", COLUMNS, [row for t, own in runs.items() for row in tested(t, own, rate)], f"rate {rate:.3g}"),
+        (
+            "start",
+            START_COLUMNS,
+            [row for t, own in runs.items() for row in started(t, own, point)],
+            f"lr {point[0]:g}, damping {point[1]:g}",
+        ),
+    ):
+        frame = pd.DataFrame(rows, columns=list(columns))
+        frame.to_csv(args.results / f"{name}.csv", index=False)
+        print(f"{frame.to_string(index=False)}\n\n{title}, from {args.task}; points lost, over the rows of a task:")
+        print(f"{frame.groupby('task', sort=False)['lost'].agg(['median', 'max']).to_string()}\n")
 
 
 if __name__ == "__main__":

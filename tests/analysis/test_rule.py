@@ -1,4 +1,4 @@
-"""The rule for the learning rate, on made-up runs that follow it."""
+"""The point to start from and the rule for the learning rate, on made-up runs that follow the rule."""
 
 import math
 from pathlib import Path
@@ -59,6 +59,23 @@ def test_a_task_that_does_not_follow_it_shows_what_is_lost(tmp_path: Path) -> No
     assert rows[1]["lost"] == pytest.approx(math.log10(0.1 / 0.0014) - math.log10(0.0014 / 0.001), abs=0.01)
 
 
+def test_start_is_good_for_the_method_that_it_suits_least(tmp_path: Path) -> None:
+    """One method is best at a rate of 0.01, the other at 1: between them neither loses much."""
+    runs = pd.concat(
+        rule.read_tuning(write_runs(tmp_path / name, rate, name)).query("damping == 0.001")
+        for name, rate in (("dense M-FAC", 0.01 / 0.041), ("sparse M-FAC", 1 / 0.041))
+    )
+    assert rule.start(runs) == (0.1, 1e-3)
+    rows = rule.started("a", runs, (0.09, 2e-3))
+    assert [(row["best_lr"], row["tried_lr"], row["lost"]) for row in rows] == [(0.01, 0.1, 1.0), (1.0, 0.1, 1.0)]
+
+
+def test_start_is_a_point_that_all_methods_have_tried(tmp_path: Path) -> None:
+    runs = rule.read_tuning(write_runs(tmp_path / "a", rate=1.0))
+    other = runs[runs["lr"] > 0.5].assign(label="another")
+    assert rule.start(pd.concat([runs, other])) == (1.0, 1e-1)
+
+
 def test_the_command_writes_a_table_of_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_runs(tmp_path / "a", rate=1.0)
     write_runs(tmp_path / "b", rate=3.0)
@@ -66,6 +83,7 @@ def test_the_command_writes_a_table_of_all_tasks(tmp_path: Path, capsys: pytest.
     frame = pd.read_csv(tmp_path / "rule.csv")
     assert list(frame.columns) == list(rule.COLUMNS)
     assert frame["task"].tolist() == ["a", "a", "b", "b"]
+    assert pd.read_csv(tmp_path / "start.csv")["task"].tolist() == ["a", "b"]
     assert "points lost" in capsys.readouterr().out
 
 

@@ -75,7 +75,7 @@ def start(runs: pd.DataFrame) -> Point:
     """The point, of those that all methods have tried, whose greatest loss of accuracy over methods is least."""
     accuracy = runs.pivot_table(index=["label", "window"], columns=["lr", "damping"], values="val_accuracy").T
     greatest = (accuracy.max() - accuracy).dropna().max(axis=1)
-    lr, damping = greatest.index[greatest.argmin()]
+    lr, damping = greatest.index[int(greatest.argmin())]
     return lr, damping
 
 

@@ -51,8 +51,10 @@ class MFAC(Preconditioner):
     """M-FAC: f(S) = (λI + S/m)⁻¹, so that u = (λI + GᵀG/m)⁻¹c for the newest row c (arXiv 2107.03356; 2306.06098).
 
     A square root R of the inverse is kept, RᵀR = (mλI + S)⁻¹, and follows each replaced row in O(m²). It is computed
-    anew once in m steps and whenever the damping changes. Unless the system is well conditioned, one step of iterative
-    refinement removes from the weights what the updates have gathered in rounding errors meanwhile.
+    anew once in m steps and whenever the damping changes. One step of iterative refinement removes from the weights
+    what the updates have gathered in rounding errors meanwhile. On a CPU, where looking at a number does not make
+    anybody wait, it is left out where weights solve the system to ten digits, and R is also computed anew where they
+    miss six digits of a system that float64 can solve: rows that it could not solve for leave such errors behind.
 
     Where squared norms of gradients exceed 10¹⁰ λ and rows of the window depend on each other, float64 cannot solve the
     system. Weights that miss it by 10% or more are replaced by those for a window of the newest row alone.
@@ -80,17 +82,21 @@ class MFAC(Preconditioner):
         update_inverse_root_(R, S, slot, ridge)
         capturing = R.is_cuda and torch.cuda.is_current_stream_capturing()  # each replay would do it, or none
         if (state["inverse_age"] >= window or state["inverse_damping"] != self.damping) and not capturing:
-            self.refresh(gram)
-            weights = R.t() @ (window * R.index_select(1, slot).squeeze(1))
+            weights = self._refreshed_weights(gram, slot)
         else:  # the update has left nothing of column `slot` but what is on the diagonal
             row = R.index_select(0, slot).squeeze(0)
             weights = row * (window * row.index_select(0, slot))
         state["inverse_age"] += 1
 
-        if known_to_hold(S.trace() < WELL_CONDITIONED * ridge):
-            return weights
         target = torch.zeros_like(S[0]).index_fill_(0, slot, window)
-        weights += R.t() @ (R @ (target - S @ weights - ridge * weights))
+        missed = target - S @ weights - ridge * weights
+        error = torch.linalg.vector_norm(missed) / window
+        if known_to_hold(error < 1e-10):
+            return weights
+        if known_to_hold((error > 1e-6) & (S.trace() < 1e10 * ridge)):  # of rows that have left the window
+            weights = self._refreshed_weights(gram, slot)
+            missed = target - S @ weights - ridge * weights
+        weights += R.t() @ (R @ missed)
         solved = torch.linalg.vector_norm(target - S @ weights - ridge * weights) < 0.1 * window
         if known_to_hold(solved):
             return weights
@@ -98,13 +104,14 @@ class MFAC(Preconditioner):
         torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
         return torch.where(solved, weights, target / diagonal)
 
+    def _refreshed_weights(self, gram: Gram, slot: Tensor) -> Tensor:
+        self.refresh(gram)
+        R = gram.state["inverse_root"]
+        return R.t() @ (len(R) * R.index_select(1, slot).squeeze(1))
+
     def refresh(self, gram: Gram) -> None:
         invert_(gram.state["inverse_root"], gram.matrix, len(gram.matrix) * self.damping)
         gram.state["inverse_age"], gram.state["inverse_damping"] = 0, float(self.damping)
-
-
-WELL_CONDITIONED = 1e8
-"""trace S / mλ, which bounds the condition number, below which the update has six digits without refinement."""
 
 
 def known_to_hold(flag: Tensor) -> bool:

@@ -67,12 +67,21 @@ class Results:
 
     @cached_property
     def usual(self) -> pd.DataFrame:
-        """The summary without variations of the window, its blocks and dtypes: those of the most methods."""
+        """The summary without variations of the window, its blocks and dtypes: those of the most methods.
+
+        Where there is no dense M-FAC with that window, since it would take too much memory, those with others stay.
+        """
         summary = self.summary
         windows = summary.loc[summary["method"].isin([SPARSE, LOW_RANK]), "window"]
         window = (windows if len(windows) else summary["window"]).mode()
+        other = (
+            summary["window"].notna() & ~summary["window"].isin(window[:1]) & summary["method"].str.contains("M-FAC")
+        )
+        dense = summary["method"].eq(DENSE)
+        if other[dense].all():
+            other &= ~dense
         varied = (
-            (summary["window"].notna() & ~summary["window"].isin(window[:1]) & summary["method"].str.contains("M-FAC"))
+            other
             | (summary["block_size"].notna() & summary["block_size"].ne(4096))
             | (summary["value_dtype"].notna() & summary["value_dtype"].ne("bfloat16"))
             | summary["error_dtype"].notna()

@@ -72,7 +72,7 @@ def tradeoff(summary: pd.DataFrame, title: str) -> Figure:
         rows = summary[summary["method"].eq(name) & summary["error_feedback"].ne(False)]
         if not rows.empty:
             densities = [f"{100 * density:g}%" for density in rows["density"].dropna()]
-            label = ", ".join([name, *densities])
+            label = ", ".join([name, *densities]) if densities else str(rows.index[0])
             draw(axes, rows, label, {"linestyle": "none", **style})
 
     adam_line(axes)

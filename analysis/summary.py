@@ -214,16 +214,19 @@ LOOKED_AT = {
 def _labels(runs: pd.DataFrame) -> list[str]:
     """Of the method of each run.
 
-    Window, block size and dtypes show where methods that are else the same differ in them, and are not as usual.
+    A window shows that is not that of most runs; block size and dtypes, where methods that are else the same differ in
+    them, if they are not as usual.
     """
     options = runs[["method", *VARIANT]].astype(object)
     options = options.where(options.notna(), None)
     short = [method_label(*row) for row in options[["method", *LABELLED]].itertuples(index=False)]
     groups = options.groupby(short)
     differs = {name: groups[name].nunique(dropna=False) > 1 for name in _SHOWN}
+    usual = {**_USUAL, "window": next(iter(runs["window"].mode()), None)}
     labels = []
     for label, (_, row) in zip(short, options.iterrows(), strict=True):
-        unusual = [name for name in _SHOWN if differs[name][label] and row[name] not in (None, _USUAL.get(name))]
+        shown = [name for name in _SHOWN if name == "window" or differs[name][label]]
+        unusual = [name for name in shown if row[name] not in (None, usual.get(name))]
         labels.append(", ".join([label, *(f"{_SHOWN[name]} {_word(row[name])}" for name in unusual)]))
     return labels
 

@@ -26,7 +26,7 @@ import importlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -39,23 +39,24 @@ from efcp.analysis.training import Run
 
 FOLDER = Path(__file__).parent / "experiments"
 _TASK = tuple(f.name for f in fields(Task) if f.name != "input_shape")
+_SETTINGS = ("batch_size", "epochs")  # of the task, that a method may have its own of
 _KEYS = {"title": str, "task": dict, "seeds": dict, "grids": dict, "methods": list}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method with options but those that are tuned, and the points at which it is run."""
+    """A method with options but those that are tuned, settings in place of the task's, and the points of its runs."""
 
     name: str
     options: dict[str, Any]
-    batch_size: int | None
+    settings: dict[str, Any]
     points: list[dict[str, float]]
     map: list[dict[str, float]]
 
     def method(self, point: dict[str, float]) -> Method:
         """At a point, of which lr is no option of a method."""
         tuned = {name: value for name, value in point.items() if name != "lr"}
-        return named_method(self.name, self.options | tuned, self.batch_size)
+        return named_method(self.name, self.options | tuned)
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,13 @@ class Experiment:
         task = Task(input_shape=tuple(shape), **{**self.task, "train_size": train_size})
         plans = []
         for entry in self.entries:
-            tuning = _runs("tune", task, entry, entry.points, self.tuning_seeds)
-            largest = tuning[0].batch_size
-            if largest > train_size:
+            own = replace(task, **entry.settings)
+            if own.batch_size > train_size:
                 raise ValueError(
-                    f"{self.name}: batch_size must be at most the training size {train_size}, got {largest}"
+                    f"{self.name}: batch_size must be at most the training size {train_size}, got {own.batch_size}"
                 )
-            plans.append(Plan(tuning, self.final_seeds, _runs("map", task, entry, entry.map, self.tuning_seeds)))
+            tuning = _runs("tune", own, entry, entry.points, self.tuning_seeds)
+            plans.append(Plan(tuning, self.final_seeds, _runs("map", own, entry, entry.map, self.tuning_seeds)))
         return plans
 
 
@@ -152,14 +153,15 @@ def _entries(where: str, table: dict[str, Any], points: dict[str, list[dict[str,
     grid, extra = table["grid"], table.get("map")
     if grid not in points:
         raise ValueError(f"{where}: grid must be one of {', '.join(points)}, got {grid!r}")
-    batch_size = table.get("batch_size")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
-        raise ValueError(f"{where}: batch_size must be an integer ≥ 1, got {batch_size!r}")
-    options = {key: value for key, value in table.items() if key not in ("name", "grid", "map", "batch_size")}
+    settings: dict[str, Any] = {key: table[key] for key in _SETTINGS if key in table}
+    for key, value in settings.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{where}: {key} must be an integer ≥ 1, got {value!r}")
+    options = {key: value for key, value in table.items() if key not in ("name", "grid", "map", *_SETTINGS)}
     choices = [value if isinstance(value, list) else [value] for value in options.values()]
     more = [p for p in _points(f"{where}.map", extra) if p not in points[grid]] if extra else []
     for name, *combination in product(names, *choices):
-        entry = Entry(name, dict(zip(options, combination, strict=True)), batch_size, points[grid], more)
+        entry = Entry(name, dict(zip(options, combination, strict=True)), settings, points[grid], more)
         try:
             for point in (*entry.points, *entry.map):
                 entry.method(point)

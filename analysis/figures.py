@@ -406,7 +406,8 @@ def _curves(results: Results, name: str, ylabel: str, optimum: float | None) -> 
         right.plot(own["epoch"].mean(), values, **style)
     left.set_xlabel("seconds of training on one thread (log scale)")
     plain_log(left)
-    right.set_xlabel("epoch")
+    right.set_xlabel("epoch (log scale)")
+    plain_log(right)
     for axes in (left, right):
         if optimum is not None:
             axes.set_yscale("log")

@@ -57,12 +57,11 @@ TUNED = ("damping", "eps", "weight_decay")
 
 @dataclass(frozen=True)
 class Method:
-    """An optimizer with all its options but the learning rate; and its batch size, where it has one of its own."""
+    """An optimizer with all its options but the learning rate."""
 
     name: str
     constructor: Callable[..., Optimizer]
     options: dict[str, Any] = field(default_factory=dict)
-    batch_size: int | None = None
 
     @property
     def columns(self) -> dict[str, Any]:
@@ -99,7 +98,7 @@ class Method:
 LABELLED = ("density", "error_feedback", "rank", "power_iterations")  # options that every label shows
 
 
-def named_method(name: str, options: dict[str, Any], batch_size: int | None = None) -> Method:
+def named_method(name: str, options: dict[str, Any]) -> Method:
     """A method of `CONSTRUCTORS`, dtypes by name.
 
     Raises:
@@ -111,7 +110,7 @@ def named_method(name: str, options: dict[str, Any], batch_size: int | None = No
     chosen = {
         key: getattr(torch, str(value), value) if key.endswith("dtype") else value for key, value in options.items()
     }
-    method = Method(name, constructor, always | chosen, batch_size)
+    method = Method(name, constructor, always | chosen)
     try:
         method.build(nn.Linear(1, 1), 1e-3)
     except (TypeError, ValueError) as error:

@@ -37,7 +37,7 @@ class Task:
         input_shape: of one example.
         train_size: training examples.
         epochs: passes over them.
-        batch_size: of methods that have none of their own.
+        batch_size: examples of a step.
         width: channels of the first layer of an image network.
         layers: of MiniLM that are kept.
         l2: weight of ‖θ‖²/2 in the loss.

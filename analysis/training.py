@@ -116,7 +116,7 @@ class Run:
             **self.method.columns,
         }
         own = {name: known[name] for name in PLAN}
-        task = {name: getattr(self.task, name) for name in TASK} | {"batch_size": self.batch_size}
+        task = {name: getattr(self.task, name) for name in TASK}
         key = "|".join(text(value) for value in own.values())
         return {**own, "run": hashlib.sha1(key.encode()).hexdigest()[:8], **task}
 
@@ -126,22 +126,18 @@ class Run:
         return str(self.plan["run"])
 
     @property
-    def batch_size(self) -> int:
-        return self.method.batch_size or self.task.batch_size
-
-    @property
     def steps(self) -> int:
         """Batches are full: what remains of an epoch is left out."""
         return self.task.epochs * self.steps_of_epoch
 
     @property
     def steps_of_epoch(self) -> int:
-        return self.task.train_size // self.batch_size
+        return self.task.train_size // self.task.batch_size
 
     @property
     def tested(self) -> bool:
         """Whether it may look at the test split."""
-        return self.phase in ("final", "rule")
+        return self.phase == "final"
 
 
 @dataclass
@@ -215,7 +211,7 @@ def train(run: Run, data: DataSet) -> Result:
 
 def time_steps(run: Run, data: DataSet, steps: int = 40, warm_up: int = 10) -> dict[str, Any]:
     """The record of a run of a few steps, timed: medians in ms."""
-    inputs, labels = data.train.inputs[: run.batch_size], data.train.labels[: run.batch_size]
+    inputs, labels = data.train.inputs[: run.task.batch_size], data.train.labels[: run.task.batch_size]
     whole, own = [], []
     with single_thread():
         model = run.task.model(run.seed)
@@ -244,7 +240,7 @@ def batches(train: Split, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(run.seed)
     for _ in range(run.task.epochs):
         order = torch.randperm(run.task.train_size, generator=generator)
-        for batch in order.split(run.batch_size)[: run.steps_of_epoch]:
+        for batch in order.split(run.task.batch_size)[: run.steps_of_epoch]:
             yield train.inputs[batch], train.labels[batch]
 
 

@@ -141,6 +141,13 @@ def test_a_method_of_several_tables_is_run_once(config: Path) -> None:
     assert len(read_experiment(config).entries) == 6
 
 
+def test_a_method_may_have_its_own_epochs_and_batches(config: Path) -> None:
+    config.write_text(CONFIG + "batch_size = 64\nepochs = 5\n", encoding="utf-8")
+    plans = read_experiment(config).plans(noise((1, 8, 8)))
+    steps = {run.method.name: (run.task.batch_size, run.steps) for plan in plans for run in plan.tuning}
+    assert steps == {"dense M-FAC": (16, 4), "sparse M-FAC": (16, 4), "Adam": (64, 5)}
+
+
 # ---- tasks
 
 
@@ -191,9 +198,9 @@ def test_diagnostics_are_those_of_the_step() -> None:
 
 def test_the_test_split_is_looked_at_by_final_runs_only() -> None:
     data = noise((1280,))
-    for phase in ("tune", "map", "final", "rule"):
+    for phase in ("tune", "map", "final"):
         record = train(Run(phase, PROBE, named_method("Adam", {}), 1e-3, 0), data).record
-        assert (record["test_accuracy"] is not None) == (phase in ("final", "rule"))
+        assert (record["test_accuracy"] is not None) == (phase == "final")
 
 
 def test_the_optimum_is_below_every_loss(tmp_path: Path) -> None:

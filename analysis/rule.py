@@ -2,8 +2,9 @@
 
     python -m efcp.analysis.rule cnn --on probe resnet20
 
-A point to start from (start.csv): that of the grid at which the method that loses most against its own best point loses
-least. On another task it is worth the validation accuracy at the nearest point of the grid, against the best point.
+A point to start from (start.csv), as lr · m and damping: that of the grid at which the method that loses most against
+its own best point loses least. On another task it is worth the validation accuracy at the nearest point of the grid,
+against the best point.
 
 A rule for the learning rate (rule.csv). Were the gradients of the window orthogonal and of squared norm s, M-FAC's
 update would be u = g/(λ + s/m), and a step lr · u one of SGD with the rate η = lr/(λ + s/m). The rule keeps that rate:
@@ -54,7 +55,7 @@ START_COLUMNS = {
     "lost": "best_accuracy − accuracy, points",
 }
 """The columns of start.csv."""
-Point = tuple[float, float]  # lr, damping
+Point = tuple[float, float]  # lr · m, damping
 
 
 def read_tuning(folder: Path) -> pd.DataFrame:
@@ -73,17 +74,18 @@ def read_tuning(folder: Path) -> pd.DataFrame:
 
 def start(runs: pd.DataFrame) -> Point:
     """The point, of those that all methods have tried, whose greatest loss of accuracy over methods is least."""
-    accuracy = runs.pivot_table(index=["label", "window"], columns=["lr", "damping"], values="val_accuracy").T
+    runs = runs.assign(scaled=runs["lr"] * runs["window"])
+    accuracy = runs.pivot_table(index=["label", "window"], columns=["scaled", "damping"], values="val_accuracy").T
     greatest = (accuracy.max() - accuracy).dropna().max(axis=1)
-    lr, damping = greatest.index[int(greatest.argmin())]
-    return lr, damping
+    scaled, damping = greatest.index[int(greatest.argmin())]
+    return scaled, damping
 
 
 def started(task: str, runs: pd.DataFrame, point: Point) -> list[dict[str, Any]]:
     """How a point does on a task: rows of start.csv."""
     rows = []
     for (label, window), own in runs.groupby(["label", "window"], sort=False):
-        ratios = own[["lr", "damping"]] / list(point)
+        ratios = own[["lr", "damping"]] / [point[0] / window, point[1]]
         near, best = own.loc[ratios.map(math.log).abs().sum(axis=1).idxmin()], _best(own)
         rows.append(
             {
@@ -169,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "start",
             START_COLUMNS,
             [row for t, own in runs.items() for row in started(t, own, point)],
-            f"lr {point[0]:g}, damping {point[1]:g}",
+            f"lr {point[0]:g}/m, damping {point[1]:g}",
         ),
     ):
         frame = pd.DataFrame(rows, columns=list(columns))

@@ -65,15 +65,20 @@ def test_start_is_good_for_the_method_that_it_suits_least(tmp_path: Path) -> Non
         rule.read_tuning(write_runs(tmp_path / name, rate, name)).query("damping == 0.001")
         for name, rate in (("dense M-FAC", 0.01 / 0.041), ("sparse M-FAC", 1 / 0.041))
     )
-    assert rule.start(runs) == (0.1, 1e-3)
-    rows = rule.started("a", runs, (0.09, 2e-3))
+    assert rule.start(runs) == (0.1 * WINDOW, 1e-3)
+    rows = rule.started("a", runs, (9.0, 2e-3))
     assert [(row["best_lr"], row["tried_lr"], row["lost"]) for row in rows] == [(0.01, 0.1, 1.0), (1.0, 0.1, 1.0)]
 
 
 def test_start_is_a_point_that_all_methods_have_tried(tmp_path: Path) -> None:
     runs = rule.read_tuning(write_runs(tmp_path / "a", rate=1.0))
     other = runs[runs["lr"] > 0.5].assign(label="another")
-    assert rule.start(pd.concat([runs, other])) == (1.0, 1e-1)
+    assert rule.start(pd.concat([runs, other])) == (1.0 * WINDOW, 1e-1)
+
+
+def test_start_is_a_higher_rate_for_a_shorter_window(tmp_path: Path) -> None:
+    runs = rule.read_tuning(write_runs(tmp_path / "a", rate=1.0)).assign(window=10)
+    assert [row["tried_lr"] for row in rule.started("a", runs, (1.0, 1e-3))] == [0.1]
 
 
 def test_the_command_writes_a_table_of_all_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

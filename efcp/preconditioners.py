@@ -90,15 +90,16 @@ class MFAC(Preconditioner):
 
         target = torch.zeros_like(S[0]).index_fill_(0, slot, window)
         missed = target - S @ weights - ridge * weights
-        error = torch.linalg.vector_norm(missed) / window
-        if known_to_hold(error < 1e-10):
-            return weights
-        if known_to_hold((error > 1e-6) & (S.trace() < 1e10 * ridge)):  # of rows that have left the window
-            weights = self._refreshed_weights(gram, slot)
-            missed = target - S @ weights - ridge * weights
+        if host_can_look(S):
+            error = torch.linalg.vector_norm(missed) / window
+            if error < 1e-10:
+                return weights
+            if error > 1e-6 and S.trace() < 1e10 * ridge:  # of rows that have left the window
+                weights = self._refreshed_weights(gram, slot)
+                missed = target - S @ weights - ridge * weights
         weights += R.t() @ (R @ missed)
         solved = torch.linalg.vector_norm(target - S @ weights - ridge * weights) < 0.1 * window
-        if known_to_hold(solved):
+        if host_can_look(S) and solved:
             return weights
         diagonal = S.diagonal() + ridge
         torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
@@ -114,9 +115,9 @@ class MFAC(Preconditioner):
         gram.state["inverse_age"], gram.state["inverse_damping"] = 0, float(self.damping)
 
 
-def known_to_hold(flag: Tensor) -> bool:
-    """Whether a () bool tensor is true, as far as the host can tell without waiting for a device."""
-    return flag.is_cpu and bool(flag)
+def host_can_look(tensor: Tensor) -> bool:
+    """Whether the host can read a number of a tensor without waiting for a device."""
+    return tensor.is_cpu
 
 
 def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> None:

@@ -205,12 +205,15 @@ def test_weights_do_not_depend_on_where_the_host_looks_at_them(scale, monkeypatc
         for problem in (looking, blind):
             with monkeypatch.context() as patch:
                 if problem is blind:
-                    patch.setattr(preconditioners, "known_to_hold", lambda flag: False)
+                    patch.setattr(preconditioners, "host_can_look", lambda tensor: False)
                 problem.set_gradients()
                 for p in problem.params:
                     p.grad = torch.full_like(p, scale) if scale > 1 else p.grad
                 problem.optimizer.step()
-        torch.testing.assert_close(looking.flat(), blind.flat(), rtol=1e-7, atol=1e-7)
+        if scale > 1:
+            assert torch.equal(looking.flat(), blind.flat())
+        else:  # the host leaves refinement out where nothing is to be gained
+            torch.testing.assert_close(looking.flat(), blind.flat(), rtol=1e-9, atol=1e-12)
 
 
 def test_beta1_averages_gradients_before_compression():

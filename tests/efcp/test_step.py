@@ -435,7 +435,7 @@ SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "e
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 def test_step_never_waits_for_a_value(options, preconditioner, lr, compressor, monkeypatch):
     """No operation whose result the host must know before it goes on: a number, or a shape."""
-    monkeypatch.setattr(preconditioners, "known_to_hold", lambda flag: False)  # as for a flag on an accelerator
+    monkeypatch.setattr(preconditioners, "host_can_look", lambda tensor: False)  # as on an accelerator
     problem = Problem(compressor=compressor, preconditioner=preconditioner, lr=lr, window=3, **options)
     for _ in range(5):
         problem.set_gradients()

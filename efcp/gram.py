@@ -9,6 +9,7 @@ row of the window, hence one row and column of S. State:
     weights          (m,)    float64  w of the newest update, which is Gᵀw; zero after a skipped step
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +48,9 @@ class Gram:
         """S: (m, m) float64."""
         return self.state["gram"]
 
-    def on_its_device(self, tensors: list[Tensor]) -> Tensor:
-        """Stacks tensors from any devices."""
-        return torch.stack([t.to(self.matrix.device, non_blocking=True) for t in tensors])
+    def on_its_device(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Tensors from any devices."""
+        return (t.to(self.matrix.device, non_blocking=True) for t in tensors)
 
     def next_slot(self, finite: Tensor) -> Tensor:
         """Counts a step, and returns the slot of its gradient: (1,) int64."""

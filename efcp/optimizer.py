@@ -10,6 +10,7 @@ turns these into weights. State lives on the parameters, in `optimizer.state[p]`
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import reduce
 from itertools import chain
 from typing import Any
 
@@ -114,9 +115,9 @@ class EFCP(Optimizer):
             return loss
 
         gram, sets = self._gram(), self._parameter_sets()
-        finite = gram.on_its_device([s.gradients_are_finite() for s in sets]).all()
+        finite = reduce(torch.logical_and, gram.on_its_device(s.gradients_are_finite() for s in sets))
         slot = gram.next_slot(finite)
-        dots = gram.on_its_device([s.push(slot, finite) for s in sets]).sum(0)
+        dots = reduce(torch.add, gram.on_its_device(s.push(slot, finite) for s in sets))
         gram.replace(slot, dots)
         weights = preconditioner.weights(gram, slot)
         if max_update_norm is not None:

@@ -73,9 +73,10 @@ class ParameterSet:
         lr = finite.double() * lr
         scale = 1 - lr * self.group["weight_decay"]
         step = lr if self.group["maximize"] else -lr
-        momentum = self.group["momentum"]
-        decay = torch.where(finite, torch.full_like(lr, momentum), 1.0)
-        momenta = [state["momentum"] for state in self.states] if momentum > 0 else []
+        momenta, decay = [], torch.ones_like(lr)
+        if self.group["momentum"] > 0:
+            momenta = [state["momentum"] for state in self.states]
+            decay = torch.where(finite, decay * self.group["momentum"], decay)
         targets = [None if p.grad is None else flat(p) for p in self.params]
         self.window.apply_(targets, momenta, weights, scale, step, decay)
         written = [(p, target) for p, target in zip(self.params, targets, strict=True) if target is not None]

@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from efcp import kernels
 from efcp.checks import is_number, require, require_integer, require_number
 from efcp.gram import Gram
+from efcp.kernels.reference import missed
 
 
 @dataclass(frozen=True)
@@ -79,36 +81,32 @@ class MFAC(Preconditioner):
         S, R, state = gram.matrix, gram.state["inverse_root"], gram.state
         window = len(S)
         ridge = window * self.damping
-        update_inverse_root_(R, S, slot, ridge)
+        x, miss = kernels.update_inverse_root_(R, S, slot, ridge)
         capturing = R.is_cuda and torch.cuda.is_current_stream_capturing()  # each replay would do it, or none
         if (state["inverse_age"] >= window or state["inverse_damping"] != self.damping) and not capturing:
-            weights = self._refreshed_weights(gram, slot)
-        else:  # the update has left nothing of column `slot` but what is on the diagonal
-            row = R.index_select(0, slot).squeeze(0)
-            weights = row * (window * row.index_select(0, slot))
+            x, miss = self._refreshed_column(gram, slot)
         state["inverse_age"] += 1
 
-        target = torch.zeros_like(S[0]).index_fill_(0, slot, window)
-        missed = target - S @ weights - ridge * weights
         if host_can_look(S):
-            error = torch.linalg.vector_norm(missed) / window
+            error = float(torch.linalg.vector_norm(miss))
             if error < 1e-10:
-                return weights
+                return window * x
             if error > 1e-6 and S.trace() < 1e10 * ridge:  # of rows that have left the window
-                weights = self._refreshed_weights(gram, slot)
-                missed = target - S @ weights - ridge * weights
-        weights += R.t() @ (R @ missed)
-        solved = torch.linalg.vector_norm(target - S @ weights - ridge * weights) < 0.1 * window
+                x, miss = self._refreshed_column(gram, slot)
+        x = x + R.t() @ (R @ miss)
+        solved = torch.linalg.vector_norm(missed(x, S, slot, ridge)) < 0.1
         if host_can_look(S) and solved:
-            return weights
+            return window * x
         diagonal = S.diagonal() + ridge
         torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
-        return torch.where(solved, weights, target / diagonal)
+        alone = torch.zeros_like(x).index_fill_(0, slot, 1.0) / diagonal
+        return window * torch.where(solved, x, alone)
 
-    def _refreshed_weights(self, gram: Gram, slot: Tensor) -> Tensor:
+    def _refreshed_column(self, gram: Gram, slot: Tensor) -> tuple[Tensor, Tensor]:
         self.refresh(gram)
         R = gram.state["inverse_root"]
-        return R.t() @ (len(R) * R.index_select(1, slot).squeeze(1))
+        x = R.t() @ R.index_select(1, slot).squeeze(1)
+        return x, missed(x, gram.matrix, slot, len(R) * self.damping)
 
     def refresh(self, gram: Gram) -> None:
         invert_(gram.state["inverse_root"], gram.matrix, len(gram.matrix) * self.damping)
@@ -118,44 +116,6 @@ class MFAC(Preconditioner):
 def host_can_look(tensor: Tensor) -> bool:
     """Whether the host can read a number of a tensor without waiting for a device."""
     return tensor.is_cpu
-
-
-def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> None:
-    """Makes R, RᵀR = (ridge · I + S)⁻¹, follow a change of row and column `slot` of S, in O(m²).
-
-    With t the slot: a Householder reflection of R from the left, which leaves RᵀR as it is, moves all of column t to
-    row t. Without that row and column, RᵀR is the inverse of the matrix without its row and column t. The new column s,
-    s_t on the diagonal, then adds the row (−sᵀRᵀR, 1 at t) / √σ with σ = ridge + s_t − ‖Rs‖², the Schur complement,
-    which is at least the ridge.
-
-    This is a square-root filter. Updates of the inverse itself lose twice as many digits: on windows of dependent rows
-    its error grows without bound where squared norms of gradients are 10⁸ λ.
-
-    Args:
-        R: (m, m) float64, changed in place.
-        S: (m, m) float64, already with its new row and column.
-        slot: (1,) int64.
-        ridge: mλ.
-    """
-    v = R.index_select(1, slot).squeeze(1)
-    at_slot = v.index_select(0, slot)
-    norm = torch.linalg.vector_norm(v)
-    v.index_add_(0, slot, torch.copysign(norm, at_slot))  # v reflects column t to a multiple of e_t
-    factor = -2 / torch.dot(v, v)
-    column = S.index_select(0, slot).squeeze(0)
-    diagonal = column.index_select(0, slot)
-    column.index_fill_(0, slot, 0.0)
-
-    def reflected(x: Tensor) -> Tensor:
-        return x.addcmul(v, factor * torch.dot(v, x))
-
-    projected = reflected(R @ column).index_fill_(0, slot, 0.0)
-    vR, row = torch.stack([v, reflected(projected)]) @ R
-    R.addr_(v, factor * vR)
-    R.index_fill_(0, slot, 0.0).index_fill_(1, slot, 0.0)
-    schur = (ridge + diagonal - torch.dot(projected, projected)).clamp(min=ridge)
-    row = row.neg_().index_fill_(0, slot, 1.0)
-    R.index_copy_(0, slot, (row * schur.rsqrt()).unsqueeze(0))
 
 
 def invert_(R: Tensor, S: Tensor, ridge: float) -> None:

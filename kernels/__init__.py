@@ -1,4 +1,4 @@
-"""The operations of the sparse window: one definition each, faster versions, and the choice between them.
+"""The operations of a step: one definition each, faster versions, and the choice between them.
 
 | file | what |
 |---|---|
@@ -8,8 +8,9 @@
 | `cpu.py` | compiled by Numba, for CPUs |
 | `operators.py` | the operations as nodes of a compiled graph |
 
-A backend is a module with the four operations. On a GPU it is `triton`, on a CPU `cpu`, where Triton or Numba can be
-imported; else it is `reference`. The environment variable `EFCP_KERNELS`, or `use_backend`, forces one.
+A backend is a module with all operations: four of the sparse window, and one of the m × m matrices of M-FAC. On a GPU
+it is `triton`, on a CPU `cpu`, where Triton or Numba can be imported; else it is `reference`. The environment variable
+`EFCP_KERNELS`, or `use_backend`, forces one.
 """
 
 import importlib
@@ -35,6 +36,7 @@ __all__ = [
     "all_finite",
     "backend_name",
     "compress_",
+    "update_inverse_root_",
     "use_backend",
     "window_apply_",
     "window_dots",
@@ -76,10 +78,15 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 
 @cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(BACKENDS[name])
+
+
+@cache
 def _can_import(name: str) -> bool:
     """Whether what a backend is made with is installed, and works."""
     try:
-        importlib.import_module(BACKENDS[name])
+        _module(name)
     except ImportError:
         return False
     return True
@@ -99,7 +106,7 @@ def backend_name(device: torch.device) -> str:
 
 
 def _backend(tensor: Tensor) -> ModuleType:
-    return importlib.import_module(BACKENDS[backend_name(tensor.device)])
+    return _module(backend_name(tensor.device))
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:
@@ -183,3 +190,28 @@ def window_apply_(
         operators.window_apply_(targets, momenta, *operators.unpacked(rows), weights, scale, step, decay)
     else:
         _backend(weights).window_apply_(targets, momenta, rows, weights, scale, step, decay)
+
+
+def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Makes R, RᵀR = (ridge · I + S)⁻¹, follow a change of row and column `slot` of S, in O(m²).
+
+    With t the slot: a Householder reflection of R from the left, which leaves RᵀR as it is, moves all of column t to
+    row t. Without that row and column, RᵀR is the inverse of the matrix without its row and column t. The new column s,
+    s_t on the diagonal, then adds the row (−sᵀRᵀR, 1 at t) / √σ with σ = ridge + s_t − ‖Rs‖², the Schur complement,
+    which is at least the ridge.
+
+    This is a square-root filter. Updates of the inverse itself lose twice as many digits: on windows of dependent rows
+    its error grows without bound where squared norms of gradients are 10⁸ λ.
+
+    Args:
+        R: (m, m) float64, changed in place.
+        S: (m, m) float64, already with its new row and column.
+        slot: (1,) int64.
+        ridge: mλ.
+
+    Returns:
+        x, column t of RᵀR, and by how much it is not that of the inverse, e_t − (ridge · I + S) x: (m,) each.
+    """
+    if torch.compiler.is_compiling():
+        return reference.update_inverse_root_(R, S, slot, ridge)
+    return _backend(R).update_inverse_root_(R, S, slot, ridge)

@@ -1,4 +1,4 @@
-"""The operations of the sparse window on a CPU, compiled by Numba.
+"""The operations on a CPU, compiled by Numba.
 
 The blocks of all parameters are numbered through and shared out among threads; a thread takes one block at a time and
 works in a scratch of that block's size, so that memory is read and written once and no temporary grows with a
@@ -6,8 +6,8 @@ parameter. The compiled functions see a table of addresses and sizes, and dtype 
 microseconds, each parameter one more, and one compilation serves many combinations of dtypes.
 
 Results do not depend on the number of threads. `compress_` and `window_apply_` give the bits of the definition;
-`window_dots` adds up the same float64 terms in another fixed order, and `all_finite` adds up the squares of a chunk in
-float32, of chunks in float64.
+`window_dots` and `update_inverse_root_` add up the same float64 terms in another fixed order, and `all_finite` adds up
+the squares of a chunk in float32, of chunks in float64.
 
 The threads are PyTorch's own OpenMP team. After an operation of PyTorch these wait for the next one busily, for
 milliseconds: any other thread would have to wait for a core, while they start at once. Where there is no such team, as
@@ -34,14 +34,16 @@ from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
+from efcp.kernels import reference
 from efcp.kernels.blocks import Rows
 from efcp.kernels.reference import accumulation_dtype
 
-__all__ = ["all_finite", "compress_", "window_apply_", "window_dots"]
+__all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "window_dots"]
 
 PARALLEL = 1 << 15  # elements, or entries of the window, from which on several threads are worth it; as in PyTorch
 PIECES = 64  # at most so many partial sums, whatever the number of threads
 CHUNK = 4096  # elements of a gradient, the unit in which `all_finite` is shared out
+PIECE_ROWS = 32  # of an m × m matrix, the unit in which it is shared out
 LANES = 64  # elements whose comparisons make one bit mask
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64, NONE = range(5)
@@ -719,6 +721,28 @@ def _eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> A
     return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.float32), codegen
 
 
+# Rows of float64 matrices.
+
+
+@partial(_jit, fastmath={"reassoc", "contract"})
+def _dot(one: np.ndarray, other: np.ndarray, length: int) -> float:
+    total = 0.0
+    for j in range(length):
+        total += one[j] * other[j]
+    return total
+
+
+@_jit
+def _add_multiple(total: np.ndarray, factor: float, row: np.ndarray, length: int) -> None:
+    for j in range(length):
+        total[j] += factor * row[j]
+
+
+@_jit
+def _float64s(address: int, first: int, length: int) -> np.ndarray:
+    return carray(_pointer(address + 8 * first), length, np.float64)
+
+
 # The kernels. Each takes shares of the blocks of all parameters, or of other pieces, until none is left. What it
 # allocates it allocates before: a thread that finds no memory leaves the work to the others.
 
@@ -871,14 +895,16 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
 def _add_up_kernel() -> Kernel:
     @_kernel()
     def add_up(call: int) -> None:
-        """The first row of a float64 matrix becomes the sum of its rows, added in order. The pieces are its columns."""
-        columns, matrix, rows = _pieces_and_arguments(call, 2)
+        """The sum of the rows of a float64 matrix, added in order. The pieces are its columns."""
+        columns, matrix, rows, result = _pieces_and_arguments(call, 3)
         first, last = _take_share(call)
         while first < last:
+            for column in range(first, last):
+                _store_f64(result, column, _load_f64(matrix, column))
             for row in range(1, rows):
                 for column in range(first, last):
-                    total = _load_f64(matrix, column) + _load_f64(matrix, row * columns + column)
-                    _store_f64(matrix, column, total)
+                    total = _load_f64(result, column) + _load_f64(matrix, row * columns + column)
+                    _store_f64(result, column, total)
             first, last = _take_share(call)
 
     return add_up
@@ -902,6 +928,8 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
         for i in range(window):
             weight[i] = real(_number(weight_code, weights, i * weight_stride))
         update = np.empty(largest, real)
+        target_size = SIZES[target_code]
+        portion = 64 * (largest * target_size // (64 * window) + 1)  # bytes to fetch beside a row
         first, last = _take_share(call)
         while first < last:
             begin = np.int64(0)
@@ -914,7 +942,11 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                     length = min(size, numel - start)
                     chosen = kept if length == size else kept_in_tail
                     update[:length] = 0.0
-                    for i in range(window):
+                    unfetched, behind = target + start * target_size, target + (start + length) * target_size
+                    for i in range(window):  # and fetches on the way what is needed next
+                        for line in range(unfetched, min(unfetched + portion, behind), 64):
+                            _prefetch(line)
+                        unfetched += portion
                         entry = (block * window + i) * kept
                         last_entry = entry + chosen
                         if eight:
@@ -967,6 +999,115 @@ def _squares_kernel() -> Kernel:
             first, last = _take_share(call)
 
     return squares
+
+
+# M-FAC's inverse root R (see `kernels.update_inverse_root_`). Its rows are dealt with in pieces, twice: R' = R + φ v vᵀR
+# is the reflected matrix, and R'ᵀp the new row up to a factor; then those of S. What one pass leaves for the next is in
+# `scratch`, vectors of m numbers: x and what it misses, v, R s, p; then vᵀR of each piece of rows, then R'ᵀp of each.
+
+COLUMN, MISSED, REFLECTION, PROJECTED, COORDINATES, SUMS_OF_PIECES = range(6)
+
+
+@_jit
+def _sum_of_pieces(scratch: int, first: int, pieces: int, window: int) -> np.ndarray:
+    total = np.zeros(window, np.float64)
+    for piece in range(first, first + pieces):
+        _add_multiple(total, 1.0, _float64s(scratch, piece * window, window), window)
+    return total
+
+
+@cache
+def _project_kernel() -> Kernel:
+    @_kernel()
+    def project(call: int) -> None:
+        """The first pass: R s and vᵀR."""
+        pieces, root, gram, slot, scratch, window = _pieces_and_arguments(call, 5)
+        t = _load_i64(slot, 0)
+        column = _float64s(gram, t * window, window).copy()
+        column[t] = 0.0
+        v = np.empty(window, np.float64)
+        for i in range(window):
+            v[i] = _load_f64(root, i * window + t)
+        v[t] += math.copysign(math.sqrt(_dot(v, v, window)), v[t])
+        first, last = _take_share(call)
+        while first < last:
+            for piece in range(first, last):
+                vR = _float64s(scratch, (SUMS_OF_PIECES + piece) * window, window)
+                vR[:] = 0.0
+                for i in range(piece * window // pieces, (piece + 1) * window // pieces):
+                    row = _float64s(root, i * window, window)
+                    _store_f64(scratch, REFLECTION * window + i, v[i])
+                    _store_f64(scratch, PROJECTED * window + i, _dot(row, column, window))
+                    _add_multiple(vR, v[i], row, window)
+            first, last = _take_share(call)
+
+    return project
+
+
+@cache
+def _reflect_kernel() -> Kernel:
+    @_kernel()
+    def reflect(call: int) -> None:
+        """The second pass: R' without row and column t, p, and R'ᵀp."""
+        pieces, root, slot, scratch, window = _pieces_and_arguments(call, 4)
+        t = _load_i64(slot, 0)
+        v = _float64s(scratch, REFLECTION * window, window)
+        factor = -2 / _dot(v, v, window)
+        p = _float64s(scratch, PROJECTED * window, window).copy()
+        _add_multiple(p, factor * _dot(v, p, window), v, window)
+        p[t] = 0.0
+        vR = _sum_of_pieces(scratch, SUMS_OF_PIECES, pieces, window)
+        first, last = _take_share(call)
+        while first < last:
+            for piece in range(first, last):
+                total = _float64s(scratch, (SUMS_OF_PIECES + pieces + piece) * window, window)
+                total[:] = 0.0
+                for i in range(piece * window // pieces, (piece + 1) * window // pieces):
+                    _store_f64(scratch, COORDINATES * window + i, p[i])
+                    row = _float64s(root, i * window, window)
+                    _add_multiple(row, factor * v[i], vR, window)
+                    row[t] = 0.0
+                    _add_multiple(total, p[i], row, window)
+            first, last = _take_share(call)
+
+    return reflect
+
+
+@cache
+def _border_kernel() -> Kernel:
+    @_kernel()
+    def border(call: int) -> None:
+        """Row t of R, and x."""
+        _, root, gram, slot, scratch, window, pieces, ridge = _pieces_and_arguments(call, 7)
+        t, least = _load_i64(slot, 0), _load_f64(ridge, 0)
+        first, last = _take_share(call)
+        if first < last:
+            p = _float64s(scratch, COORDINATES * window, window)
+            schur = max(least + _load_f64(gram, t * window + t) - _dot(p, p, window), least)
+            row = _sum_of_pieces(scratch, SUMS_OF_PIECES + pieces, pieces, window)
+            row[t] = -1.0
+            for j in range(window):
+                _store_f64(root, t * window + j, -row[j] / math.sqrt(schur))
+                _store_f64(scratch, COLUMN * window + j, -row[j] / schur)
+
+    return border
+
+
+@cache
+def _missed_kernel() -> Kernel:
+    @_kernel()
+    def missed(call: int) -> None:
+        """The pass over S."""
+        pieces, gram, slot, scratch, window, ridge = _pieces_and_arguments(call, 5)
+        t, x = _load_i64(slot, 0), _float64s(scratch, COLUMN * window, window)
+        first, last = _take_share(call)
+        while first < last:
+            for i in range(first * window // pieces, last * window // pieces):
+                product = _dot(_float64s(gram, i * window, window), x, window) + _load_f64(ridge, 0) * x[i]
+                _store_f64(scratch, MISSED * window + i, np.float64(i == t) - product)
+            first, last = _take_share(call)
+
+    return missed
 
 
 # Threads.
@@ -1095,8 +1236,9 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     _run(_dots_kernel(CODES[values.dtype], indices.itemsize), arguments, pieces, group.entries * window)
     if pieces == 1:
         return sums
-    _run(_add_up_kernel(), (sums.data_ptr(), pieces), window, pieces * window)
-    return sums[:window].clone()
+    total = torch.empty(window, dtype=torch.float64)
+    _run(_add_up_kernel(), (sums.data_ptr(), pieces, total.data_ptr()), window, pieces * window)
+    return total
 
 
 def window_apply_(
@@ -1119,3 +1261,18 @@ def window_apply_(
     )  # fmt: skip
     kernel = _apply_kernel(dtype is torch.float64, CODES[values.dtype], indices.itemsize)
     _run(kernel, arguments, group.blocks, group.elements + group.entries * window)
+
+
+def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    if not (R.is_contiguous() and S.is_contiguous()):
+        return reference.update_inverse_root_(R, S, slot, ridge)
+    window = len(R)
+    pieces = -(-window // PIECE_ROWS)
+    vectors, number = torch.empty(SUMS_OF_PIECES + 2 * pieces, window, dtype=torch.float64), array("d", [ridge])
+    root, gram, at, scratch = R.data_ptr(), S.data_ptr(), slot.data_ptr(), vectors.data_ptr()
+    ridge_at, work = number.buffer_info()[0], window * window
+    _run(_project_kernel(), (root, gram, at, scratch, window), pieces, work)
+    _run(_reflect_kernel(), (root, at, scratch, window), pieces, work)
+    _run(_border_kernel(), (root, gram, at, scratch, window, pieces, ridge_at), 1, window)
+    _run(_missed_kernel(), (gram, at, scratch, window, ridge_at), pieces, work)
+    return vectors[COLUMN], vectors[MISSED]

@@ -1,4 +1,4 @@
-"""The definition of the operations of the sparse window, in plain PyTorch.
+"""The definition of the operations, in plain PyTorch.
 
 Every faster version is tested against these. They run on any device, and work through a parameter in parts, so that
 their temporaries do not grow with it. On a CPU they are deterministic; on an accelerator `scatter_add_`, and with it
@@ -102,3 +102,33 @@ def window_apply_(
                 update += decay * momenta[number][part.elements].to(dtype)
                 momenta[number][part.elements].copy_(update)
             target[part.elements].copy_(scale * target[part.elements].to(dtype) + step * update)
+
+
+def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    v = R.index_select(1, slot).squeeze(1)
+    at_slot = v.index_select(0, slot)
+    norm = torch.linalg.vector_norm(v)
+    v.index_add_(0, slot, torch.copysign(norm, at_slot))  # v reflects column t to a multiple of e_t
+    factor = -2 / torch.dot(v, v)
+    column = S.index_select(0, slot).squeeze(0)
+    diagonal = column.index_select(0, slot)
+    column.index_fill_(0, slot, 0.0)
+
+    def reflected(x: Tensor) -> Tensor:
+        return x.addcmul(v, factor * torch.dot(v, x))
+
+    projected = reflected(R @ column).index_fill_(0, slot, 0.0)
+    vR, row = torch.stack([v, reflected(projected)]) @ R
+    R.addr_(v, factor * vR)
+    R.index_fill_(0, slot, 0.0).index_fill_(1, slot, 0.0)
+    schur = (ridge + diagonal - torch.dot(projected, projected)).clamp(min=ridge)
+    row = row.neg_().index_fill_(0, slot, 1.0)
+    R.index_copy_(0, slot, (row * schur.rsqrt()).unsqueeze(0))
+    x = row / schur  # nothing is left of column t but what is on the diagonal
+    return x, missed(x, S, slot, ridge)
+
+
+def missed(x: Tensor, S: Tensor, slot: Tensor, ridge: float) -> Tensor:
+    """By how much x is not column `slot` of the inverse: e_t − (ridge · I + S) x, (m,)."""
+    unit = torch.zeros_like(x).index_fill_(0, slot, 1.0)
+    return torch.addmv(unit, S, x, alpha=-1).sub_(x, alpha=ridge)

@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from efcp.kernels.blocks import Rows
+from efcp.kernels.reference import update_inverse_root_
 from efcp.kernels.triton_ops import portable
 from efcp.kernels.triton_ops.compress import compress_
 from efcp.kernels.triton_ops.finite import all_finite
@@ -25,7 +26,7 @@ try:
 except ImportError:  # a version of Triton without Gluon
     HAS_GLUON = False
 
-__all__ = ["all_finite", "compress_", "window_apply_", "window_dots"]
+__all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "window_dots"]
 
 # Shared memory of a program at most, in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
 # specifications); others have at least as much as the least of these.

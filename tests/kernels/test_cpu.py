@@ -198,6 +198,44 @@ def test_dots_of_tiny_and_huge_values_are_as_exact_as_any(newest: float, others:
     torch.testing.assert_close(cpu.window_dots([rows], slot), expected, rtol=1e-12, atol=0)
 
 
+def after_replacing_rows(update: Callable[..., tuple[Tensor, Tensor]], window: int) -> tuple[Tensor, ...]:
+    """R, S, x and what it misses, when some rows of a window of gradients were replaced, the last two often."""
+    generator = torch.Generator().manual_seed(window)
+    G = torch.randn(window, 40, dtype=FLOAT64, generator=generator)
+    ridge = 0.01 * window
+    identity = torch.eye(window, dtype=FLOAT64)
+    R = torch.linalg.inv(torch.linalg.cholesky(G @ G.t() + ridge * identity))
+    for step in range(8):
+        slot = torch.tensor([[0, window // 2, window - 1, window - 1][step % 4]])
+        G[slot] = torch.randn(1, 40, dtype=FLOAT64, generator=generator) * 10.0**step
+        S = G @ G.t()
+        x, miss = update(R, S, slot, ridge)
+    inverse = torch.linalg.inv(S + ridge * identity)
+    return R, S, x, miss, inverse, inverse[slot.item()]
+
+
+@pytest.mark.parametrize("window", [1, 2, 31, 32, 33, 300])
+def test_inverse_root_agrees_with_the_definition(window: int) -> None:
+    R, S, x, miss, inverse, column = after_replacing_rows(cpu.update_inverse_root_, window)
+    defined = after_replacing_rows(reference.update_inverse_root_, window)
+    for actual, expected in ((R.t() @ R, inverse), (x, column), (R, defined[0]), (x, defined[2])):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9 * float(inverse.abs().max()))
+    unit = torch.zeros(window, dtype=FLOAT64).index_fill_(0, torch.tensor([window - 1]), 1.0)
+    exact = unit - (S + 0.01 * window * torch.eye(window, dtype=FLOAT64)) @ x
+    torch.testing.assert_close(miss, exact, rtol=0, atol=1e-13 * float(S.abs().max() * x.abs().max() * window))
+
+
+def test_inverse_root_in_another_memory_format() -> None:
+    def update(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+        by_columns = R.t().contiguous().t()
+        result = cpu.update_inverse_root_(by_columns, S, slot, ridge)
+        R.copy_(by_columns)
+        return result
+
+    actual, expected = (after_replacing_rows(f, 33) for f in (update, reference.update_inverse_root_))
+    torch.testing.assert_close(actual[0], expected[0], rtol=1e-9, atol=1e-9)
+
+
 def run_all(case: Case) -> dict[str, Tensor]:
     """All operations, one after the other."""
     group, slot = case.group, torch.tensor([case.slot])
@@ -245,6 +283,25 @@ def test_the_number_of_threads_does_not_change_a_bit(case: Case, monkeypatch: py
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         assert_same(run_all(case), expected)
+
+
+@pytest.mark.usefixtures("kind_of_threads")
+def test_the_number_of_threads_does_not_change_a_bit_of_the_inverse_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_threads(threads: int) -> Callable[..., tuple[Tensor, Tensor]]:
+        def update(*arguments: Any) -> tuple[Tensor, Tensor]:
+            torch.set_num_threads(threads)
+            result = cpu.update_inverse_root_(*arguments)
+            torch.set_num_threads(1)  # of PyTorch's operations, whose results may depend on it
+            return result
+
+        return update
+
+    torch.set_num_threads(1)
+    monkeypatch.setattr(cpu, "PARALLEL", 0)
+    expected = after_replacing_rows(on_threads(1), 300)
+    for threads in (2, 3, 8):
+        for actual, one_thread in zip(after_replacing_rows(on_threads(threads), 300), expected, strict=True):
+            assert_same_bits(actual, one_thread, f"{threads} threads")
 
 
 class PythonKernel:
@@ -416,6 +473,10 @@ KERNELS = {
     "add_up": cpu._add_up_kernel(),
     "apply": cpu._apply_kernel(False, cpu.BFLOAT16, 2),
     "squares": cpu._squares_kernel(),
+    "project": cpu._project_kernel(),
+    "reflect": cpu._reflect_kernel(),
+    "border": cpu._border_kernel(),
+    "missed": cpu._missed_kernel(),
 }
 
 
@@ -430,14 +491,15 @@ from efcp.kernels import cpu
 
 print(cpu._compress_kernel(False).cache_hits, cpu._dots_kernel(cpu.BFLOAT16, 2).cache_hits,
     cpu._add_up_kernel().cache_hits, cpu._apply_kernel(False, cpu.BFLOAT16, 2).cache_hits,
-    cpu._squares_kernel().cache_hits)
+    cpu._squares_kernel().cache_hits, cpu._project_kernel().cache_hits, cpu._reflect_kernel().cache_hits,
+    cpu._border_kernel().cache_hits, cpu._missed_kernel().cache_hits)
 """
 
 
 def test_another_process_finds_the_kernels_in_the_cache() -> None:
     run = subprocess.run([sys.executable, "-c", CACHE], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["1"] * 5
+    assert run.stdout.split() == ["1"] * 9
 
 
 MEMORY = """

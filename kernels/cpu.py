@@ -1001,9 +1001,10 @@ def _squares_kernel() -> Kernel:
     return squares
 
 
-# M-FAC's inverse root R (see `kernels.update_inverse_root_`). Its rows are dealt with in pieces, twice: R' = R + φ v vᵀR
-# is the reflected matrix, and R'ᵀp the new row up to a factor; then those of S. What one pass leaves for the next is in
-# `scratch`, vectors of m numbers: x and what it misses, v, R s, p; then vᵀR of each piece of rows, then R'ᵀp of each.
+# M-FAC's inverse root R (see `kernels.update_inverse_root_`). Its rows are dealt with in pieces, twice: the reflected
+# matrix is R' = R + φ v vᵀR, and R'ᵀp the new row up to a factor. Then come those of S. What one pass leaves for the
+# next is in `scratch`, vectors of m numbers: x, what it misses, v, R s, p; then vᵀR of each piece of rows, R'ᵀp of
+# each.
 
 COLUMN, MISSED, REFLECTION, PROJECTED, COORDINATES, SUMS_OF_PIECES = range(6)
 

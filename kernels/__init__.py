@@ -213,5 +213,5 @@ def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tu
         x, column t of RᵀR, and by how much it is not that of the inverse, e_t − (ridge · I + S) x: (m,) each.
     """
     if torch.compiler.is_compiling():
-        return reference.update_inverse_root_(R, S, slot, ridge)
+        return operators.update_inverse_root_(R, S, slot, ridge)
     return _backend(R).update_inverse_root_(R, S, slot, ridge)

@@ -74,6 +74,12 @@ def window_apply_(
     kernels._backend(weights).window_apply_(targets, momenta, rows, weights, scale, step, decay)
 
 
+@custom_op("efcp::update_inverse_root_", mutates_args=("R",))
+def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    x, miss = kernels._backend(R).update_inverse_root_(R, S, slot, ridge)
+    return x.clone(), miss.clone()  # an operator's results have memory of their own
+
+
 @compress_.register_fake
 def _(grads, errors, values, indices, numels, block_size, density, slot, finite):  # type: ignore[no-untyped-def]
     pass
@@ -87,3 +93,8 @@ def _(values, indices, numels, block_size, density, slot):  # type: ignore[no-un
 @window_apply_.register_fake
 def _(targets, momenta, values, indices, numels, block_size, density, weights, scale, step, decay):  # type: ignore[no-untyped-def]
     pass
+
+
+@update_inverse_root_.register_fake
+def _(R, S, slot, ridge):  # type: ignore[no-untyped-def]
+    return torch.empty_like(S[0]), torch.empty_like(S[0])

@@ -11,6 +11,7 @@ from efcp import SparseMFAC, kernels
 from efcp.kernels import Blocks, Rows, operators
 from tests.contract.optimizers import Regression, assert_same, small
 
+OPERATORS = ["compress_", "window_dots", "update_inverse_root_", "window_apply_"]  # in the order of a step
 LAYOUTS = [(1, 4096, 0.01), (63, 16, 0.1), (1000, 256, 0.05), (4097, 4096, 0.01)]
 
 
@@ -58,11 +59,19 @@ def test_window_apply_is_a_lawful_operator(layout, dtype, with_momenta):
     opcheck(operators.window_apply_, (targets, momenta, *operators.unpacked(rows), weights, *scalars.unbind()))
 
 
+@pytest.mark.parametrize("window", [1, 40])
+def test_update_inverse_root_is_a_lawful_operator(window):
+    root, gram = torch.eye(window, dtype=torch.float64), torch.eye(window, dtype=torch.float64)
+    opcheck(operators.update_inverse_root_, (root, gram, torch.tensor([window // 2]), 0.5))
+
+
 def operations(grads, errors, rows, slot, finite):
     kernels.compress_(grads, errors, rows, slot, finite)
     dots = kernels.window_dots(rows, slot)
     step = torch.tensor(0.5)
-    kernels.window_apply_(grads, errors, rows, dots, step, step, step)
+    gram = torch.outer(dots, dots)
+    weights, _ = kernels.update_inverse_root_(torch.eye(len(dots), dtype=torch.float64), gram, slot, 0.5)
+    kernels.window_apply_(grads, errors, rows, weights, step, step, step)
     return dots
 
 
@@ -86,7 +95,7 @@ def test_a_graph_holds_each_operation_as_one_node(layout):
     assert torch.equal(expected, actual)
     assert_same_tensors(given, copies)
     ours = [str(node).rsplit("efcp.", 1)[1] for node in nodes if "efcp." in str(node)]
-    assert [name.split(".")[0] for name in ours] == ["compress_", "window_dots", "window_apply_"], nodes
+    assert [name.split(".")[0] for name in ours] == OPERATORS, nodes
 
 
 def test_functional_graph_gives_the_same_bits(layout):
@@ -101,7 +110,7 @@ def test_functional_graph_gives_the_same_bits(layout):
 
 
 def test_an_eager_step_calls_no_operator(monkeypatch):
-    for name in ("compress_", "window_dots", "window_apply_"):
+    for name in OPERATORS:
         monkeypatch.delattr(operators, name)
     operations(*arguments(LAYOUTS[1]))
 

@@ -43,6 +43,7 @@ __all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "
 PARALLEL = 1 << 15  # elements, or entries of the window, from which on several threads are worth it; as in PyTorch
 PIECES = 64  # at most so many partial sums, whatever the number of threads
 CHUNK = 4096  # elements of a gradient, the unit in which `all_finite` is shared out
+FETCHING_ROWS = 16  # of the window; after so many `window_apply_` fetches a portion of the parameter
 PIECE_ROWS = 32  # of an m × m matrix, the unit in which it is shared out
 LANES = 64  # elements whose comparisons make one bit mask
 
@@ -929,7 +930,7 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
             weight[i] = real(_number(weight_code, weights, i * weight_stride))
         update = np.empty(largest, real)
         target_size = SIZES[target_code]
-        portion = 64 * (largest * target_size // (64 * window) + 1)  # bytes to fetch beside a row
+        portion = 64 * (largest * target_size * FETCHING_ROWS // (64 * window) + 1)  # bytes
         first, last = _take_share(call)
         while first < last:
             begin = np.int64(0)
@@ -943,20 +944,28 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                     chosen = kept if length == size else kept_in_tail
                     update[:length] = 0.0
                     unfetched, behind = target + start * target_size, target + (start + length) * target_size
-                    for i in range(window):  # and fetches on the way what is needed next
+                    for first_row in range(0, window, FETCHING_ROWS):
                         for line in range(unfetched, min(unfetched + portion, behind), 64):
                             _prefetch(line)
                         unfetched += portion
-                        entry = (block * window + i) * kept
-                        last_entry = entry + chosen
-                        if eight:
-                            for j in range(entry, last_entry - EIGHT + 1, EIGHT):
-                                terms = _eight_terms(values, j, weight[i])
-                                for lane in range(EIGHT):
-                                    update[_index(index_size, indices, j + lane)] += terms[lane]
-                            entry = last_entry - chosen % EIGHT
-                        for j in range(entry, last_entry):
-                            update[_index(index_size, indices, j)] += real(_value(value_code, values, j)) * weight[i]
+                        last_row = min(first_row + FETCHING_ROWS, window)
+                        # Two loops, as one that can do both is slow with few entries.
+                        if eight and chosen >= EIGHT:
+                            for i in range(first_row, last_row):
+                                entry, factor = (block * window + i) * kept, weight[np.uint64(i)]
+                                rest = entry + chosen - chosen % EIGHT
+                                for j in range(entry, rest, EIGHT):
+                                    terms = _eight_terms(values, j, factor)
+                                    for lane in range(EIGHT):
+                                        update[_index(index_size, indices, j + lane)] += terms[lane]
+                                for j in range(rest, entry + chosen):
+                                    update[_index(index_size, indices, j)] += _value(value_code, values, j) * factor
+                        else:
+                            for i in range(first_row, last_row):
+                                entry, factor = (block * window + i) * kept, weight[np.uint64(i)]
+                                for j in range(entry, entry + chosen):
+                                    term = real(_value(value_code, values, j)) * factor
+                                    update[_index(index_size, indices, j)] += term
                     if momentum != 0:
                         _blend(momentum_code, momentum, start, length, momentum_factor, update, real(1))
                         _write(momentum_code, momentum, start, length, update)

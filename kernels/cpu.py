@@ -1217,10 +1217,10 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
     ends = list(accumulate(-(-numel // CHUNK) for numel in numels))
     table = array("q", [*ends, *numels, *_addresses(grads)])
     pieces = max(1, min(ends[-1], PIECES))
-    sums = torch.zeros(pieces + 1, dtype=torch.float64)
-    arguments = (table.buffer_info()[0], len(grads), CODES[dtype], sums.data_ptr(), ends[-1])
+    sums = array("d", bytes(8 * (pieces + 1)))
+    arguments = (table.buffer_info()[0], len(grads), CODES[dtype], sums.buffer_info()[0], ends[-1])
     _run(_squares_kernel(), arguments, pieces, sum(numels))
-    return sums.sum() <= torch.finfo(accumulation_dtype(dtype)).max
+    return torch.tensor(sum(sums) <= torch.finfo(accumulation_dtype(dtype)).max)
 
 
 def compress_(

@@ -117,7 +117,9 @@ def windows(results: Results) -> Figure | None:
         results.summary[results.summary["method"].eq(SPARSE) & results.summary["error_feedback"].eq(True)]
     )
     lengths = sorted(rows["window"].unique())
-    if len(lengths) < 2:
+    budgets = (rows["window"] * rows["density"]).round(4)
+    lines = [budget for budget in sorted(budgets.unique()) if (budgets == budget).sum() > 1]
+    if not lines:
         return None
     figure, (left, right) = _figure(results.title, 2)
     for position, length in enumerate(lengths):
@@ -127,8 +129,6 @@ def windows(results: Results) -> Figure | None:
     left.set_xlabel("optimizer state, bytes per parameter (log scale)")
     plain_log(left)
     adam_line(left)
-    budgets = (rows["window"] * rows["density"]).round(4)
-    lines = [budget for budget in sorted(budgets.unique()) if (budgets == budget).sum() > 1]
     for position, budget in enumerate(lines):
         line = rows[budgets == budget].sort_values("window")
         style = _series(position, len(lines))
@@ -239,12 +239,12 @@ _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 
 
 
 def low_rank(results: Results) -> Figure | None:
-    """Top-k or low rank at equal bytes, and sensitivity to power iterations."""
+    """Top-k or low rank at equal bytes; and sensitivity to power iterations, where their number varies."""
     rows = results.usual[results.usual["method"].eq(LOW_RANK) & results.usual["error_feedback"].ne(False)]
     iterations = sorted(rows["power_iterations"].unique())
-    if rows.empty:
+    if len(rows) < 2:
         return None
-    figure, (left, right) = _figure(results.title, 2)
+    figure, (left, *others) = _figure(results.title, 2 if len(iterations) > 1 else 1)
     sparse = results.usual[results.usual["method"].eq(SPARSE) & results.usual["error_feedback"].eq(True)].sort_values(
         "bytes_per_parameter"
     )
@@ -258,13 +258,14 @@ def low_rank(results: Results) -> Figure | None:
     plain_log(left)
     adam_line(left)
     ranks = sorted(rows["rank"].unique())
-    for position, rank in enumerate(ranks):
-        line = rows[rows["rank"] == rank].sort_values("power_iterations")
-        draw(right, line, f"rank {rank:g}", _series(position, len(ranks)), x="power_iterations")
-    right.set_xlabel("power iterations a step")
-    right.set_xticks(iterations)
-    _dense_band(results, right)
-    _finish(figure, (left, right), "test accuracy, % (mean ± std over seeds)")
+    for right in others:
+        for position, rank in enumerate(ranks):
+            line = rows[rows["rank"] == rank].sort_values("power_iterations")
+            draw(right, line, f"rank {rank:g}", _series(position, len(ranks)), x="power_iterations")
+        right.set_xlabel("power iterations a step")
+        right.set_xticks(iterations)
+        _dense_band(results, right)
+    _finish(figure, (left, *others), "test accuracy, % (mean ± std over seeds)")
     return figure
 
 

@@ -43,7 +43,7 @@ __all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "
 PARALLEL = 1 << 15  # elements, or entries of the window, from which on several threads are worth it; as in PyTorch
 PIECES = 64  # at most so many partial sums, whatever the number of threads
 CHUNK = 4096  # elements of a gradient, the unit in which `all_finite` is shared out
-FETCHING_ROWS = 16  # of the window; after so many `window_apply_` fetches a portion of the parameter
+FETCHING_ROWS = 16  # of the window; after so many `window_apply_` fetches a portion of the parameter into the cache
 PIECE_ROWS = 32  # of an m × m matrix, the unit in which it is shared out
 LANES = 64  # elements whose comparisons make one bit mask
 
@@ -1090,12 +1090,12 @@ def _border_kernel() -> Kernel:
         """Row t of R, and x."""
         _, root, gram, slot, scratch, window, pieces, ridge = _pieces_and_arguments(call, 7)
         t, least = _load_i64(slot, 0), _load_f64(ridge, 0)
+        p = _float64s(scratch, COORDINATES * window, window)
+        schur = max(least + _load_f64(gram, t * window + t) - _dot(p, p, window), least)
+        row = _sum_of_pieces(scratch, SUMS_OF_PIECES + pieces, pieces, window)
+        row[t] = -1.0
         first, last = _take_share(call)
         if first < last:
-            p = _float64s(scratch, COORDINATES * window, window)
-            schur = max(least + _load_f64(gram, t * window + t) - _dot(p, p, window), least)
-            row = _sum_of_pieces(scratch, SUMS_OF_PIECES + pieces, pieces, window)
-            row[t] = -1.0
             for j in range(window):
                 _store_f64(root, t * window + j, -row[j] / math.sqrt(schur))
                 _store_f64(scratch, COLUMN * window + j, -row[j] / schur)

@@ -7,7 +7,7 @@
 | `dots.py`, `apply.py` | `window_dots` and `window_apply_` with sums in shared memory, in Gluon: NVIDIA, Triton ≥ 3.8 |
 | `portable.py` | the same two for all others |
 
-For `update_inverse_root_` the definition is fast enough: its matrices do not grow with the model.
+`update_inverse_root_` is that of the definition: its matrices do not grow with the model.
 """
 
 from collections.abc import Sequence

@@ -359,6 +359,19 @@ def test_every_question_has_a_plot(whole: Path) -> None:
         assert len(png) < 200_000
 
 
+def test_comparisons_are_drawn_where_there_is_something_to_compare(whole: Path) -> None:
+    path = whole / "whole" / "runs.csv"
+    runs = pd.read_csv(path, dtype=str, keep_default_na=False)
+
+    def drawn(kept: pd.Series) -> dict[str, Any]:
+        runs[kept].to_csv(path, index=False)
+        return figures(Results(whole / "whole", "a title"))
+
+    assert len(drawn(runs["power_iterations"] != "2")["low-rank"].axes) == 1
+    assert "low-rank" not in drawn((runs["power_iterations"] != "2") & (runs["rank"] != "2"))
+    assert "windows" not in drawn(runs["window"] != "10")
+
+
 def test_table_tells_what_the_papers_window_would_take(whole: Path) -> None:
     numel = read_runs(whole / "whole" / "runs.csv")["numel"].iloc[0]
     expected = 4 * 1024 + (2 * 8 * 1024**2 + 8 * 1024) / numel  # rows; S, the inverse root and the weights

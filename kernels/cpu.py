@@ -31,6 +31,7 @@ import llvmlite.ir as ir
 import numpy as np
 import torch
 from numba import carray, cfunc, njit, types
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
@@ -46,6 +47,8 @@ CHUNK = 4096  # elements of a gradient, the unit in which `all_finite` is shared
 FETCHING_ROWS = 16  # of the window; after so many `window_apply_` fetches a portion of the parameter into the cache
 PIECE_ROWS = 32  # of an m × m matrix, the unit in which it is shared out
 LANES = 64  # elements whose comparisons make one bit mask
+FEW = 48  # entries of a row in a block, up to which it is worth finding first which entries of others may meet it
+PORTION = 1024  # entries of the window among which these are looked for at a time
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64, NONE = range(5)
 SIZES = (4, 2, 2, 8, 0)  # bytes, by code
@@ -722,6 +725,117 @@ def _eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> A
     return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.float32), codegen
 
 
+# Entries that may meet the newest row. Its positions make two sets of bytes, of their lowest bits and of their highest.
+# Of 32 bytes one instruction finds what a table of 16 holds for them: with that, both bytes of a position are looked up
+# at less than the price of one number from a table in memory, and few pass that do not meet anything.
+
+BYTES = ir.VectorType(I8, 32)
+SETS = 64  # bytes of the two sets: two tables of 16 each
+
+
+def _looks_up_bytes() -> bool:
+    """Whether Numba compiles for a processor with that instruction, AVX2's."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return "+avx2" in features.split(",")
+
+
+LOOKS_UP_BYTES = _looks_up_bytes()
+
+
+@_jit
+def _include(sets: np.ndarray, which: int, byte: int) -> None:
+    """The upper half of a byte stands for a bit, of one of two tables, the lower for a place in them."""
+    sets[32 * which + 16 * (byte >> 7) + (byte & 15)] |= 1 << ((byte >> 4) & 7)
+
+
+def _are_in(builder: ir.IRBuilder, numbers: ir.Value, sets: ir.Value, which: int) -> ir.Value:
+    """Which of 32 bytes are in a set."""
+    of_type = ir.FunctionType(BYTES, [BYTES, BYTES])
+    look_up = builder.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), of_type)
+    pointer = builder.inttoptr(sets, ir.VectorType(I8, 16).as_pointer())
+    lower = builder.and_(numbers, ir.Constant(BYTES, [15] * 32))
+    upper = builder.lshr(numbers, ir.Constant(BYTES, [4] * 32))
+    held = []
+    for half in range(2):
+        table = builder.load(builder.gep(pointer, [ir.Constant(I64, 2 * which + half)]), align=1)
+        twice = ir.Constant(ir.VectorType(I32, 32), [*range(16), *range(16)])
+        held.append(builder.call(look_up, [builder.shuffle_vector(table, table, twice), lower]))
+    in_first = builder.icmp_signed(">=", numbers, ir.Constant(BYTES, [0] * 32))
+    bits = builder.call(look_up, [ir.Constant(BYTES, [1 << n % 8 for n in range(16)] * 2), upper])
+    return builder.icmp_unsigned(
+        "!=", builder.and_(builder.select(in_first, *held), bits), ir.Constant(BYTES, [0] * 32)
+    )
+
+
+def _meeting_masker(index_size: int) -> Callable[..., Any]:
+    """64 bits: which of 64 positions may be in the newest row. All, where the processor cannot tell."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        if not LOOKS_UP_BYTES:
+            return ir.Constant(I64, -1)
+        indices, sets, shift = arguments
+        vector = ir.VectorType(I8 if index_size == 1 else I16, 32)
+        halves = []
+        for half in range(2):
+            pointer = builder.gep(builder.inttoptr(indices, vector.as_pointer()), [ir.Constant(I64, half)])
+            index = builder.load(pointer, align=index_size)
+            may = _are_in(builder, builder.trunc(index, BYTES) if index_size == 2 else index, sets, 0)
+            if index_size == 2:
+                shifts = builder.insert_element(
+                    ir.Constant(vector, ir.Undefined), builder.trunc(shift, I16), ir.Constant(I32, 0)
+                )
+                shifts = builder.shuffle_vector(shifts, shifts, ir.Constant(ir.VectorType(I32, 32), [0] * 32))
+                high = builder.trunc(builder.lshr(index, shifts), BYTES)
+                may = builder.and_(may, _are_in(builder, high, sets, 1))
+            halves.append(may)
+        lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+        return builder.bitcast(builder.shuffle_vector(*halves, lanes), I64)
+
+    @_instruction
+    def meeting_mask(typing_context: Any, indices: Any, sets: Any, shift: Any) -> Any:
+        return types.uint64(types.int64, types.int64, types.int64), codegen
+
+    return meeting_mask
+
+
+_meeting_mask_u8, _meeting_mask_u16 = _meeting_masker(1), _meeting_masker(2)
+
+
+@_jit
+def _may_meet(
+    size: int, indices: int, first: int, last: int, entries: int, sets: int, shift: int,
+    values: int, bytes_a_value: int, found: np.ndarray,
+) -> int:  # fmt: skip
+    """Which of the entries from `first` to before `last` of a block, which has 64 or more, may meet the newest row.
+
+    As in `_positions` four are written at a time, for which there must be room; their values are fetched.
+
+    Returns:
+        how many.
+    """
+    count = np.uint64(0)
+    for start in range(first, last, LANES):
+        before = max(start + LANES - entries, 0)  # the last 64 entries begin that much earlier
+        if size == 1:
+            mask = _meeting_mask_u8(indices + start - before, sets, shift)
+        else:
+            mask = _meeting_mask_u16(indices + 2 * (start - before), sets, shift)
+        mask >>= np.uint64(before)
+        place, more = count, _bits_set(mask)
+        count += np.uint64(more)
+        while True:
+            for number in range(4):
+                entry = np.uint64(start) + _trailing_zeros(mask)
+                found[place + np.uint64(number)] = entry
+                _prefetch(values + np.int64(entry) * bytes_a_value)
+                mask &= mask - np.uint64(1)
+            if more <= 4:
+                break
+            more -= 4
+            place += np.uint64(4)
+    return np.int64(count)
+
+
 # Rows of float64 matrices.
 
 
@@ -841,12 +955,18 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
     # overflows nor (above 1e-29 times the largest) underflows.
     narrow = value_code != FLOAT32
     eight = value_code != FLOAT16  # at a time
+    bytes_a_value = SIZES[value_code]
 
     @_kernel(value_code, index_size)
     def dots(call: int) -> None:
-        pieces, table, parameters, largest, sums, blocks, slot, window = _pieces_and_arguments(call, 7)
+        pieces, table, parameters, largest, sums, blocks, slot, window, few = _pieces_and_arguments(call, 8)
         row = _load_i64(slot, 0)
+        shift = 0
+        while (largest - 1) >> shift > 255:
+            shift += 1
         newest = np.zeros(largest, np.float32)
+        sets = np.empty(SETS, np.uint8)
+        found = np.empty(PORTION + 4, np.uint64)
         total = np.empty(window, np.float64)
         first, last = _take_share(call)
         while first < last:
@@ -868,20 +988,40 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
                             unit = math.ldexp(1.0, (_bits_of_float(highest) >> 23) - 126)
                         for j in range(own, own + chosen):
                             newest[_index(index_size, indices, j)] = np.float64(_value(value_code, values, j)) / unit
-                        for i in range(window):
-                            first_entry = entry + i * kept
-                            rest = first_entry + (chosen - chosen % EIGHT if eight else 0)
-                            eight_dots = _no_sums()
-                            for j in range(first_entry, rest, EIGHT):
-                                eight_dots = _add_products(
-                                    value_code, index_size, eight_dots, values, indices, j, newest.ctypes.data
-                                )
-                            dot = _total(eight_dots)
-                            for j in range(rest, first_entry + chosen):
-                                one = newest[_index(index_size, indices, j)]
-                                other = _value(value_code, values, j)
-                                dot += np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
-                            total[i] += unit * dot
+                        if chosen == kept <= few:  # padding may hold anything
+                            sets[:] = 0
+                            for j in range(own, own + chosen):
+                                position = _index(index_size, indices, j)
+                                _include(sets, 0, position & 255)
+                                _include(sets, 1, position >> shift)
+                            entries, inverse = window * kept, (1 << 32) // kept + 1
+                            own_indices, own_values = indices + entry * index_size, values + entry * bytes_a_value
+                            for start in range(0, entries, PORTION):
+                                count = _may_meet(
+                                    index_size, own_indices, start, min(start + PORTION, entries), entries,
+                                    sets.ctypes.data, shift, own_values, bytes_a_value, found,
+                                )  # fmt: skip
+                                for place in range(count):
+                                    j = np.int64(found[place])
+                                    one = newest[_index(index_size, own_indices, j)]
+                                    other = _value(value_code, own_values, j)
+                                    product = np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
+                                    total[j * inverse >> 32] += unit * product  # that is j // kept
+                        else:
+                            for i in range(window):
+                                first_entry = entry + i * kept
+                                rest = first_entry + (chosen - chosen % EIGHT if eight else 0)
+                                eight_dots = _no_sums()
+                                for j in range(first_entry, rest, EIGHT):
+                                    eight_dots = _add_products(
+                                        value_code, index_size, eight_dots, values, indices, j, newest.ctypes.data
+                                    )
+                                dot = _total(eight_dots)
+                                for j in range(rest, first_entry + chosen):
+                                    one = newest[_index(index_size, indices, j)]
+                                    other = _value(value_code, values, j)
+                                    dot += np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
+                                total[i] += unit * dot
                         for j in range(own, own + chosen):
                             newest[_index(index_size, indices, j)] = np.float32(0)
                     begin = end
@@ -1242,7 +1382,8 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     window = values.shape[1]
     pieces = max(1, min(group.blocks, PIECES))
     sums = torch.empty(pieces * window, dtype=torch.float64)
-    arguments = (*group.arguments, sums.data_ptr(), group.blocks, slot.data_ptr(), window)
+    few = FEW if LOOKS_UP_BYTES and window >= LANES else 0  # else building the sets takes longer
+    arguments = (*group.arguments, sums.data_ptr(), group.blocks, slot.data_ptr(), window, few)
     _run(_dots_kernel(CODES[values.dtype], indices.itemsize), arguments, pieces, group.entries * window)
     if pieces == 1:
         return sums

@@ -9,6 +9,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,6 +79,13 @@ CASES = [
     Case(100003, 32768, 0.9, kind="ties"),
     Case(100003, 32768, 1.0, kind="wide"),
     Case(100003, 32768, 1.0, finite=False),
+    # Windows of which few entries meet the newest row.
+    Case(6400, 64, 1 / 64, values=FLOAT16, window=64),
+    Case(20003, 256, 0.05, window=65, slot=64),
+    Case(20003, 300, 0.16, kind="ties", window=100),
+    Case(20003, 4096, 0.0117, values=FLOAT32, window=64, slot=0),
+    Case(100003, 4096, 0.012, window=70),
+    Case(100003, 32768, 0.001, window=64, slot=63),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 LARGE = Case(100003, 4096, 0.01, window=5, slot=2)  # large enough for several threads
@@ -196,6 +204,44 @@ def test_dots_of_tiny_and_huge_values_are_as_exact_as_any(newest: float, others:
     slot = torch.tensor([1])
     expected = reference.window_dots([rows], slot)
     torch.testing.assert_close(cpu.window_dots([rows], slot), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("stride", [1, 16, 99])
+def test_dots_of_rows_at_the_same_positions(stride: int) -> None:
+    """All entries meet the newest row, or none does, or they only seem to."""
+    case = Case(8192, 4096, 0.01, window=70)
+    rows = case.random_window()
+    rows.indices.copy_(stride * torch.arange(case.blocks.kept))
+    rows.indices[1, 1::2] += 1
+    slot = torch.tensor([1])
+    expected = reference.window_dots([rows], slot)
+    torch.testing.assert_close(cpu.window_dots([rows], slot), expected, rtol=1e-12, atol=1e-12)
+
+
+OTHER_PROCESSOR = """
+import numpy as np, torch
+from efcp.kernels import cpu, reference
+from tests.kernels.kernel_cases import Case
+
+rows, slot = Case(8192, 4096, 0.01, window=70).random_window(), torch.tensor([1])
+torch.testing.assert_close(cpu.window_dots([rows], slot), reference.window_dots([rows], slot))
+found, sets = np.zeros(104, np.uint64), np.zeros(cpu.SETS, np.uint8)
+count = cpu._may_meet(2, rows.indices.data_ptr(), 0, 100, 100, sets.ctypes.data, 4, rows.values.data_ptr(), 2, found)
+print(cpu.LOOKS_UP_BYTES, count, (found[:100] == np.arange(100)).all())
+"""
+
+
+def test_a_processor_that_cannot_look_up_bytes(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    command = [sys.executable, "-c", OTHER_PROCESSOR]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split() == ["False", "100", "True"]
 
 
 def after_replacing_rows(update: Callable[..., tuple[Tensor, Tensor]], window: int) -> tuple[Tensor, ...]:

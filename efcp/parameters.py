@@ -70,13 +70,14 @@ class ParameterSet:
         """
         weights, finite = weights.to(self.device, non_blocking=True), finite.to(self.device, non_blocking=True)
         lr, weight_decay = self.group["lr"], self.group["weight_decay"]
-        lr = finite.double() * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
-        scale = 1 - lr * weight_decay if weight_decay > 0 else torch.ones_like(lr)
-        step = lr if self.group["maximize"] else -lr
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+        taken = finite.double()
+        step = taken * (lr if self.group["maximize"] else -lr)
+        scale = 1 - taken * lr * weight_decay if weight_decay > 0 else torch.ones_like(taken)
         momenta, decay = [], scale  # without momenta it is not used
         if self.group["momentum"] > 0:
             momenta = [state["momentum"] for state in self.states]
-            decay = torch.where(finite, torch.full_like(lr, self.group["momentum"]), 1.0)
+            decay = torch.where(finite, torch.full_like(taken, self.group["momentum"]), 1.0)
         targets = [None if p.grad is None else flat(p) for p in self.params]
         self.window.apply_(targets, momenta, weights, scale, step, decay)
         written = [(p, target) for p, target in zip(self.params, targets, strict=True) if target is not None]

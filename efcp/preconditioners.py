@@ -6,7 +6,7 @@ model's size. A new preconditioner is a class in this file.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ class Preconditioner(ABC):
 
     @property
     def options(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))
 
     @abstractmethod
     def allocate(self, window: int, device: torch.device) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class MFAC(Preconditioner):
         state["inverse_age"] += 1
 
         if host_can_look(S):
-            error = float(torch.linalg.vector_norm(miss))
+            error = math.sqrt(torch.dot(miss, miss).item())
             if error < 1e-10:
                 return window * x
             if error > 1e-6 and S.trace() < 1e10 * ridge:  # of rows that have left the window

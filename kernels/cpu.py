@@ -1152,10 +1152,9 @@ def _squares_kernel() -> Kernel:
 
 # M-FAC's inverse root R (see `kernels.update_inverse_root_`). Its rows are dealt with in pieces, twice: the reflected
 # matrix is R' = R + φ v vᵀR, and R'ᵀp the new row up to a factor. Then come those of S. What one pass leaves for the
-# next is in `scratch`, vectors of m numbers: x, what it misses, v, R s, p; then vᵀR of each piece of rows, R'ᵀp of
-# each.
+# next is in `scratch`, vectors of m numbers: v, R s, p; then vᵀR of each piece of rows, R'ᵀp of each.
 
-COLUMN, MISSED, REFLECTION, PROJECTED, COORDINATES, SUMS_OF_PIECES = range(6)
+REFLECTION, PROJECTED, COORDINATES, SUMS_OF_PIECES = range(4)
 
 
 @_jit
@@ -1228,7 +1227,7 @@ def _border_kernel() -> Kernel:
     @_kernel()
     def border(call: int) -> None:
         """Row t of R, and x."""
-        _, root, gram, slot, scratch, window, pieces, ridge = _pieces_and_arguments(call, 7)
+        _, root, gram, slot, x, scratch, window, pieces, ridge = _pieces_and_arguments(call, 8)
         t, least = _load_i64(slot, 0), _load_f64(ridge, 0)
         p = _float64s(scratch, COORDINATES * window, window)
         schur = max(least + _load_f64(gram, t * window + t) - _dot(p, p, window), least)
@@ -1238,7 +1237,7 @@ def _border_kernel() -> Kernel:
         if first < last:
             for j in range(window):
                 _store_f64(root, t * window + j, -row[j] / math.sqrt(schur))
-                _store_f64(scratch, COLUMN * window + j, -row[j] / schur)
+                _store_f64(x, j, -row[j] / schur)
 
     return border
 
@@ -1248,13 +1247,13 @@ def _missed_kernel() -> Kernel:
     @_kernel()
     def missed(call: int) -> None:
         """The pass over S."""
-        pieces, gram, slot, scratch, window, ridge = _pieces_and_arguments(call, 5)
-        t, x = _load_i64(slot, 0), _float64s(scratch, COLUMN * window, window)
+        pieces, gram, slot, column, miss, window, ridge = _pieces_and_arguments(call, 6)
+        t, x = _load_i64(slot, 0), _float64s(column, 0, window)
         first, last = _take_share(call)
         while first < last:
             for i in range(first * window // pieces, last * window // pieces):
                 product = _dot(_float64s(gram, i * window, window), x, window) + _load_f64(ridge, 0) * x[i]
-                _store_f64(scratch, MISSED * window + i, np.float64(i == t) - product)
+                _store_f64(miss, i, np.float64(i == t) - product)
             first, last = _take_share(call)
 
     return missed
@@ -1360,7 +1359,7 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
     sums = array("d", bytes(8 * (pieces + 1)))
     arguments = (table.buffer_info()[0], len(grads), CODES[dtype], sums.buffer_info()[0], ends[-1])
     _run(_squares_kernel(), arguments, pieces, sum(numels))
-    return torch.tensor(sum(sums) <= torch.finfo(accumulation_dtype(dtype)).max)
+    return torch.full((), sum(sums) <= torch.finfo(accumulation_dtype(dtype)).max)
 
 
 def compress_(
@@ -1419,11 +1418,12 @@ def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tu
         return reference.update_inverse_root_(R, S, slot, ridge)
     window = len(R)
     pieces = -(-window // PIECE_ROWS)
+    x, miss = torch.empty(window, dtype=torch.float64), torch.empty(window, dtype=torch.float64)
     vectors, number = torch.empty(SUMS_OF_PIECES + 2 * pieces, window, dtype=torch.float64), array("d", [ridge])
     root, gram, at, scratch = R.data_ptr(), S.data_ptr(), slot.data_ptr(), vectors.data_ptr()
     ridge_at, work = number.buffer_info()[0], window * window
     _run(_project_kernel(), (root, gram, at, scratch, window), pieces, work)
     _run(_reflect_kernel(), (root, at, scratch, window), pieces, work)
-    _run(_border_kernel(), (root, gram, at, scratch, window, pieces, ridge_at), 1, window)
-    _run(_missed_kernel(), (gram, at, scratch, window, ridge_at), pieces, work)
-    return vectors[COLUMN], vectors[MISSED]
+    _run(_border_kernel(), (root, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
+    _run(_missed_kernel(), (gram, at, x.data_ptr(), miss.data_ptr(), window, ridge_at), pieces, work)
+    return x, miss

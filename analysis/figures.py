@@ -253,7 +253,11 @@ def low_rank(results: Results) -> Figure | None:
         name_points(left, sparse, [f"{100 * d:g}%" for d in sparse["density"]], below=True, color=FEEDBACK["color"])
     for position, number in enumerate(iterations):
         line = rows[rows["power_iterations"] == number].sort_values("bytes_per_parameter")
-        draw(left, line, f"low rank, {power_iterations_label(number)}", _series(position, len(iterations), start=1))
+        series = _series(position, len(iterations), start=1)
+        draw(left, line, f"low rank, {power_iterations_label(number)}", series)
+        if position == 0:  # more of them lie at the same bytes
+            name_points(left, line, [f"r={rank:g}" for rank in line["rank"]], below=False, color=series["color"])
+    left.margins(x=0.12)
     left.set_xlabel("optimizer state, bytes per parameter (log scale)")
     plain_log(left)
     adam_line(left)

@@ -126,7 +126,7 @@ def draw(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, Any], x: s
     )
 
 
-def name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, color: object) -> None:
+def name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, color: Any) -> None:
     """Writes a name beside each point of a line, on the side where the other line is not expected."""
     side = 1 if below else -1
     for name, (_, row) in zip(names, rows.iterrows(), strict=True):
@@ -137,7 +137,7 @@ def name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, c
             textcoords="offset points",
             ha="left" if below else "right",
             va="top" if below else "bottom",
-            color=str(color),
+            color=color,
             fontsize=9,
         )
         text.set_path_effects([withStroke(linewidth=2.5, foreground="white")])

@@ -836,6 +836,29 @@ def _may_meet(
     return np.int64(count)
 
 
+@_jit
+def _add_dots_of_few(
+    value_code: int, index_size: int, values: int, indices: int, window: int, kept: int, row: int, newest: np.ndarray,
+    unit: float, shift: int, sets: np.ndarray, found: np.ndarray, total: np.ndarray,
+) -> None:  # fmt: skip
+    """Adds to `total` the inner products of the rows of a block with one of them, which `newest` holds in this unit."""
+    sets[:] = 0
+    for j in range(row * kept, (row + 1) * kept):
+        position = _index(index_size, indices, j)
+        _include(sets, 0, position & 255)
+        _include(sets, 1, position >> shift)
+    entries, inverse = window * kept, (1 << 32) // kept + 1
+    for start in range(0, entries, PORTION):
+        stop, address = min(start + PORTION, entries), sets.ctypes.data
+        count = _may_meet(index_size, indices, start, stop, entries, address, shift, values, SIZES[value_code], found)
+        for place in range(count):
+            j = np.int64(found[place])
+            one, other = newest[_index(index_size, indices, j)], _value(value_code, values, j)
+            exact = value_code != FLOAT32
+            product = np.float64(one * other) if exact else np.float64(one) * np.float64(other)
+            total[j * inverse >> 32] += unit * product  # that is j // kept
+
+
 # Rows of float64 matrices.
 
 
@@ -989,24 +1012,10 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
                         for j in range(own, own + chosen):
                             newest[_index(index_size, indices, j)] = np.float64(_value(value_code, values, j)) / unit
                         if chosen == kept <= few:  # padding may hold anything
-                            sets[:] = 0
-                            for j in range(own, own + chosen):
-                                position = _index(index_size, indices, j)
-                                _include(sets, 0, position & 255)
-                                _include(sets, 1, position >> shift)
-                            entries, inverse = window * kept, (1 << 32) // kept + 1
-                            own_indices, own_values = indices + entry * index_size, values + entry * bytes_a_value
-                            for start in range(0, entries, PORTION):
-                                count = _may_meet(
-                                    index_size, own_indices, start, min(start + PORTION, entries), entries,
-                                    sets.ctypes.data, shift, own_values, bytes_a_value, found,
-                                )  # fmt: skip
-                                for place in range(count):
-                                    j = np.int64(found[place])
-                                    one = newest[_index(index_size, own_indices, j)]
-                                    other = _value(value_code, own_values, j)
-                                    product = np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
-                                    total[j * inverse >> 32] += unit * product  # that is j // kept
+                            _add_dots_of_few(
+                                value_code, index_size, values + entry * bytes_a_value, indices + entry * index_size,
+                                window, kept, row, newest, unit, shift, sets, found, total,
+                            )  # fmt: skip
                         else:
                             for i in range(window):
                                 first_entry = entry + i * kept
@@ -1381,7 +1390,7 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     window = values.shape[1]
     pieces = max(1, min(group.blocks, PIECES))
     sums = torch.empty(pieces * window, dtype=torch.float64)
-    few = FEW if LOOKS_UP_BYTES and window >= LANES else 0  # else building the sets takes longer
+    few = FEW if LOOKS_UP_BYTES and window >= LANES else 0  # of fewer rows a block may not have 64 entries
     arguments = (*group.arguments, sums.data_ptr(), group.blocks, slot.data_ptr(), window, few)
     _run(_dots_kernel(CODES[values.dtype], indices.itemsize), arguments, pieces, group.entries * window)
     if pieces == 1:

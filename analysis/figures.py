@@ -462,13 +462,12 @@ def _default_blocks(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _dense_band(results: Results, axes: Axes) -> None:
-    """Mean and standard deviation of dense M-FAC of the usual window, across the plot."""
+    """Mean and standard deviation of dense M-FAC, of the usual window where there is such, across the plot."""
     dense = results.usual[results.usual["method"] == DENSE]
     if len(dense):
         mean, std = dense["test_mean"].iloc[0], np.nan_to_num(dense["test_std"].iloc[0])
-        axes.axhline(
-            mean, color="black", linewidth=1.2, linestyle=(0, (6, 2)), label="dense M-FAC (mean ± std)", zorder=0
-        )
+        label = f"{dense.index[0]} (mean ± std)"
+        axes.axhline(mean, color="black", linewidth=1.2, linestyle=(0, (6, 2)), label=label, zorder=0)
         axes.axhspan(mean - std, mean + std, color="0.85", linewidth=0, zorder=-1)
 
 

@@ -127,15 +127,19 @@ def draw(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, Any], x: s
 
 
 def name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, color: Any) -> None:
-    """Writes a name beside each point of a line, on the side where the other line is not expected."""
-    side = 1 if below else -1
-    for name, (_, row) in zip(names, rows.iterrows(), strict=True):
+    """Writes a name beside each point of a line: above it to the left, or below it to the right, and there to the left,
+    too, where the next point is near on the logarithmic axis."""
+    x, y = (list(rows[name]) for name in ("bytes_per_parameter", "test_mean"))
+    for number, name in enumerate(names):
+        following = range(number + 1, min(number + 2, len(names)))
+        near = any(x[n] < 1.5 * x[number] and abs(y[n] - y[number]) < 0.1 * (max(y) - min(y)) for n in following)
+        right, down = below and not near, -1 if below else 1
         text = axes.annotate(
             name,
-            (row["bytes_per_parameter"], row["test_mean"]),
-            xytext=(7 * side, -5 * side),
+            (x[number], y[number]),
+            xytext=(7 if right else -7, 5 * down),
             textcoords="offset points",
-            ha="left" if below else "right",
+            ha="left" if right else "right",
             va="top" if below else "bottom",
             color=color,
             fontsize=9,

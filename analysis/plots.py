@@ -127,20 +127,20 @@ def draw(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, Any], x: s
 
 
 def name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, color: Any) -> None:
-    """Writes a name beside each point of a line: above it to the left, or below it to the right, and there to the left,
-    too, where the next point is near on the logarithmic axis."""
+    """Writes a name beside each point of a line: below it to the right, or above it to the left, and so also where the
+    next point is near on the logarithmic axis."""
     x, y = (list(rows[name]) for name in ("bytes_per_parameter", "test_mean"))
     for number, name in enumerate(names):
         following = range(number + 1, min(number + 2, len(names)))
         near = any(x[n] < 1.5 * x[number] and abs(y[n] - y[number]) < 0.1 * (max(y) - min(y)) for n in following)
-        right, down = below and not near, -1 if below else 1
+        right = below and not near
         text = axes.annotate(
             name,
             (x[number], y[number]),
-            xytext=(7 if right else -7, 5 * down),
+            xytext=(7, -5) if right else (-7, 5),
             textcoords="offset points",
             ha="left" if right else "right",
-            va="top" if below else "bottom",
+            va="top" if right else "bottom",
             color=color,
             fontsize=9,
         )

@@ -131,8 +131,9 @@ def name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, c
     next point is near on the logarithmic axis."""
     x, y = (list(rows[name]) for name in ("bytes_per_parameter", "test_mean"))
     for number, name in enumerate(names):
-        following = range(number + 1, min(number + 2, len(names)))
-        near = any(x[n] < 1.5 * x[number] and abs(y[n] - y[number]) < 0.1 * (max(y) - min(y)) for n in following)
+        near = number + 1 < len(names) and (
+            x[number + 1] < 1.5 * x[number] and abs(y[number + 1] - y[number]) < 0.1 * (max(y) - min(y))
+        )
         right = below and not near
         text = axes.annotate(
             name,

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import reduce
 from itertools import chain
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,6 @@ from efcp.parameters import Member, ParameterSet
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
 
-Configured = TypeVar("Configured", Compressor, Preconditioner)
 OPTIONS = ("lr", "window", "momentum", "beta1", "weight_decay", "max_update_norm", "maximize")
 FOREIGN_KEYS = {  # of param groups; not options of the optimizer, but of those that work with it
     *("params", "param_names"),  # torch.optim.Optimizer

@@ -6,7 +6,7 @@ model's size. A new preconditioner is a class in this file.
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ class Preconditioner(ABC):
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @abstractmethod
     def allocate(self, window: int, device: torch.device) -> dict[str, Any]:

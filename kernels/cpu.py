@@ -725,9 +725,15 @@ def _eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> A
     return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.float32), codegen
 
 
+@_jit
+def _product(code: int, one: float, other: float) -> float:
+    """Of two float32 numbers that have been values of a window; in float32 where that is exact (see `_dots_kernel`)."""
+    return np.float64(one) * np.float64(other) if code == FLOAT32 else np.float64(one * other)
+
+
 # Entries that may meet the newest row. Its positions make two sets of bytes, of their lowest bits and of their highest.
-# Of 32 bytes one instruction finds what a table of 16 holds for them: with that, both bytes of a position are looked up
-# at less than the price of one number from a table in memory, and few pass that do not meet anything.
+# Of 32 bytes one instruction finds what a table of 16 holds for them: with that, both bytes of 32 positions are looked
+# up without going to memory. Where the newest row is short, few positions are in both sets and not in the row.
 
 BYTES = ir.VectorType(I8, 32)
 SETS = 64  # bytes of the two sets: two tables of 16 each
@@ -853,9 +859,7 @@ def _add_dots_of_few(
         count = _may_meet(index_size, indices, start, stop, entries, address, shift, values, SIZES[value_code], found)
         for place in range(count):
             j = np.int64(found[place])
-            one, other = newest[_index(index_size, indices, j)], _value(value_code, values, j)
-            exact = value_code != FLOAT32
-            product = np.float64(one * other) if exact else np.float64(one) * np.float64(other)
+            product = _product(value_code, newest[_index(index_size, indices, j)], _value(value_code, values, j))
             total[j * inverse >> 32] += unit * product  # that is j // kept
 
 
@@ -1028,8 +1032,7 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
                                 dot = _total(eight_dots)
                                 for j in range(rest, first_entry + chosen):
                                     one = newest[_index(index_size, indices, j)]
-                                    other = _value(value_code, values, j)
-                                    dot += np.float64(one * other) if narrow else np.float64(one) * np.float64(other)
+                                    dot += _product(value_code, one, _value(value_code, values, j))
                                 total[i] += unit * dot
                         for j in range(own, own + chosen):
                             newest[_index(index_size, indices, j)] = np.float32(0)

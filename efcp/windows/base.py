@@ -9,7 +9,7 @@ A new compressor is a file beside this one with both classes.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -114,7 +114,7 @@ class Compressor(ABC):
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @abstractmethod
     def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ from tests.kernels.kernel_cases import (
 pytest.importorskip("numba")
 
 import numba
+import numpy as np
 
 from efcp.kernels import cpu
 
@@ -208,7 +209,7 @@ def test_dots_of_tiny_and_huge_values_are_as_exact_as_any(newest: float, others:
 
 @pytest.mark.parametrize("stride", [1, 16, 99])
 def test_dots_of_rows_at_the_same_positions(stride: int) -> None:
-    """All entries meet the newest row, or none does, or they only seem to."""
+    """All entries of one block meet the newest row; of the other those of every second row, and else many or none."""
     case = Case(8192, 4096, 0.01, window=70)
     rows = case.random_window()
     rows.indices.copy_(stride * torch.arange(case.blocks.kept))
@@ -216,6 +217,24 @@ def test_dots_of_rows_at_the_same_positions(stride: int) -> None:
     slot = torch.tensor([1])
     expected = reference.window_dots([rows], slot)
     torch.testing.assert_close(cpu.window_dots([rows], slot), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_few_entries_are_looked_at_that_do_not_meet_the_newest_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    newest = torch.randperm(4096, generator=generator)[: cpu.FEW]
+    indices = torch.randint(4096, (cpu.PORTION,), dtype=torch.int16, generator=generator)
+    found, sets = np.zeros(cpu.PORTION + 4, np.uint64), np.zeros(cpu.SETS, np.uint8)
+    for position in newest.tolist():
+        cpu._include(sets, 0, position & 255)
+        cpu._include(sets, 1, position >> 4)
+    address, entries = sets.ctypes.data, len(indices)
+    count = cpu._may_meet(2, indices.data_ptr(), 0, entries, entries, address, 4, indices.data_ptr(), 2, found)
+    meeting = set(torch.isin(indices.long(), newest).nonzero().flatten().tolist())
+    assert meeting <= set(found[:count].tolist())
+    if cpu.LOOKS_UP_BYTES:
+        assert count - len(meeting) < entries / 10
+    else:
+        assert count == entries
 
 
 OTHER_PROCESSOR = """

@@ -419,6 +419,34 @@ def _write(code: int, address: int, first: int, length: int, numbers: np.ndarray
             _store_f64(address, first + j, np.float64(numbers[j]))
 
 
+@_jit
+def _blend_and_clear(
+    code: int, address: int, first: int, length: int, old_factor: float, new: np.ndarray, new_factor: float
+) -> None:
+    """numbers at the address ← old_factor · numbers + new_factor · new, and new ← 0"""
+    zero = new.dtype.type(0)
+    if code == FLOAT32:
+        for j in range(length):
+            number = old_factor * _load_f32(address, first + j) + new_factor * new[j]
+            _store_f32(address, first + j, np.float32(number))
+            new[j] = zero
+    elif code == BFLOAT16:
+        for j in range(length):
+            number = old_factor * _bfloat16_to_float32(_load_u16(address, first + j)) + new_factor * new[j]
+            _store_u16(address, first + j, _float32_to_bfloat16(np.float32(number)))
+            new[j] = zero
+    elif code == FLOAT16:
+        for j in range(length):
+            number = old_factor * _float16_to_float32(_load_u16(address, first + j)) + new_factor * new[j]
+            _store_u16(address, first + j, _float32_to_float16(np.float32(number)))
+            new[j] = zero
+    else:
+        for j in range(length):
+            number = old_factor * new.dtype.type(_load_f64(address, first + j)) + new_factor * new[j]
+            _store_f64(address, first + j, np.float64(number))
+            new[j] = zero
+
+
 @partial(_jit, fastmath={"reassoc", "contract"})
 def _sum_of_squares(code: int, address: int, first: int, last: int) -> float:
     """In the dtype of arithmetic: where that overflows, so does the sum over all."""
@@ -731,12 +759,12 @@ def _product(code: int, one: float, other: float) -> float:
     return np.float64(one) * np.float64(other) if code == FLOAT32 else np.float64(one * other)
 
 
-# Entries that may meet the newest row. Its positions make two sets of bytes, of their lowest bits and of their highest.
-# Of 32 bytes one instruction finds what a table of 16 holds for them: with that, both bytes of 32 positions are looked
-# up without going to memory. Where the newest row is short, few positions are in both sets and not in the row.
+# Entries that may meet the newest row. Its positions make two sets of bytes, of their highest bits and of their lowest.
+# For 32 bytes one instruction looks up what a table of 16 holds for them: with that, 32 positions are compared with
+# both sets without going to memory. Where the newest row is short, few positions are in both and not in the row.
 
 BYTES = ir.VectorType(I8, 32)
-SETS = 64  # bytes of the two sets: two tables of 16 each
+TABLES = 64  # bytes of the two sets: two tables of 16 each
 
 
 def _looks_up_bytes() -> bool:
@@ -749,28 +777,42 @@ LOOKS_UP_BYTES = _looks_up_bytes()
 
 
 @_jit
-def _include(sets: np.ndarray, which: int, byte: int) -> None:
-    """The upper half of a byte stands for a bit, of one of two tables, the lower for a place in them."""
-    sets[32 * which + 16 * (byte >> 7) + (byte & 15)] |= 1 << ((byte >> 4) & 7)
+def _include(tables: np.ndarray, shift: int, position: int) -> None:
+    """Adds a position to both sets.
+
+    The highest bit of a byte says in which table, its lowest four say where; which bit there is said in both sets by
+    bits 4 to 6 of the upper byte.
+    """
+    upper, lower = position >> shift, position & 255
+    bit = 1 << ((upper >> 4) & 7)
+    tables[upper >> 3 & 16 | upper & 15] |= bit
+    tables[32 + (lower >> 3 & 16 | lower & 15)] |= bit
 
 
-def _are_in(builder: ir.IRBuilder, numbers: ir.Value, sets: ir.Value, which: int) -> ir.Value:
-    """Which of 32 bytes are in a set."""
-    of_type = ir.FunctionType(BYTES, [BYTES, BYTES])
-    look_up = builder.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), of_type)
-    pointer = builder.inttoptr(sets, ir.VectorType(I8, 16).as_pointer())
-    lower = builder.and_(numbers, ir.Constant(BYTES, [15] * 32))
-    upper = builder.lshr(numbers, ir.Constant(BYTES, [4] * 32))
-    held = []
-    for half in range(2):
-        table = builder.load(builder.gep(pointer, [ir.Constant(I64, 2 * which + half)]), align=1)
-        twice = ir.Constant(ir.VectorType(I32, 32), [*range(16), *range(16)])
-        held.append(builder.call(look_up, [builder.shuffle_vector(table, table, twice), lower]))
-    in_first = builder.icmp_signed(">=", numbers, ir.Constant(BYTES, [0] * 32))
-    bits = builder.call(look_up, [ir.Constant(BYTES, [1 << n % 8 for n in range(16)] * 2), upper])
-    return builder.icmp_unsigned(
-        "!=", builder.and_(builder.select(in_first, *held), bits), ir.Constant(BYTES, [0] * 32)
-    )
+def _looked_up(builder: ir.IRBuilder, table: ir.Value, places: ir.Value) -> ir.Value:
+    """What a table of 16 bytes holds for 32 others: at their lowest four bits, but 0 where the highest is set."""
+    look_up = builder.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), ir.FunctionType(BYTES, [BYTES, BYTES]))
+    twice = ir.Constant(ir.VectorType(I32, 32), [*range(16), *range(16)])
+    return builder.call(look_up, [builder.shuffle_vector(table, table, twice), places])
+
+
+def _looked_up_in_two(builder: ir.IRBuilder, tables: Sequence[ir.Value], places: ir.Value) -> ir.Value:
+    """The same, where the highest bit is set of the second table."""
+    flipped = builder.xor(places, ir.Constant(BYTES, [128] * 32))
+    return builder.or_(_looked_up(builder, tables[0], places), _looked_up(builder, tables[1], flipped))
+
+
+def _upper_and_lower(builder: ir.IRBuilder, indices: ir.Value, shift: ir.Value) -> list[ir.Value]:
+    """The bytes of the highest bits of 32 indices of two bytes, and those of the lowest. Of 32 the second and the third
+    eight are exchanged."""
+    words = ir.VectorType(I16, 16)
+    pack = builder.module.declare_intrinsic("llvm.x86.avx2.packuswb", (), ir.FunctionType(BYTES, [words, words]))
+    first = builder.inttoptr(indices, words.as_pointer())
+    both = [builder.load(builder.gep(first, [ir.Constant(I64, n)]), align=2) for n in range(2)]
+    shifts = builder.insert_element(ir.Constant(words, ir.Undefined), builder.trunc(shift, I16), ir.Constant(I32, 0))
+    shifts = builder.shuffle_vector(shifts, shifts, ir.Constant(ir.VectorType(I32, 16), [0] * 16))
+    upper = builder.call(pack, [builder.lshr(index, shifts) for index in both])
+    return [upper, builder.call(pack, [builder.and_(index, ir.Constant(words, [255] * 16)) for index in both])]
 
 
 def _meeting_masker(index_size: int) -> Callable[..., Any]:
@@ -779,26 +821,30 @@ def _meeting_masker(index_size: int) -> Callable[..., Any]:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         if not LOOKS_UP_BYTES:
             return ir.Constant(I64, -1)
-        indices, sets, shift = arguments
-        vector = ir.VectorType(I8 if index_size == 1 else I16, 32)
+        indices, tables, shift = arguments
+        first = builder.inttoptr(tables, ir.VectorType(I8, 16).as_pointer())
+        table = [builder.load(builder.gep(first, [ir.Constant(I64, n)]), align=1) for n in range(4)]
+        bits = ir.Constant(ir.VectorType(I8, 16), [1 << n % 8 for n in range(16)])
         halves = []
         for half in range(2):
-            pointer = builder.gep(builder.inttoptr(indices, vector.as_pointer()), [ir.Constant(I64, half)])
-            index = builder.load(pointer, align=index_size)
-            may = _are_in(builder, builder.trunc(index, BYTES) if index_size == 2 else index, sets, 0)
+            address = builder.add(indices, ir.Constant(I64, 32 * index_size * half))
+            if index_size == 1:
+                upper = builder.load(builder.inttoptr(address, BYTES.as_pointer()), align=1)
+            else:
+                upper, lower = _upper_and_lower(builder, address, shift)
+            bit = _looked_up(builder, bits, builder.lshr(upper, ir.Constant(BYTES, [4] * 32)))
+            held = builder.and_(bit, _looked_up_in_two(builder, table[:2], upper))
             if index_size == 2:
-                shifts = builder.insert_element(
-                    ir.Constant(vector, ir.Undefined), builder.trunc(shift, I16), ir.Constant(I32, 0)
-                )
-                shifts = builder.shuffle_vector(shifts, shifts, ir.Constant(ir.VectorType(I32, 32), [0] * 32))
-                high = builder.trunc(builder.lshr(index, shifts), BYTES)
-                may = builder.and_(may, _are_in(builder, high, sets, 1))
-            halves.append(may)
+                held = builder.and_(held, _looked_up_in_two(builder, table[2:], lower))
+                eights = builder.bitcast(held, ir.VectorType(I64, 4))
+                eights = builder.shuffle_vector(eights, eights, ir.Constant(ir.VectorType(I32, 4), [0, 2, 1, 3]))
+                held = builder.bitcast(eights, BYTES)
+            halves.append(builder.icmp_unsigned("!=", held, ir.Constant(BYTES, [0] * 32)))
         lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
         return builder.bitcast(builder.shuffle_vector(*halves, lanes), I64)
 
     @_instruction
-    def meeting_mask(typing_context: Any, indices: Any, sets: Any, shift: Any) -> Any:
+    def meeting_mask(typing_context: Any, indices: Any, tables: Any, shift: Any) -> Any:
         return types.uint64(types.int64, types.int64, types.int64), codegen
 
     return meeting_mask
@@ -809,7 +855,7 @@ _meeting_mask_u8, _meeting_mask_u16 = _meeting_masker(1), _meeting_masker(2)
 
 @_jit
 def _may_meet(
-    size: int, indices: int, first: int, last: int, entries: int, sets: int, shift: int,
+    size: int, indices: int, first: int, last: int, entries: int, tables: int, shift: int,
     values: int, bytes_a_value: int, found: np.ndarray,
 ) -> int:  # fmt: skip
     """Which of the entries from `first` to before `last` of a block, which has 64 or more, may meet the newest row.
@@ -823,9 +869,9 @@ def _may_meet(
     for start in range(first, last, LANES):
         before = max(start + LANES - entries, 0)  # the last 64 entries begin that much earlier
         if size == 1:
-            mask = _meeting_mask_u8(indices + start - before, sets, shift)
+            mask = _meeting_mask_u8(indices + start - before, tables, shift)
         else:
-            mask = _meeting_mask_u16(indices + 2 * (start - before), sets, shift)
+            mask = _meeting_mask_u16(indices + 2 * (start - before), tables, shift)
         mask >>= np.uint64(before)
         place, more = count, _bits_set(mask)
         count += np.uint64(more)
@@ -845,22 +891,21 @@ def _may_meet(
 @_jit
 def _add_dots_of_few(
     value_code: int, index_size: int, values: int, indices: int, window: int, kept: int, row: int, newest: np.ndarray,
-    unit: float, shift: int, sets: np.ndarray, found: np.ndarray, total: np.ndarray,
+    unit: float, shift: int, tables: np.ndarray, found: np.ndarray, total: np.ndarray,
 ) -> None:  # fmt: skip
     """Adds to `total` the inner products of the rows of a block with one of them, which `newest` holds in this unit."""
-    sets[:] = 0
+    tables[:] = 0
     for j in range(row * kept, (row + 1) * kept):
         position = _index(index_size, indices, j)
-        _include(sets, 0, position & 255)
-        _include(sets, 1, position >> shift)
-    entries, inverse = window * kept, (1 << 32) // kept + 1
+        _include(tables, shift, position)
+    entries, inverse = window * kept, np.uint64((1 << 32) // kept + 1)
     for start in range(0, entries, PORTION):
-        stop, address = min(start + PORTION, entries), sets.ctypes.data
+        stop, address = min(start + PORTION, entries), tables.ctypes.data
         count = _may_meet(index_size, indices, start, stop, entries, address, shift, values, SIZES[value_code], found)
         for place in range(count):
             j = np.int64(found[place])
             product = _product(value_code, newest[_index(index_size, indices, j)], _value(value_code, values, j))
-            total[j * inverse >> 32] += unit * product  # that is j // kept
+            total[found[place] * inverse >> np.uint64(32)] += unit * product  # that is j // kept
 
 
 # Rows of float64 matrices.
@@ -992,7 +1037,7 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
         while (largest - 1) >> shift > 255:
             shift += 1
         newest = np.zeros(largest, np.float32)
-        sets = np.empty(SETS, np.uint8)
+        tables = np.empty(TABLES, np.uint8)
         found = np.empty(PORTION + 4, np.uint64)
         total = np.empty(window, np.float64)
         first, last = _take_share(call)
@@ -1018,7 +1063,7 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
                         if chosen == kept <= few:  # padding may hold anything
                             _add_dots_of_few(
                                 value_code, index_size, values + entry * bytes_a_value, indices + entry * index_size,
-                                window, kept, row, newest, unit, shift, sets, found, total,
+                                window, kept, row, newest, unit, shift, tables, found, total,
                             )  # fmt: skip
                         else:
                             for i in range(window):
@@ -1080,7 +1125,7 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
         weight = np.empty(window, real)
         for i in range(window):
             weight[i] = real(_number(weight_code, weights, i * weight_stride))
-        update = np.empty(largest, real)
+        update = np.zeros(largest, real)
         target_size = SIZES[target_code]
         portion = 64 * (largest * target_size * FETCHING_ROWS // (64 * window) + 1)  # bytes
         first, last = _take_share(call)
@@ -1094,7 +1139,6 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                     start = block * size
                     length = min(size, numel - start)
                     chosen = kept if length == size else kept_in_tail
-                    update[:length] = 0.0
                     unfetched, behind = target + start * target_size, target + (start + length) * target_size
                     for first_row in range(0, window, FETCHING_ROWS):
                         for line in range(unfetched, min(unfetched + portion, behind), 64):
@@ -1121,8 +1165,7 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                     if momentum != 0:
                         _blend(momentum_code, momentum, start, length, momentum_factor, update, real(1))
                         _write(momentum_code, momentum, start, length, update)
-                    _blend(target_code, target, start, length, target_factor, update, update_factor)
-                    _write(target_code, target, start, length, update)
+                    _blend_and_clear(target_code, target, start, length, target_factor, update, update_factor)
                 begin = end
             first, last = _take_share(call)
 

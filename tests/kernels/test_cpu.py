@@ -223,11 +223,10 @@ def test_few_entries_are_looked_at_that_do_not_meet_the_newest_row() -> None:
     generator = torch.Generator().manual_seed(0)
     newest = torch.randperm(4096, generator=generator)[: cpu.FEW]
     indices = torch.randint(4096, (cpu.PORTION,), dtype=torch.int16, generator=generator)
-    found, sets = np.zeros(cpu.PORTION + 4, np.uint64), np.zeros(cpu.SETS, np.uint8)
+    found, tables = np.zeros(cpu.PORTION + 4, np.uint64), np.zeros(cpu.TABLES, np.uint8)
     for position in newest.tolist():
-        cpu._include(sets, 0, position & 255)
-        cpu._include(sets, 1, position >> 4)
-    address, entries = sets.ctypes.data, len(indices)
+        cpu._include(tables, 4, position)
+    address, entries = tables.ctypes.data, len(indices)
     count = cpu._may_meet(2, indices.data_ptr(), 0, entries, entries, address, 4, indices.data_ptr(), 2, found)
     meeting = set(torch.isin(indices.long(), newest).nonzero().flatten().tolist())
     assert meeting <= set(found[:count].tolist())
@@ -244,8 +243,8 @@ from tests.kernels.kernel_cases import Case
 
 rows, slot = Case(8192, 4096, 0.01, window=70).random_window(), torch.tensor([1])
 torch.testing.assert_close(cpu.window_dots([rows], slot), reference.window_dots([rows], slot))
-found, sets = np.zeros(104, np.uint64), np.zeros(cpu.SETS, np.uint8)
-count = cpu._may_meet(2, rows.indices.data_ptr(), 0, 100, 100, sets.ctypes.data, 4, rows.values.data_ptr(), 2, found)
+found, tables = np.zeros(104, np.uint64), np.zeros(cpu.TABLES, np.uint8)
+count = cpu._may_meet(2, rows.indices.data_ptr(), 0, 100, 100, tables.ctypes.data, 4, rows.values.data_ptr(), 2, found)
 print(cpu.LOOKS_UP_BYTES, count, (found[:100] == np.arange(100)).all())
 """
 

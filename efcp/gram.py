@@ -52,9 +52,14 @@ class Gram:
         """Tensors from any devices."""
         return (t.to(self.matrix.device, non_blocking=True) for t in tensors)
 
+    @property
+    def following_slot(self) -> Tensor:
+        """Of the gradient of the step to come: (1,) int64."""
+        return (self.state["step"] % len(self.matrix)).view(1)
+
     def next_slot(self, finite: Tensor) -> Tensor:
         """Counts a step, and returns the slot of its gradient: (1,) int64."""
-        slot = (self.state["step"] % len(self.matrix)).view(1)
+        slot = self.following_slot
         self.state["step"] += 1
         self.state["skipped_steps"] += ~finite
         return slot

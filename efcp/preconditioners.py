@@ -52,11 +52,12 @@ class Preconditioner(ABC):
 class MFAC(Preconditioner):
     """M-FAC: f(S) = (λI + S/m)⁻¹, so that u = (λI + GᵀG/m)⁻¹c for the newest row c (arXiv 2107.03356; 2306.06098).
 
-    A square root R of the inverse is kept, RᵀR = (mλI + S)⁻¹, and follows each replaced row in O(m²). It is computed
-    anew once in m steps and whenever the damping changes. One step of iterative refinement removes from the weights
-    what the updates have gathered in rounding errors meanwhile. On a CPU, where looking at a number does not make
-    anybody wait, it is left out where weights solve the system to ten digits, and R is also computed anew where they
-    miss six digits of a system that float64 can solve: rows that it could not solve for leave such errors behind.
+    A square root R of the inverse is kept, RᵀR = (mλI + S)⁻¹, and the column of RᵀR that belongs to the row which is
+    replaced next. They follow each replaced row in O(m²). R is computed anew once in m steps and whenever the damping
+    changes. One step of iterative refinement removes from the weights what the updates have gathered in rounding errors
+    meanwhile. On a CPU, where looking at a number does not make anybody wait, it is left out where weights solve the
+    system to ten digits, and R is also computed anew where they miss six digits of a system that float64 can solve:
+    rows that it could not solve for leave such errors behind.
 
     Where squared norms of gradients exceed 10¹⁰ λ and rows of the window depend on each other, float64 cannot solve the
     system. Weights that miss it by 10% or more are replaced by those for a window of the newest row alone.
@@ -75,13 +76,16 @@ class MFAC(Preconditioner):
 
     def allocate(self, window: int, device: torch.device) -> dict[str, Any]:
         root = torch.eye(window, dtype=torch.float64, device=device) * (window * self.damping) ** -0.5
-        return {"inverse_root": root, "inverse_age": 0, "inverse_damping": float(self.damping)}
+        column = root[0] * root[0, 0]
+        more = {"inverse_age": 0, "inverse_damping": float(self.damping)}
+        return {"inverse_root": root, "inverse_column": column, **more}
 
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
-        S, R, state = gram.matrix, gram.state["inverse_root"], gram.state
+        S, state = gram.matrix, gram.state
+        R, column = state["inverse_root"], state["inverse_column"]
         window = len(S)
         ridge = window * self.damping
-        x, miss = kernels.update_inverse_root_(R, S, slot, ridge)
+        x, miss = kernels.update_inverse_root_(R, column, S, slot, ridge)
         capturing = R.is_cuda and torch.cuda.is_current_stream_capturing()  # each replay would do it, or none
         if (state["inverse_age"] >= window or state["inverse_damping"] != self.damping) and not capturing:
             x, miss = self._refreshed_column(gram, slot)
@@ -98,9 +102,13 @@ class MFAC(Preconditioner):
         if host_can_look(S) and solved:
             return window * x
         diagonal = S.diagonal() + ridge
+
+        def alone(row: Tensor) -> Tensor:
+            return torch.zeros_like(x).index_fill_(0, row, 1.0) / diagonal
+
         torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
-        alone = torch.zeros_like(x).index_fill_(0, slot, 1.0) / diagonal
-        return window * torch.where(solved, x, alone)
+        torch.where(solved, column, alone(gram.following_slot), out=column)
+        return window * torch.where(solved, x, alone(slot))
 
     def _refreshed_column(self, gram: Gram, slot: Tensor) -> tuple[Tensor, Tensor]:
         self.refresh(gram)
@@ -109,7 +117,9 @@ class MFAC(Preconditioner):
         return x, missed(x, gram.matrix, slot, len(R) * self.damping)
 
     def refresh(self, gram: Gram) -> None:
-        invert_(gram.state["inverse_root"], gram.matrix, len(gram.matrix) * self.damping)
+        R = gram.state["inverse_root"]
+        invert_(R, gram.matrix, len(R) * self.damping)
+        gram.state["inverse_column"].copy_(R.t() @ R.index_select(1, gram.following_slot).squeeze(1))
         gram.state["inverse_age"], gram.state["inverse_damping"] = 0, float(self.damping)
 
 

@@ -192,7 +192,7 @@ def window_apply_(
         _backend(weights).window_apply_(targets, momenta, rows, weights, scale, step, decay)
 
 
-def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     """Makes R, RᵀR = (ridge · I + S)⁻¹, follow a change of row and column `slot` of S, in O(m²).
 
     With t the slot: a Householder reflection of R from the left, which leaves RᵀR as it is, moves all of column t to
@@ -205,6 +205,7 @@ def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tu
 
     Args:
         R: (m, m) float64, changed in place.
+        column: (m,) float64, column t of RᵀR, with which one pass over R is enough; becomes that of slot (t + 1) mod m.
         S: (m, m) float64, already with its new row and column.
         slot: (1,) int64.
         ridge: mλ.
@@ -213,5 +214,5 @@ def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tu
         x, column t of RᵀR, and by how much it is not that of the inverse, e_t − (ridge · I + S) x: (m,) each.
     """
     if torch.compiler.is_compiling():
-        return operators.update_inverse_root_(R, S, slot, ridge)
-    return _backend(R).update_inverse_root_(R, S, slot, ridge)
+        return operators.update_inverse_root_(R, column, S, slot, ridge)
+    return _backend(R).update_inverse_root_(R, column, S, slot, ridge)

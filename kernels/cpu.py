@@ -45,7 +45,7 @@ PARALLEL = 1 << 15  # elements, or entries of the window, from which on several 
 PIECES = 64  # at most so many partial sums, whatever the number of threads
 CHUNK = 4096  # elements of a gradient, the unit in which `all_finite` is shared out
 FETCHING_ROWS = 16  # of the window; after so many `window_apply_` fetches a portion of the parameter into the cache
-PIECE_ROWS = 32  # of an m × m matrix, the unit in which it is shared out
+PIECE_ROWS = 64  # of an m × m matrix, the unit in which it is shared out
 LANES = 64  # elements whose comparisons make one bit mask
 FEW = 48  # entries of a row in a block, up to which it is worth finding first which entries of others may meet it
 PORTION = 1024  # entries of the window among which these are looked for at a time
@@ -925,6 +925,26 @@ def _add_multiple(total: np.ndarray, factor: float, row: np.ndarray, length: int
         total[j] += factor * row[j]
 
 
+@partial(_jit, fastmath={"reassoc", "contract"})
+def _add_multiple_and_dot(row: np.ndarray, factor: float, other: np.ndarray, third: np.ndarray, length: int) -> float:
+    """row ← row + factor · other; its inner product with the third"""
+    total = 0.0
+    for j in range(length):
+        number = row[j] + factor * other[j]
+        row[j] = number
+        total += number * third[j]
+    return total
+
+
+@_jit
+def _add_multiples(
+    total: np.ndarray, factor: float, other: np.ndarray, other_factor: float, row: np.ndarray, length: int
+) -> None:
+    for j in range(length):
+        total[j] += factor * row[j]
+        other[j] += other_factor * row[j]
+
+
 @_jit
 def _float64s(address: int, first: int, length: int) -> np.ndarray:
     return carray(_pointer(address + 8 * first), length, np.float64)
@@ -1205,11 +1225,12 @@ def _squares_kernel() -> Kernel:
     return squares
 
 
-# M-FAC's inverse root R (see `kernels.update_inverse_root_`). Its rows are dealt with in pieces, twice: the reflected
-# matrix is R' = R + φ v vᵀR, and R'ᵀp the new row up to a factor. Then come those of S. What one pass leaves for the
-# next is in `scratch`, vectors of m numbers: v, R s, p; then vᵀR of each piece of rows, R'ᵀp of each.
+# M-FAC's inverse root R (see `kernels.update_inverse_root_`). As column t of RᵀR is known, so is vᵀR for the vector v
+# of the reflection: the reflected matrix R' = R + φ v vᵀR, p = R's, R'ᵀp and the following column of R'ᵀR' come of one
+# pass over the rows, in pieces. Another is over those of S. What the first leaves for the next is in `scratch`, vectors
+# of m numbers: p; then R'ᵀp of each piece; then its part of the column.
 
-REFLECTION, PROJECTED, COORDINATES, SUMS_OF_PIECES = range(4)
+COORDINATES, SUMS_OF_PIECES = range(2)
 
 
 @_jit
@@ -1221,57 +1242,35 @@ def _sum_of_pieces(scratch: int, first: int, pieces: int, window: int) -> np.nda
 
 
 @cache
-def _project_kernel() -> Kernel:
-    @_kernel()
-    def project(call: int) -> None:
-        """The first pass: R s and vᵀR."""
-        pieces, root, gram, slot, scratch, window = _pieces_and_arguments(call, 5)
-        t = _load_i64(slot, 0)
-        column = _float64s(gram, t * window, window).copy()
-        column[t] = 0.0
-        v = np.empty(window, np.float64)
-        for i in range(window):
-            v[i] = _load_f64(root, i * window + t)
-        v[t] += math.copysign(math.sqrt(_dot(v, v, window)), v[t])
-        first, last = _take_share(call)
-        while first < last:
-            for piece in range(first, last):
-                vR = _float64s(scratch, (SUMS_OF_PIECES + piece) * window, window)
-                vR[:] = 0.0
-                for i in range(piece * window // pieces, (piece + 1) * window // pieces):
-                    row = _float64s(root, i * window, window)
-                    _store_f64(scratch, REFLECTION * window + i, v[i])
-                    _store_f64(scratch, PROJECTED * window + i, _dot(row, column, window))
-                    _add_multiple(vR, v[i], row, window)
-            first, last = _take_share(call)
-
-    return project
-
-
-@cache
 def _reflect_kernel() -> Kernel:
     @_kernel()
     def reflect(call: int) -> None:
-        """The second pass: R' without row and column t, p, and R'ᵀp."""
-        pieces, root, slot, scratch, window = _pieces_and_arguments(call, 4)
+        """The pass over R, but for row t."""
+        pieces, root, column, gram, slot, scratch, window = _pieces_and_arguments(call, 6)
         t = _load_i64(slot, 0)
-        v = _float64s(scratch, REFLECTION * window, window)
-        factor = -2 / _dot(v, v, window)
-        p = _float64s(scratch, PROJECTED * window, window).copy()
-        _add_multiple(p, factor * _dot(v, p, window), v, window)
-        p[t] = 0.0
-        vR = _sum_of_pieces(scratch, SUMS_OF_PIECES, pieces, window)
+        following = (t + 1) % window
+        new = _float64s(gram, t * window, window).copy()
+        new[t] = 0.0
+        vR = _float64s(column, 0, window).copy()
+        own = _float64s(root, t * window, window)
+        norm = math.sqrt(vR[t])
+        factor = -1 / (norm * (norm + abs(own[t])))
+        _add_multiple(vR, math.copysign(norm, own[t]), own, window)
         first, last = _take_share(call)
         while first < last:
             for piece in range(first, last):
-                total = _float64s(scratch, (SUMS_OF_PIECES + pieces + piece) * window, window)
-                total[:] = 0.0
+                row_sum = _float64s(scratch, (SUMS_OF_PIECES + piece) * window, window)
+                column_sum = _float64s(scratch, (SUMS_OF_PIECES + pieces + piece) * window, window)
+                row_sum[:] = 0.0
+                column_sum[:] = 0.0
                 for i in range(piece * window // pieces, (piece + 1) * window // pieces):
-                    _store_f64(scratch, COORDINATES * window + i, p[i])
                     row = _float64s(root, i * window, window)
-                    _add_multiple(row, factor * v[i], vR, window)
-                    row[t] = 0.0
-                    _add_multiple(total, p[i], row, window)
+                    p = 0.0
+                    if i != t:
+                        p = _add_multiple_and_dot(row, factor * row[t], vR, new, window)
+                        row[t] = 0.0
+                        _add_multiples(row_sum, p, column_sum, row[following], row, window)
+                    _store_f64(scratch, COORDINATES * window + i, p)
             first, last = _take_share(call)
 
     return reflect
@@ -1281,17 +1280,22 @@ def _reflect_kernel() -> Kernel:
 def _border_kernel() -> Kernel:
     @_kernel()
     def border(call: int) -> None:
-        """Row t of R, and x."""
-        _, root, gram, slot, x, scratch, window, pieces, ridge = _pieces_and_arguments(call, 8)
+        """Row t of R, x and the following column."""
+        _, root, column, gram, slot, x, scratch, window, pieces, ridge = _pieces_and_arguments(call, 9)
         t, least = _load_i64(slot, 0), _load_f64(ridge, 0)
+        following = (t + 1) % window
         p = _float64s(scratch, COORDINATES * window, window)
         schur = max(least + _load_f64(gram, t * window + t) - _dot(p, p, window), least)
-        row = _sum_of_pieces(scratch, SUMS_OF_PIECES + pieces, pieces, window)
+        row = _sum_of_pieces(scratch, SUMS_OF_PIECES, pieces, window)
+        ahead = _sum_of_pieces(scratch, SUMS_OF_PIECES + pieces, pieces, window)
         row[t] = -1.0
         first, last = _take_share(call)
         if first < last:
+            at_following = -row[following] / math.sqrt(schur)
             for j in range(window):
-                _store_f64(root, t * window + j, -row[j] / math.sqrt(schur))
+                own = -row[j] / math.sqrt(schur)
+                _store_f64(root, t * window + j, own)
+                _store_f64(column, j, ahead[j] + at_following * own)
                 _store_f64(x, j, -row[j] / schur)
 
     return border
@@ -1468,17 +1472,16 @@ def window_apply_(
     _run(kernel, arguments, group.blocks, group.elements + group.entries * window)
 
 
-def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     if not (R.is_contiguous() and S.is_contiguous()):
-        return reference.update_inverse_root_(R, S, slot, ridge)
+        return reference.update_inverse_root_(R, column, S, slot, ridge)
     window = len(R)
     pieces = -(-window // PIECE_ROWS)
     x, miss = torch.empty(window, dtype=torch.float64), torch.empty(window, dtype=torch.float64)
     vectors, number = torch.empty(SUMS_OF_PIECES + 2 * pieces, window, dtype=torch.float64), array("d", [ridge])
-    root, gram, at, scratch = R.data_ptr(), S.data_ptr(), slot.data_ptr(), vectors.data_ptr()
+    root, ahead, gram, at, scratch = R.data_ptr(), column.data_ptr(), S.data_ptr(), slot.data_ptr(), vectors.data_ptr()
     ridge_at, work = number.buffer_info()[0], window * window
-    _run(_project_kernel(), (root, gram, at, scratch, window), pieces, work)
-    _run(_reflect_kernel(), (root, at, scratch, window), pieces, work)
-    _run(_border_kernel(), (root, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
+    _run(_reflect_kernel(), (root, ahead, gram, at, scratch, window), pieces, work)
+    _run(_border_kernel(), (root, ahead, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
     _run(_missed_kernel(), (gram, at, x.data_ptr(), miss.data_ptr(), window, ridge_at), pieces, work)
     return x, miss

@@ -74,9 +74,9 @@ def window_apply_(
     kernels._backend(weights).window_apply_(targets, momenta, rows, weights, scale, step, decay)
 
 
-@custom_op("efcp::update_inverse_root_", mutates_args=("R",))
-def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    return kernels._backend(R).update_inverse_root_(R, S, slot, ridge)
+@custom_op("efcp::update_inverse_root_", mutates_args=("R", "column"))
+def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    return kernels._backend(R).update_inverse_root_(R, column, S, slot, ridge)
 
 
 @compress_.register_fake
@@ -95,5 +95,5 @@ def _(targets, momenta, values, indices, numels, block_size, density, weights, s
 
 
 @update_inverse_root_.register_fake
-def _(R, S, slot, ridge):  # type: ignore[no-untyped-def]
+def _(R, column, S, slot, ridge):  # type: ignore[no-untyped-def]
     return torch.empty_like(S[0]), torch.empty_like(S[0])

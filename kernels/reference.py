@@ -104,27 +104,24 @@ def window_apply_(
             target[part.elements].copy_(scale * target[part.elements].to(dtype) + step * update)
 
 
-def update_inverse_root_(R: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     v = R.index_select(1, slot).squeeze(1)
-    at_slot = v.index_select(0, slot)
-    norm = torch.linalg.vector_norm(v)
-    v.index_add_(0, slot, torch.copysign(norm, at_slot))  # v reflects column t to a multiple of e_t
-    factor = -2 / torch.dot(v, v)
-    column = S.index_select(0, slot).squeeze(0)
-    diagonal = column.index_select(0, slot)
-    column.index_fill_(0, slot, 0.0)
-
-    def reflected(x: Tensor) -> Tensor:
-        return x.addcmul(v, factor * torch.dot(v, x))
-
-    projected = reflected(R @ column).index_fill_(0, slot, 0.0)
-    vR, row = torch.stack([v, reflected(projected)]) @ R
-    R.addr_(v, factor * vR)
+    shift = torch.copysign(torch.linalg.vector_norm(v), v.index_select(0, slot))
+    v.index_add_(0, slot, shift)  # v reflects column t to a multiple of e_t
+    vR = column + shift * R.index_select(0, slot).squeeze(0)  # as column = RᵀR e_t
+    R.addr_(v, vR * (-2 / torch.dot(v, v)))
     R.index_fill_(0, slot, 0.0).index_fill_(1, slot, 0.0)
+
+    new = S.index_select(0, slot).squeeze(0)
+    diagonal = new.index_select(0, slot)
+    projected = R @ new.index_fill_(0, slot, 0.0)
     schur = (ridge + diagonal - torch.dot(projected, projected)).clamp(min=ridge)
-    row = row.neg_().index_fill_(0, slot, 1.0)
-    R.index_copy_(0, slot, (row * schur.rsqrt()).unsqueeze(0))
-    x = row / schur  # nothing is left of column t but what is on the diagonal
+    following = (slot + 1) % len(R)
+    row, others = torch.stack([projected, R.index_select(1, following).squeeze(1)]) @ R
+    x = row.neg_().index_fill_(0, slot, 1.0) / schur
+    row = row * schur.rsqrt()
+    R.index_copy_(0, slot, row.unsqueeze(0))
+    column.copy_(others + row * row.index_select(0, following))
     return x, missed(x, S, slot, ridge)
 
 

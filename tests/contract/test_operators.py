@@ -62,7 +62,8 @@ def test_window_apply_is_a_lawful_operator(layout, dtype, with_momenta):
 @pytest.mark.parametrize("window", [1, 40])
 def test_update_inverse_root_is_a_lawful_operator(window):
     root, gram = torch.eye(window, dtype=torch.float64), torch.eye(window, dtype=torch.float64)
-    opcheck(operators.update_inverse_root_, (root, gram, torch.tensor([window // 2]), 0.5))
+    slot = torch.tensor([window // 2])
+    opcheck(operators.update_inverse_root_, (root, root[window // 2].clone(), gram, slot, 0.5))
 
 
 def operations(grads, errors, rows, slot, finite):
@@ -70,7 +71,8 @@ def operations(grads, errors, rows, slot, finite):
     dots = kernels.window_dots(rows, slot)
     step = torch.tensor(0.5)
     gram = torch.outer(dots, dots)
-    weights, _ = kernels.update_inverse_root_(torch.eye(len(dots), dtype=torch.float64), gram, slot, 0.5)
+    root = torch.eye(len(dots), dtype=torch.float64)
+    weights, _ = kernels.update_inverse_root_(root, root.index_select(0, slot).squeeze(0), gram, slot, 0.5)
     kernels.window_apply_(grads, errors, rows, weights, step, step, step)
     return dots
 

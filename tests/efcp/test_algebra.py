@@ -189,12 +189,26 @@ def test_refresh_restores_what_is_kept_beside_the_gram_matrix():
     problem, same = (Problem(compressor=Identity(), preconditioner=MFAC(damping=1e-2), lr=0.1) for _ in range(2))
     problem.step(7)
     same.step(7)
-    root = problem.optimizer.state[problem.params[0]]["inverse_root"]
-    root.mul_(1.5)
+    state = problem.optimizer.state[problem.params[0]]
+    state["inverse_root"].mul_(1.5)
+    state["inverse_column"].zero_()
     problem.optimizer.refresh()
     problem.step()
     same.step()
     torch.testing.assert_close(problem.flat(), same.flat(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e9], ids=["solved", "unsolved"])
+def test_the_column_kept_for_the_next_step_is_that_of_the_inverse(scale):
+    problem = Problem(compressor=Identity(), preconditioner=MFAC(damping=1e-9), window=5)
+    for _ in range(12):
+        problem.set_gradients()
+        for p in problem.params:
+            p.grad = torch.full_like(p, scale) if scale > 1 else p.grad
+        problem.optimizer.step()
+        state, following = problem.optimizer.state[problem.params[0]], (newest_slot(problem.optimizer) + 1) % 5
+        R, column = state["inverse_root"], state["inverse_column"]
+        torch.testing.assert_close(column, (R.t() @ R)[following], rtol=1e-9, atol=1e-12 * float(column.abs().max()))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e9], ids=["solved", "unsolved"])

@@ -80,7 +80,7 @@ def test_operations_go_to_the_backend(monkeypatch):
         "compress_": (x, [], rows, slot, torch.tensor(True)),
         "window_dots": (rows, slot),
         "window_apply_": (x, [], rows, torch.zeros(2), one, one, one),
-        "update_inverse_root_": (torch.eye(2), torch.eye(2), slot, 0.5),
+        "update_inverse_root_": (torch.eye(2), torch.ones(2), torch.eye(2), slot, 0.5),
     }
     for name, arguments in calls.items():
         received = []

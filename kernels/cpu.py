@@ -48,6 +48,7 @@ FETCHING_ROWS = 16  # of the window; after so many `window_apply_` fetches a por
 PIECE_ROWS = 64  # of an m × m matrix, the unit in which it is shared out
 LANES = 64  # elements whose comparisons make one bit mask
 FEW = 48  # entries of a row in a block, up to which it is worth finding first which entries of others may meet it
+SHORT = 16  # entries of a row in a block, up to which `window_apply_` takes eight at a time across rows
 PORTION = 1024  # entries of the window among which these are looked for at a time
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64, NONE = range(5)
@@ -737,6 +738,14 @@ def _total(typing_context: Any, sums: Any) -> Any:
     return types.float64(SUMS), codegen
 
 
+def _eight_products(
+    context: Any, builder: ir.IRBuilder, signature: Any, values: ir.Value, entry: ir.Value, weights: ir.Value
+) -> ir.Value:
+    product = builder.fmul(_eight_values(builder, BFLOAT16, values, entry), weights)
+    terms = [builder.extract_element(product, ir.Constant(I32, lane)) for lane in range(EIGHT)]
+    return context.make_tuple(builder, signature.return_type, terms)
+
+
 @_instruction
 def _eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> Any:
     """Eight consecutive bfloat16 values, each times a weight."""
@@ -746,11 +755,21 @@ def _eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> A
         weights = ir.Constant(F32x8, ir.Undefined)
         for lane in range(EIGHT):
             weights = builder.insert_element(weights, weight, ir.Constant(I32, lane))
-        product = builder.fmul(_eight_values(builder, BFLOAT16, values, entry), weights)
-        terms = [builder.extract_element(product, ir.Constant(I32, lane)) for lane in range(EIGHT)]
-        return context.make_tuple(builder, signature.return_type, terms)
+        return _eight_products(context, builder, signature, values, entry, weights)
 
     return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.float32), codegen
+
+
+@_instruction
+def _eight_terms_of_rows(typing_context: Any, values: Any, entry: Any, weights: Any) -> Any:
+    """The same, with a weight for each at an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        values, entry, weights = arguments
+        weights = builder.load(builder.inttoptr(weights, F32x8.as_pointer()), align=4)
+        return _eight_products(context, builder, signature, values, entry, weights)
+
+    return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.int64), codegen
 
 
 @_jit
@@ -1145,6 +1164,7 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
         weight = np.empty(window, real)
         for i in range(window):
             weight[i] = real(_number(weight_code, weights, i * weight_stride))
+        spread, spread_over = np.empty(window * SHORT if eight else 0, np.float32), np.int64(0)
         update = np.zeros(largest, real)
         target_size = SIZES[target_code]
         portion = 64 * (largest * target_size * FETCHING_ROWS // (64 * window) + 1)  # bytes
@@ -1155,20 +1175,34 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                 end, numel, size, kept, kept_in_tail, values, indices, target, momentum = _parameter(
                     table, parameters, number
                 )
+                if eight and spread_over != kept <= SHORT:  # weights by entry
+                    spread_over = kept
+                    for i in range(window):
+                        spread[i * kept : (i + 1) * kept] = weight[i]
                 for block in range(max(first, begin) - begin, min(last, end) - begin):
                     start = block * size
                     length = min(size, numel - start)
                     chosen = kept if length == size else kept_in_tail
+                    entries = block * window * kept  # of blocks before
                     unfetched, behind = target + start * target_size, target + (start + length) * target_size
                     for first_row in range(0, window, FETCHING_ROWS):
                         for line in range(unfetched, min(unfetched + portion, behind), 64):
                             _prefetch(line)
                         unfetched += portion
                         last_row = min(first_row + FETCHING_ROWS, window)
-                        # Two loops, as one that can do both is slow with few entries.
-                        if eight and chosen >= EIGHT:
+                        # Three loops, as one that can do all is slow with few entries.
+                        if eight and chosen == kept <= SHORT:
+                            rest = last_row * kept - (last_row - first_row) * kept % EIGHT
+                            for j in range(first_row * kept, rest, EIGHT):
+                                terms = _eight_terms_of_rows(values, entries + j, spread.ctypes.data + 4 * j)
+                                for lane in range(EIGHT):
+                                    update[_index(index_size, indices, entries + j + lane)] += terms[lane]
+                            for j in range(rest, last_row * kept):
+                                term = _value(value_code, values, entries + j) * spread[j]
+                                update[_index(index_size, indices, entries + j)] += term
+                        elif eight and chosen >= EIGHT:
                             for i in range(first_row, last_row):
-                                entry, factor = (block * window + i) * kept, weight[np.uint64(i)]
+                                entry, factor = entries + i * kept, weight[np.uint64(i)]
                                 rest = entry + chosen - chosen % EIGHT
                                 for j in range(entry, rest, EIGHT):
                                     terms = _eight_terms(values, j, factor)
@@ -1178,7 +1212,7 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                                     update[_index(index_size, indices, j)] += _value(value_code, values, j) * factor
                         else:
                             for i in range(first_row, last_row):
-                                entry, factor = (block * window + i) * kept, weight[np.uint64(i)]
+                                entry, factor = entries + i * kept, weight[np.uint64(i)]
                                 for j in range(entry, entry + chosen):
                                     term = real(_value(value_code, values, j)) * factor
                                     update[_index(index_size, indices, j)] += term

@@ -741,6 +741,7 @@ def _total(typing_context: Any, sums: Any) -> Any:
 def _eight_products(
     context: Any, builder: ir.IRBuilder, signature: Any, values: ir.Value, entry: ir.Value, weights: ir.Value
 ) -> ir.Value:
+    """A tuple of numbers: consecutive bfloat16 values of the window, each times its weight."""
     product = builder.fmul(_eight_values(builder, BFLOAT16, values, entry), weights)
     terms = [builder.extract_element(product, ir.Constant(I32, lane)) for lane in range(EIGHT)]
     return context.make_tuple(builder, signature.return_type, terms)
@@ -1507,7 +1508,7 @@ def window_apply_(
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    if not (R.is_contiguous() and S.is_contiguous()):
+    if not all(tensor.is_contiguous() for tensor in (R, column, S)):
         return reference.update_inverse_root_(R, column, S, slot, ridge)
     window = len(R)
     pieces = -(-window // PIECE_ROWS)

@@ -76,9 +76,12 @@ class MFAC(Preconditioner):
 
     def allocate(self, window: int, device: torch.device) -> dict[str, Any]:
         root = torch.eye(window, dtype=torch.float64, device=device) * (window * self.damping) ** -0.5
-        column = root[0] * root[0, 0]
-        more = {"inverse_age": 0, "inverse_damping": float(self.damping)}
-        return {"inverse_root": root, "inverse_column": column, **more}
+        return {
+            "inverse_root": root,
+            "inverse_column": root[0] * root[0, 0],
+            "inverse_age": 0,
+            "inverse_damping": float(self.damping),
+        }
 
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
         S, state = gram.matrix, gram.state

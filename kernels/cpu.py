@@ -386,25 +386,6 @@ def _add(code: int, address: int, first: int, length: int, out: np.ndarray) -> N
 
 
 @_jit
-def _blend(
-    code: int, address: int, first: int, length: int, old_factor: float, out: np.ndarray, new_factor: float
-) -> None:
-    """out ← old_factor · numbers at the address + new_factor · out"""
-    if code == FLOAT32:
-        for j in range(length):
-            out[j] = old_factor * _load_f32(address, first + j) + new_factor * out[j]
-    elif code == BFLOAT16:
-        for j in range(length):
-            out[j] = old_factor * _bfloat16_to_float32(_load_u16(address, first + j)) + new_factor * out[j]
-    elif code == FLOAT16:
-        for j in range(length):
-            out[j] = old_factor * _float16_to_float32(_load_u16(address, first + j)) + new_factor * out[j]
-    else:
-        for j in range(length):
-            out[j] = old_factor * out.dtype.type(_load_f64(address, first + j)) + new_factor * out[j]
-
-
-@_jit
 def _write(code: int, address: int, first: int, length: int, numbers: np.ndarray) -> None:
     if code == FLOAT32:
         for j in range(length):
@@ -421,31 +402,31 @@ def _write(code: int, address: int, first: int, length: int, numbers: np.ndarray
 
 
 @_jit
-def _blend_and_clear(
-    code: int, address: int, first: int, length: int, old_factor: float, new: np.ndarray, new_factor: float
+def _blend(
+    code: int, address: int, first: int, length: int, old_factor: float, new: np.ndarray, new_factor: float, clear: bool
 ) -> None:
-    """numbers at the address ← old_factor · numbers + new_factor · new, and new ← 0"""
+    """numbers at the address ← old_factor · numbers + new_factor · new; and new ← the same unrounded, or 0"""
     zero = new.dtype.type(0)
     if code == FLOAT32:
         for j in range(length):
             number = old_factor * _load_f32(address, first + j) + new_factor * new[j]
             _store_f32(address, first + j, np.float32(number))
-            new[j] = zero
+            new[j] = zero if clear else number
     elif code == BFLOAT16:
         for j in range(length):
             number = old_factor * _bfloat16_to_float32(_load_u16(address, first + j)) + new_factor * new[j]
             _store_u16(address, first + j, _float32_to_bfloat16(np.float32(number)))
-            new[j] = zero
+            new[j] = zero if clear else number
     elif code == FLOAT16:
         for j in range(length):
             number = old_factor * _float16_to_float32(_load_u16(address, first + j)) + new_factor * new[j]
             _store_u16(address, first + j, _float32_to_float16(np.float32(number)))
-            new[j] = zero
+            new[j] = zero if clear else number
     else:
         for j in range(length):
             number = old_factor * new.dtype.type(_load_f64(address, first + j)) + new_factor * new[j]
             _store_f64(address, first + j, np.float64(number))
-            new[j] = zero
+            new[j] = zero if clear else number
 
 
 @partial(_jit, fastmath={"reassoc", "contract"})
@@ -916,8 +897,7 @@ def _add_dots_of_few(
     """Adds to `total` the inner products of the rows of a block with one of them, which `newest` holds in this unit."""
     tables[:] = 0
     for j in range(row * kept, (row + 1) * kept):
-        position = _index(index_size, indices, j)
-        _include(tables, shift, position)
+        _include(tables, shift, _index(index_size, indices, j))
     entries, inverse = window * kept, np.uint64((1 << 32) // kept + 1)
     for start in range(0, entries, PORTION):
         stop, address = min(start + PORTION, entries), tables.ctypes.data
@@ -1165,7 +1145,7 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
         weight = np.empty(window, real)
         for i in range(window):
             weight[i] = real(_number(weight_code, weights, i * weight_stride))
-        spread, spread_over = np.empty(window * SHORT if eight else 0, np.float32), np.int64(0)
+        spread, spread_kept = np.empty(window * SHORT if eight else 0, np.float32), np.int64(0)
         update = np.zeros(largest, real)
         target_size = SIZES[target_code]
         portion = 64 * (largest * target_size * FETCHING_ROWS // (64 * window) + 1)  # bytes
@@ -1176,15 +1156,15 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                 end, numel, size, kept, kept_in_tail, values, indices, target, momentum = _parameter(
                     table, parameters, number
                 )
-                if eight and spread_over != kept <= SHORT:  # weights by entry
-                    spread_over = kept
+                if eight and spread_kept != kept <= SHORT:  # a weight for each entry of a block
+                    spread_kept = kept
                     for i in range(window):
                         spread[i * kept : (i + 1) * kept] = weight[i]
                 for block in range(max(first, begin) - begin, min(last, end) - begin):
                     start = block * size
                     length = min(size, numel - start)
                     chosen = kept if length == size else kept_in_tail
-                    entries = block * window * kept  # of blocks before
+                    before = block * window * kept  # entries
                     unfetched, behind = target + start * target_size, target + (start + length) * target_size
                     for first_row in range(0, window, FETCHING_ROWS):
                         for line in range(unfetched, min(unfetched + portion, behind), 64):
@@ -1195,15 +1175,15 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                         if eight and chosen == kept <= SHORT:
                             rest = last_row * kept - (last_row - first_row) * kept % EIGHT
                             for j in range(first_row * kept, rest, EIGHT):
-                                terms = _eight_terms_of_rows(values, entries + j, spread.ctypes.data + 4 * j)
+                                terms = _eight_terms_of_rows(values, before + j, spread.ctypes.data + 4 * j)
                                 for lane in range(EIGHT):
-                                    update[_index(index_size, indices, entries + j + lane)] += terms[lane]
+                                    update[_index(index_size, indices, before + j + lane)] += terms[lane]
                             for j in range(rest, last_row * kept):
-                                term = _value(value_code, values, entries + j) * spread[j]
-                                update[_index(index_size, indices, entries + j)] += term
+                                term = _value(value_code, values, before + j) * spread[j]
+                                update[_index(index_size, indices, before + j)] += term
                         elif eight and chosen >= EIGHT:
                             for i in range(first_row, last_row):
-                                entry, factor = entries + i * kept, weight[np.uint64(i)]
+                                entry, factor = before + i * kept, weight[np.uint64(i)]
                                 rest = entry + chosen - chosen % EIGHT
                                 for j in range(entry, rest, EIGHT):
                                     terms = _eight_terms(values, j, factor)
@@ -1213,14 +1193,13 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                                     update[_index(index_size, indices, j)] += _value(value_code, values, j) * factor
                         else:
                             for i in range(first_row, last_row):
-                                entry, factor = entries + i * kept, weight[np.uint64(i)]
+                                entry, factor = before + i * kept, weight[np.uint64(i)]
                                 for j in range(entry, entry + chosen):
                                     term = real(_value(value_code, values, j)) * factor
                                     update[_index(index_size, indices, j)] += term
                     if momentum != 0:
-                        _blend(momentum_code, momentum, start, length, momentum_factor, update, real(1))
-                        _write(momentum_code, momentum, start, length, update)
-                    _blend_and_clear(target_code, target, start, length, target_factor, update, update_factor)
+                        _blend(momentum_code, momentum, start, length, momentum_factor, update, real(1), False)
+                    _blend(target_code, target, start, length, target_factor, update, update_factor, True)
                 begin = end
             first, last = _take_share(call)
 
@@ -1341,8 +1320,8 @@ def _missed_kernel() -> Kernel:
     @_kernel()
     def missed(call: int) -> None:
         """The pass over S."""
-        pieces, gram, slot, column, miss, window, ridge = _pieces_and_arguments(call, 6)
-        t, x = _load_i64(slot, 0), _float64s(column, 0, window)
+        pieces, gram, slot, x_at, miss, window, ridge = _pieces_and_arguments(call, 6)
+        t, x = _load_i64(slot, 0), _float64s(x_at, 0, window)
         first, last = _take_share(call)
         while first < last:
             for i in range(first * window // pieces, last * window // pieces):
@@ -1514,9 +1493,10 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
     pieces = -(-window // PIECE_ROWS)
     x, miss = torch.empty(window, dtype=torch.float64), torch.empty(window, dtype=torch.float64)
     vectors, number = torch.empty(SUMS_OF_PIECES + 2 * pieces, window, dtype=torch.float64), array("d", [ridge])
-    root, ahead, gram, at, scratch = R.data_ptr(), column.data_ptr(), S.data_ptr(), slot.data_ptr(), vectors.data_ptr()
+    root, gram, at, scratch = R.data_ptr(), S.data_ptr(), slot.data_ptr(), vectors.data_ptr()
+    column_at = column.data_ptr()
     ridge_at, work = number.buffer_info()[0], window * window
-    _run(_reflect_kernel(), (root, ahead, gram, at, scratch, window), pieces, work)
-    _run(_border_kernel(), (root, ahead, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
+    _run(_reflect_kernel(), (root, column_at, gram, at, scratch, window), pieces, work)
+    _run(_border_kernel(), (root, column_at, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
     _run(_missed_kernel(), (gram, at, x.data_ptr(), miss.data_ptr(), window, ridge_at), pieces, work)
     return x, miss

@@ -1,5 +1,11 @@
 """Full-matrix second-order optimizers whose gradient window is compressed with error feedback (arXiv 2306.06098)."""
 
+from pathlib import Path
+
+# In a clone the folders kernels/, perf/ and analysis/ stand beside efcp/; installed, they are inside it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
+
 from efcp.memory import MemoryReport, estimate_memory, memory_report
 from efcp.optimizer import EFCP
 from efcp.preconditioners import GGT, MFAC

@@ -52,10 +52,10 @@ def scaling_quantiles(gram: Gram, members: Iterable[Member]) -> dict[str, float 
     if total == 0:
         return dict.fromkeys(QUANTILES)
     ends = upper.cumsum(0)
-    wanted = torch.tensor([math.floor(q * (total - 1)) for q in QUANTILES.values()])
+    wanted = torch.tensor([math.floor(q * (total - 1)) for q in QUANTILES.values()], device="cpu")
     bins = torch.searchsorted(ends, wanted, right=True)
     wanted -= ends[bins] - upper[bins]  # ranks within the bins
-    lower = [torch.zeros(1 << 16, dtype=torch.int64) for _ in QUANTILES]
+    lower = [torch.zeros(1 << 16, dtype=torch.int64, device="cpu") for _ in QUANTILES]
     for keys in _ratio_bits(members, weights):
         for counts, chosen in zip(lower, bins.tolist(), strict=True):
             counts += _count([keys[keys >> 16 == chosen] & 0xFFFF])
@@ -84,7 +84,7 @@ def _ratio_bits(members: list[Member], weights: Tensor) -> Iterator[Tensor]:
 
 def _count(keys: Iterable[Tensor]) -> Tensor:
     """How often each number below 2¹⁶ occurs: (65536,) int64, on the CPU."""
-    counts = torch.zeros(1 << 16, dtype=torch.int64)
+    counts = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
     for some in keys:
         counts += torch.bincount(some, minlength=1 << 16).cpu()
     return counts

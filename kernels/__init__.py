@@ -3,6 +3,7 @@
 | file | what |
 |---|---|
 | `blocks.py` | the layout: blocks, rows, padding |
+| `addresses.py` | what a tensor must be for compiled code to read and write it |
 | `reference.py` | the definition, in PyTorch |
 | `triton_ops/` | Triton kernels, for GPUs |
 | `cpu.py` | compiled by Numba, for CPUs |
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from efcp.kernels import operators, reference
+from efcp.kernels.addresses import has_plain_storage, is_fake
 from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks, Rows
 from efcp.kernels.reference import accumulation_dtype
 
@@ -36,6 +38,8 @@ __all__ = [
     "all_finite",
     "backend_name",
     "compress_",
+    "has_plain_storage",
+    "is_fake",
     "update_inverse_root_",
     "use_backend",
     "window_apply_",
@@ -106,7 +110,7 @@ def backend_name(device: torch.device) -> str:
 
 
 def _backend(tensor: Tensor) -> ModuleType:
-    return _module(backend_name(tensor.device))
+    return reference if is_fake(tensor) else _module(backend_name(tensor.device))
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:
@@ -204,9 +208,9 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
     its error grows without bound where squared norms of gradients are 10⁸ λ.
 
     Args:
-        R: (m, m) float64, changed in place.
-        column: (m,) float64, column t of RᵀR, with which one pass over R is enough; becomes that of slot (t + 1) mod m.
-        S: (m, m) float64, already with its new row and column.
+        R: (m, m) float64, contiguous, changed in place.
+        column: (m,) float64, contiguous, column t of RᵀR, with which one pass over R is enough; becomes that of slot (t + 1) mod m.
+        S: (m, m) float64, contiguous, already with its new row and column.
         slot: (1,) int64.
         ridge: mλ.
 

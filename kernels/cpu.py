@@ -20,7 +20,7 @@ import ctypes
 import math
 import os
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import accumulate
@@ -35,12 +35,13 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
-from efcp.kernels import reference
+from efcp.kernels.addresses import addresses, group_addresses
 from efcp.kernels.blocks import Rows
 from efcp.kernels.reference import accumulation_dtype
 
 __all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "window_dots"]
 
+CPU = torch.device("cpu")
 PARALLEL = 1 << 15  # elements, or entries of the window, from which on several threads are worth it; as in PyTorch
 PIECES = 64  # at most so many partial sums, whatever the number of threads
 CHUNK = 4096  # elements of a gradient, the unit in which `all_finite` is shared out
@@ -1136,15 +1137,15 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
     @_kernel(wide, value_code, index_size)
     def apply(call: int) -> None:
         (
-            _, table, parameters, largest, target_code, momentum_code, weights, weight_code, weight_stride,
+            _, table, parameters, largest, target_code, momentum_code, weights, weight_code,
             scale, scale_code, step, step_code, decay, decay_code, window,
-        ) = _pieces_and_arguments(call, 15)  # fmt: skip
+        ) = _pieces_and_arguments(call, 14)  # fmt: skip
         target_factor = real(_number(scale_code, scale, 0))
         update_factor = real(_number(step_code, step, 0))
         momentum_factor = real(_number(decay_code, decay, 0))
         weight = np.empty(window, real)
         for i in range(window):
-            weight[i] = real(_number(weight_code, weights, i * weight_stride))
+            weight[i] = real(_number(weight_code, weights, i))
         spread, spread_kept = np.empty(window * SHORT if eight else 0, np.float32), np.int64(0)
         update = np.zeros(largest, real)
         target_size = SIZES[target_code]
@@ -1404,62 +1405,78 @@ class Group(NamedTuple):
         return self.table.buffer_info()[0], self.parameters, self.largest
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
-def _group(rows: Sequence[Rows], ones: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> Group:
-    """With the table of `_parameter`, whose last two columns are `ones` and `others`, or 0 where there are none."""
-    count = len(rows)
-    values, indices, layouts = zip(*rows, strict=True)
+def _group(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> Group:
+    """With the table of `_parameter`, whose last two columns are the `others`, in order, or 0 where there are none."""
+    layouts = [r.blocks for r in rows]
     ends = list(accumulate(blocks.count for blocks in layouts))
     numels = [blocks.numel for blocks in layouts]
     sizes = [blocks.size for blocks in layouts]
     table = [*ends, *numels, *sizes, *(blocks.kept for blocks in layouts), *(blocks.kept_in_tail for blocks in layouts)]
-    for tensors in (values, indices, ones, others):
-        if tensors and len(tensors) != count:
-            raise ValueError(f"got {len(tensors)} tensors for {count} parameters")
-        table += _addresses(tensors) if tensors else [0] * count
+    for column in group_addresses(rows, CPU, **others):
+        table += column
+    table += [0] * len(rows) * (2 - len(others))
     entries = sum(blocks.count * blocks.kept for blocks in layouts)
-    return Group(array("q", table), count, max(sizes), ends[-1], sum(numels), entries)
+    return Group(array("q", table), len(rows), max(sizes), ends[-1], sum(numels), entries)
+
+
+def _scalar(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> int:
+    """The address of a tensor of one element, of any floating point dtype where none is given."""
+    return addresses(name, [tensor], dtype or _coded(name, tensor), CPU, [1])[0]
+
+
+def _slot(slot: Tensor, window: int) -> int:
+    """The address of the number of a row, which is in the window."""
+    address = _scalar("slot", slot, torch.int64)
+    if not 0 <= int(slot) < window:
+        raise IndexError(f"slot must be from 0 to {window - 1}, got {int(slot)}")
+    return address
+
+
+def _coded(name: str, tensor: Tensor) -> torch.dtype:
+    """The dtype of a tensor, which is one that kernels read and write."""
+    if tensor.dtype not in CODES:
+        raise TypeError(f"{name} must be of dtype {', '.join(map(str, CODES))}, got {tensor.dtype}")
+    return tensor.dtype
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:
-    dtype, numels = grads[0].dtype, [grad.numel() for grad in grads]
+    dtype, numels = _coded("grads", grads[0]), [grad.numel() for grad in grads]
     ends = list(accumulate(-(-numel // CHUNK) for numel in numels))
-    table = array("q", [*ends, *numels, *_addresses(grads)])
+    table = array("q", [*ends, *numels, *addresses("grads", grads, dtype, CPU, numels)])
     pieces = max(1, min(ends[-1], PIECES))
     sums = array("d", bytes(8 * (pieces + 1)))
     arguments = (table.buffer_info()[0], len(grads), CODES[dtype], sums.buffer_info()[0], ends[-1])
     _run(_squares_kernel(), arguments, pieces, sum(numels))
-    return torch.full((), sum(sums) <= torch.finfo(accumulation_dtype(dtype)).max)
+    return torch.full((), sum(sums) <= torch.finfo(accumulation_dtype(dtype)).max, device=CPU)
 
 
 def compress_(
     grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
-    group = _group(rows, grads, errors)
-    dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
+    group = _group(rows, grads=grads, errors=errors)
+    dtype = next((_coded("grads", grad) for grad in grads if grad is not None), torch.float32)
     values, indices, _ = rows[0]
     arguments = (
-        *group.arguments, CODES[dtype], CODES[errors[0].dtype] if errors else NONE, CODES[values.dtype],
-        indices.itemsize, slot.data_ptr(), finite.data_ptr(), values.shape[1],
+        *group.arguments, CODES[dtype], CODES[_coded("errors", errors[0])] if errors else NONE,
+        CODES[_coded("values", values)], indices.itemsize, _slot(slot, values.shape[1]),
+        _scalar("finite", finite, torch.bool), values.shape[1],
     )  # fmt: skip
     _run(_compress_kernel(dtype is torch.float64), arguments, group.blocks, group.elements)
 
 
 def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
-    group = _group(rows, (), ())
+    group = _group(rows)
     values, indices, _ = rows[0]
     window = values.shape[1]
     pieces = max(1, min(group.blocks, PIECES))
-    sums = torch.empty(pieces * window, dtype=torch.float64)
+    sums = torch.empty(pieces * window, dtype=torch.float64, device=CPU)
     few = FEW if LOOKS_UP_BYTES and window >= LANES else 0  # of fewer rows a block may not have 64 entries
-    arguments = (*group.arguments, sums.data_ptr(), group.blocks, slot.data_ptr(), window, few)
-    _run(_dots_kernel(CODES[values.dtype], indices.itemsize), arguments, pieces, group.entries * window)
+    arguments = (*group.arguments, sums.data_ptr(), group.blocks, _slot(slot, window), window, few)
+    kernel = _dots_kernel(CODES[_coded("values", values)], indices.itemsize)
+    _run(kernel, arguments, pieces, group.entries * window)
     if pieces == 1:
         return sums
-    total = torch.empty(window, dtype=torch.float64)
+    total = torch.empty(window, dtype=torch.float64, device=CPU)
     _run(_add_up_kernel(), (sums.data_ptr(), pieces, total.data_ptr()), window, pieces * window)
     return total
 
@@ -1473,28 +1490,28 @@ def window_apply_(
     step: Tensor,
     decay: Tensor,
 ) -> None:
-    group = _group(rows, targets, momenta)
-    dtype, (values, indices, _) = targets[0].dtype, rows[0]
+    group = _group(rows, targets=targets, momenta=momenta)
+    dtype, (values, indices, _) = _coded("targets", targets[0]), rows[0]
     window = values.shape[1]
+    weights = weights.contiguous()
     arguments = (
-        *group.arguments, CODES[dtype], CODES[momenta[0].dtype] if momenta else NONE,
-        weights.data_ptr(), CODES[weights.dtype], weights.stride(0), scale.data_ptr(), CODES[scale.dtype],
-        step.data_ptr(), CODES[step.dtype],
-        decay.data_ptr(), CODES[decay.dtype], window,
+        *group.arguments, CODES[dtype], CODES[_coded("momenta", momenta[0])] if momenta else NONE,
+        *addresses("weights", [weights], _coded("weights", weights), CPU, [window]), CODES[weights.dtype],
+        _scalar("scale", scale), CODES[scale.dtype], _scalar("step", step), CODES[step.dtype],
+        _scalar("decay", decay), CODES[decay.dtype], window,
     )  # fmt: skip
-    kernel = _apply_kernel(dtype is torch.float64, CODES[values.dtype], indices.itemsize)
+    kernel = _apply_kernel(dtype is torch.float64, CODES[_coded("values", values)], indices.itemsize)
     _run(kernel, arguments, group.blocks, group.elements + group.entries * window)
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    if not all(tensor.is_contiguous() for tensor in (R, column, S)):
-        return reference.update_inverse_root_(R, column, S, slot, ridge)
     window = len(R)
     pieces = -(-window // PIECE_ROWS)
-    x, miss = torch.empty(window, dtype=torch.float64), torch.empty(window, dtype=torch.float64)
-    vectors, number = torch.empty(SUMS_OF_PIECES + 2 * pieces, window, dtype=torch.float64), array("d", [ridge])
-    root, gram, at, scratch = R.data_ptr(), S.data_ptr(), slot.data_ptr(), vectors.data_ptr()
-    column_at = column.data_ptr()
+    x, miss = (torch.empty(window, dtype=torch.float64, device=CPU) for _ in range(2))
+    vectors = torch.empty(SUMS_OF_PIECES + 2 * pieces, window, dtype=torch.float64, device=CPU)
+    scratch, number = vectors.data_ptr(), array("d", [ridge])
+    root, gram = (addresses(n, [M], torch.float64, CPU, [window**2])[0] for n, M in (("R", R), ("S", S)))
+    (column_at,), at = addresses("column", [column], torch.float64, CPU, [window]), _slot(slot, window)
     ridge_at, work = number.buffer_info()[0], window * window
     _run(_reflect_kernel(), (root, column_at, gram, at, scratch, window), pieces, work)
     _run(_border_kernel(), (root, column_at, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from efcp.kernels.addresses import check_group
 from efcp.kernels.blocks import Rows
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
@@ -45,6 +46,7 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
 def compress_(
     grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
+    check_group(rows, slot.device, grads=grads, errors=errors)
     for number, (grad, (values, indices, blocks)) in enumerate(zip(grads, rows, strict=True)):
         for part in blocks.parts(PART):
             if grad is None:
@@ -67,7 +69,8 @@ def compress_(
 
 
 def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
-    window, device = rows[0].values.shape[1], rows[0].values.device
+    check_group(rows, slot.device)
+    window, device = rows[0].values.shape[1], slot.device
     dots = torch.zeros(window, dtype=torch.float64, device=device)
     for values, indices, blocks in rows:
         for part in blocks.parts(min(PART, PART // (window * blocks.kept) * blocks.size)):
@@ -88,6 +91,7 @@ def window_apply_(
     step: Tensor,
     decay: Tensor,
 ) -> None:
+    check_group(rows, weights.device, targets=targets, momenta=momenta)
     dtype = accumulation_dtype(targets[0].dtype)
     weights, scale, step, decay = (x.to(dtype) for x in (weights, scale, step, decay))
     for number, (target, (values, indices, blocks)) in enumerate(zip(targets, rows, strict=True)):

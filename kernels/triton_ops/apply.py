@@ -168,7 +168,7 @@ def window_apply_(
     candidates: Sequence[Configuration],
 ) -> None:
     """With one of some configurations."""
-    table = group(targets, momenta, rows)
+    table = group(rows, targets=targets, momenta=momenta)
     if table.blocks == 0:
         return
     weights = weights.to(accumulation_dtype(targets[0].dtype))
@@ -189,6 +189,6 @@ def window_apply_(
     def trial(window: Rows) -> Callable[[Configuration], None]:
         target = torch.zeros(window.blocks.numel, dtype=dtype, device=weights.device)
         momentum = [torch.zeros_like(target, dtype=momentum_dtype)] if momenta else []
-        return lambda configuration: launch(group([target], momentum, [window]), configuration)
+        return lambda configuration: launch(group([window], targets=[target], momenta=momentum), configuration)
 
     launch(table, choose("window_apply_", rows, (dtype, momentum_dtype), candidates, trial))

@@ -178,7 +178,7 @@ def _compress_kernel(parameters, owners, slot, finite, window,
 def compress_(
     grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
-    table = group(grads, errors, rows)
+    table = group(rows, grads=grads, errors=errors)
     if table.blocks == 0:
         return
     dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
@@ -199,7 +199,7 @@ def compress_(
     def trial(window: Rows) -> Callable[[Configuration], None]:
         grad = torch.randn(window.blocks.numel, device=slot.device).to(dtype)
         error = [torch.zeros_like(grad, dtype=error_dtype)] if errors else []
-        return lambda configuration: launch(group([grad], error, [window]), configuration)
+        return lambda configuration: launch(group([window], grads=[grad], errors=error), configuration)
 
     candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, warp_size())
     launch(table, choose("compress_", rows, (dtype, error_dtype), candidates, trial))

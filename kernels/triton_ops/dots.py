@@ -203,7 +203,7 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
 
 def window_dots(rows: Sequence[Rows], slot: Tensor, candidates: Sequence[Configuration]) -> Tensor:
     """With one of some configurations."""
-    table = group((), (), rows)
+    table = group(rows)
     values, indices, blocks = rows[0]
     row = kept(blocks.block_size, blocks.density)
 
@@ -223,6 +223,6 @@ def window_dots(rows: Sequence[Rows], slot: Tensor, candidates: Sequence[Configu
         return partial
 
     def trial(window: Rows) -> Callable[[Configuration], object]:
-        return lambda configuration: launch(group((), (), [window]), configuration)
+        return lambda configuration: launch(group([window]), configuration)
 
     return launch(table, choose("window_dots", rows, (), candidates, trial)).sum(0)

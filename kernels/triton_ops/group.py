@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from efcp.kernels.addresses import group_addresses
 from efcp.kernels.blocks import Blocks, Rows
 from efcp.kernels.reference import accumulation_dtype
 
@@ -48,23 +49,17 @@ class Group(NamedTuple):
         return len(self.owners)
 
 
-def group(x: Sequence[Tensor | None], y: Sequence[Tensor], rows: Sequence[Rows]) -> Group:
-    """The group of parameters with these tensors.
+def group(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> Group:
+    """The group of parameters with these windows and up to two other tensors each, x and y in the table.
 
     Args:
-        x: gradients or targets of the parameters; empty for an operation on the window alone.
-        y: errors or momenta; empty for none.
         rows: values, indices and layouts.
+        others: by name, for errors: of each parameter a gradient or target, then an error or momentum; empty for none.
     """
-    entries = tuple(
-        (_address(x[n] if x else None), _address(y[n] if y else None), values.data_ptr(), indices.data_ptr(), blocks)
-        for n, (values, indices, blocks) in enumerate(rows)
-    )
-    return tables(rows[0].values.device, entries)
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    device = rows[0].values.device
+    values, indices, *columns = group_addresses(rows, device, **others)
+    columns += [[0] * len(rows)] * (2 - len(columns))
+    return tables(device, tuple(zip(*columns, values, indices, (r.blocks for r in rows), strict=True)))
 
 
 @lru_cache(maxsize=256)
@@ -76,10 +71,10 @@ def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks
         last = (blocks.tail, blocks.kept_in_tail) if blocks.tail else (blocks.size, blocks.kept)
         packed = blocks.kept | last[0] << FIELD.value | last[1] << 2 * FIELD.value | aligned << 3 * FIELD.value
         parameters.append([*addresses, blocks.count, packed])
-        owner = torch.arange(blocks.count) | number << (BLOCK_BITS.value + 1)
+        owner = torch.arange(blocks.count, device="cpu") | number << (BLOCK_BITS.value + 1)
         owner[-1:] |= 1 << BLOCK_BITS.value
         owners.append(owner)
-    return Group(_on(device, torch.tensor(parameters)), _on(device, torch.cat(owners)))
+    return Group(_on(device, torch.tensor(parameters, device="cpu")), _on(device, torch.cat(owners)))
 
 
 _captured: list[Tensor] = []  # a graph of CUDA copies from these again at each replay, so they stay

@@ -57,7 +57,7 @@ def _portable_dots_kernel(parameters, owners, newest, partial, window, blocks, P
 
 
 def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
-    table = group((), (), rows)
+    table = group(rows)
     values, indices, blocks = rows[0]
     window, size = values.shape[1], blocks.block_size
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
@@ -128,7 +128,7 @@ def window_apply_(
     step: Tensor,
     decay: Tensor,
 ) -> None:
-    table = group(targets, momenta, rows)
+    table = group(rows, targets=targets, momenta=momenta)
     if table.blocks == 0:
         return
     values, indices, blocks = rows[0]

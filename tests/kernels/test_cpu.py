@@ -162,9 +162,9 @@ def test_as_many_tensors_as_parameters_are_taken() -> None:
     rows = [case.random_window() for case in LARGE.group]
     grads = [case.gradient() for case in LARGE.group]
     slot, one = torch.tensor([0]), torch.tensor(1.0)
-    with pytest.raises(ValueError, match=r"^got 3 tensors for 4 parameters$"):
+    with pytest.raises(ValueError, match=r"^errors must hold 4 tensors, got 3$"):
         cpu.compress_(grads, grads[1:], rows, slot, torch.tensor(True))
-    with pytest.raises(ValueError, match=r"^got 4 tensors for 3 parameters$"):
+    with pytest.raises(ValueError, match=r"^targets must hold 3 tensors, got 4$"):
         cpu.window_apply_(grads, [], rows[1:], torch.ones(LARGE.window), one, one, one)
 
 
@@ -269,7 +269,7 @@ def after_replacing_rows(update: Callable[..., tuple[Tensor, Tensor]], window: i
     G = torch.randn(window, 40, dtype=FLOAT64, generator=generator)
     ridge = 0.01 * window
     identity = torch.eye(window, dtype=FLOAT64)
-    R = torch.linalg.inv(torch.linalg.cholesky(G @ G.t() + ridge * identity))
+    R = torch.linalg.inv(torch.linalg.cholesky(G @ G.t() + ridge * identity)).contiguous()
     for step in range(8):
         slot = torch.tensor([[0, window // 2, window - 1, window - 1][step % 4]])
         G[slot] = torch.randn(1, 40, dtype=FLOAT64, generator=generator) * 3.0**step

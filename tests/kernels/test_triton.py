@@ -253,12 +253,12 @@ FAR = 1 << 33  # blocks
 def far_away(modules, monkeypatch):
     """Makes the kernels believe that the blocks of all parameters come after FAR others, at the addresses they have."""
 
-    def shifted(x, y, rows):
-        table = group(x, y, rows)
+    def shifted(rows, **others):
+        table = group(rows, **others)
         parameters = table.parameters.clone()
         for entry, (values, indices, blocks) in zip(parameters, rows, strict=True):
             entries = FAR * values.shape[1] * blocks.kept
-            sizes = [some[0].element_size() if some else 0 for some in (x, y)]
+            sizes = [some[0].element_size() if some else 0 for some in (*others.values(), (), ())[:2]]
             entry[:4] -= torch.tensor([FAR * blocks.block_size * size for size in sizes] + [
                 entries * values.element_size(), entries * indices.element_size()
             ])  # fmt: skip

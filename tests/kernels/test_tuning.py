@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -36,11 +37,11 @@ def run(monkeypatch):
     simulators = []
 
     def allowing(original):
-        def group(x, y, rows):
-            for tensor in (*x, *y, *(t for r in rows for t in (r.values, r.indices))):
+        def group(rows, **others):
+            for tensor in (*chain(*others.values()), *(t for r in rows for t in (r.values, r.indices))):
                 if tensor is not None:
                     simulators[-1].allow(tensor)
-            return original(x, y, rows)
+            return original(rows, **others)
 
         return group
 

@@ -4,14 +4,34 @@
 bfloat16, indices above 256 are lost, and so is the precision of float64 matrices.
 
 What is loaded is read once: positions are used as addresses, and one NaN would stay.
+
+Versions of the state, in `version` of what all parameters share:
+
+    0  without a version: no numel, skipped_in_a_row, imprecise_steps and pending; dtypes themselves in param groups
+    1  dtypes by name in param groups
 """
 
 import math
+import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from efcp.checks import plain
+
+VERSION = 1  # of the states that are written
+COUNTERS = ("step", "skipped_steps", "skipped_in_a_row", "imprecise_steps")
+SINCE_VERSION_1 = ("skipped_in_a_row", "imprecise_steps", "pending", "version")
+WINDOWS_OF_VERSION_0 = {"values", "left", "rows"}
+
+
+class HasOptions(Protocol):
+    """A compressor or a preconditioner."""
+
+    @property
+    def options(self) -> dict[str, Any]: ...
 
 
 class Exact:
@@ -53,12 +73,69 @@ def check_structure(state_dict: dict[str, Any]) -> None:
         raise ValueError(f"state_dict: there is state of {len(unknown)} parameters that are in no param group")
 
 
-def check_options(where: str, saved: dict[str, Any], own: dict[str, Any], fixed: Iterable[str]) -> None:
-    """Checks that a saved param group has the options of one of the optimizer's, and the values of the fixed ones."""
-    if missing := [name for name in own if name not in saved and name != "param_names"]:
-        raise ValueError(f"{where}: the state has no {', '.join(missing)}; it was saved by another kind of optimizer")
+def check_kind(where: str, saved: dict[str, Any], part: HasOptions) -> None:
+    """Checks that a saved param group has an option of a compressor or preconditioner, if that has any."""
+    if part.options and not part.options.keys() & saved.keys():
+        names = ", ".join(part.options)
+        raise ValueError(f"{where}: the state has no {names}; it was saved by another kind of optimizer")
+
+
+def with_defaults(saved: dict[str, Any], own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A saved param group, completed: options that it lacks have their defaults, other entries the optimizer's values.
+
+    Dtypes become names, as they are written now.
+    """
+    completed = {**own, **defaults, **saved}
+    if "param_names" not in saved:
+        completed.pop("param_names", None)  # PyTorch adds them
+    return {name: plain(value) if name in defaults else value for name, value in completed.items()}
+
+
+def check_fixed(where: str, saved: dict[str, Any], own: dict[str, Any], fixed: Iterable[str]) -> None:
+    """Checks that a saved param group has the optimizer's values of the options that cannot change."""
     for name in fixed:
-        check_same(where, name, saved[name], own[name])
+        check_same(where, name, saved[name], plain(own[name]))
+
+
+def check_names(where: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    """Warns where parameters have other names in the state than in the optimizer."""
+    pairs = zip(saved.get("param_names", ()), own.get("param_names", ()), strict=False)
+    if different := [pair for pair in pairs if pair[0] != pair[1]]:
+        (theirs, ours), others = different[0], f" and {len(different) - 1} more" if len(different) > 1 else ""
+        warnings.warn(
+            f"{where}: parameters are matched by their order, but the state of {theirs!r} goes to {ours!r}{others}",
+            stacklevel=6,
+        )
+
+
+def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """A parameter's saved state as this version would have written it.
+
+    Args:
+        saved: the state, which stays as it is.
+        shared: what it should hold for all parameters; empty where another one holds that.
+        param: the parameter.
+
+    Raises:
+        ValueError: for a state of a later version.
+    """
+    state = dict(saved)
+    if state.get("version", 0) > VERSION:
+        version = state["version"]
+        raise ValueError(f"state_dict: it was saved by a later release: its version is {version}, here it is {VERSION}")
+    if not WINDOWS_OF_VERSION_0.isdisjoint(state):
+        state.setdefault("numel", param.numel())
+    if shared and "version" not in state:
+        for name in SINCE_VERSION_1:
+            if name in shared:
+                initial = shared[name]
+                new = torch.zeros(initial.shape, dtype=initial.dtype, device="cpu")
+                state.setdefault(name, new if isinstance(initial, Tensor) else initial)
+    for name in COUNTERS:
+        value = state.get(name)
+        if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
+            state[name] = torch.as_tensor(value).to(torch.int64)
+    return state
 
 
 def check_tensors(where: str, saved: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -66,10 +143,11 @@ def check_tensors(where: str, saved: dict[str, Any], expected: dict[str, Any]) -
 
     Args:
         where: for messages.
-        saved: the state.
-        expected: all that the state should hold; tensors may be on the meta device.
+        saved: the state. What other software has put there stays.
+        expected: what the state must hold; tensors may be on the meta device.
     """
-    check_same(where, "the list of names", sorted(saved), sorted(expected))
+    if missing := sorted(expected.keys() - saved.keys()):
+        raise ValueError(f"{where}: the state has no {', '.join(missing)}; it is damaged, or of another kind")
     for name, own in expected.items():
         value = saved[name]
         if isinstance(own, Tensor) and isinstance(value, Tensor):
@@ -78,6 +156,8 @@ def check_tensors(where: str, saved: dict[str, Any], expected: dict[str, Any]) -
             check_same(where, f"the layout of {name}", value.layout, own.layout)
         else:
             check_same(where, f"the type of {name}", type(value).__name__, type(own).__name__)
+            if name == "numel":
+                check_same(where, "the number of elements", value, own)
 
 
 def check_content(where: str, name: str, holds: bool | Tensor, allowed: str) -> None:

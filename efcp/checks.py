@@ -31,6 +31,14 @@ def require_integer(name: str, value: Any, low: int, high: int | None = None) ->
     require(inside, name, f"be an integer ≥ {low}" if high is None else f"be an integer from {low} to {high}", value)
 
 
-def require_dtype(name: str, value: Any, allowed: tuple[torch.dtype, ...]) -> None:
-    """Raises ValueError unless value is one of the dtypes."""
-    require(value in allowed, name, f"be one of {', '.join(map(str, allowed))}", value)
+def require_dtype(name: str, value: Any, allowed: tuple[torch.dtype, ...]) -> torch.dtype:
+    """The dtype that value is or names, as in "float32". Raises ValueError unless it is one of those allowed."""
+    dtype = next((d for d in allowed if value in (d, plain(d))), None)
+    if dtype is None:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    return dtype
+
+
+def plain(value: Any) -> Any:
+    """A dtype's name, as in "float32"; any other value as it is."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -1,15 +1,18 @@
-"""The Gram matrix S = G Gᵀ of the whole window, as a ring buffer.
+"""The Gram matrix S = G Gᵀ of the whole window, as a ring buffer, and whether it belongs to the windows that are there.
 
 Row and column `slot` belong to the gradient that was written there last; slots are filled in turn. A step replaces one
 row of the window, hence one row and column of S. State:
 
-    step             ()      int64    gradients taken in so far
-    skipped_steps    ()      int64    of these, such with an Inf or NaN
-    gram             (m, m)  float64  S
-    weights          (m,)    float64  w of the newest update, which is Gᵀw; zero after a skipped step
+    step               ()      int64    gradients taken in so far
+    skipped_steps      ()      int64    of these, such with an Inf or NaN
+    skipped_in_a_row   ()      int64    of these, the last ones
+    gram               (m, m)  float64  S
+    weights            (m,)    float64  w of the newest update, which is Gᵀw; zero after a skipped step
+    pending            bool             a step has begun to change windows and has not come to an end: S is unknown
 """
 
-from collections.abc import Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +22,14 @@ from torch import Tensor
 from efcp.checkpoint import check_content, check_numbers
 
 
-def allocate_gram(window: int, device: torch.device) -> dict[str, Tensor]:
+def allocate_gram(window: int, device: torch.device) -> dict[str, Any]:
     """The state of a Gram matrix of a window of zero rows."""
+    counters = ("step", "skipped_steps", "skipped_in_a_row")
     return {
-        "step": torch.zeros((), dtype=torch.int64, device=device),
-        "skipped_steps": torch.zeros((), dtype=torch.int64, device=device),
+        **{name: torch.zeros((), dtype=torch.int64, device=device) for name in counters},
         "gram": torch.zeros(window, window, dtype=torch.float64, device=device),
         "weights": torch.zeros(window, dtype=torch.float64, device=device),
+        "pending": False,
     }
 
 
@@ -33,15 +37,21 @@ def check_gram(where: str, state: dict[str, Any]) -> None:
     """Raises ValueError unless a saved state of the right names, shapes and dtypes makes sense."""
     check_numbers(where, state)
     check_content(where, "gram", torch.equal(state["gram"], state["gram"].t()), "be symmetric")
-    counted = 0 <= int(state["skipped_steps"]) <= int(state["step"])
+    counted = 0 <= int(state["skipped_in_a_row"]) <= int(state["skipped_steps"]) <= int(state["step"])
     check_content(where, "step", counted, "not be negative, nor less than skipped_steps")
 
 
 @dataclass(frozen=True)
 class Gram:
-    """The Gram matrix in a state that also holds what preconditioners derive from it."""
+    """The Gram matrix in a state that also holds what preconditioners derive from it.
+
+    Args:
+        state: see above.
+        rounding: the machine epsilon of the arithmetic in which weighted sums of the window's rows are formed.
+    """
 
     state: dict[str, Any]
+    rounding: float = torch.finfo(torch.float64).eps
 
     @property
     def matrix(self) -> Tensor:
@@ -49,19 +59,20 @@ class Gram:
         return self.state["gram"]
 
     def on_its_device(self, tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Tensors from any devices."""
+        """Moves tensors from any devices to that of S."""
         return (t.to(self.matrix.device, non_blocking=True) for t in tensors)
 
     @property
     def following_slot(self) -> Tensor:
-        """Of the gradient of the step to come: (1,) int64."""
+        """The slot that the next step will write: (1,) int64."""
         return (self.state["step"] % len(self.matrix)).view(1)
 
     def next_slot(self, finite: Tensor) -> Tensor:
         """Counts a step, and returns the slot of its gradient: (1,) int64."""
-        slot = self.following_slot
-        self.state["step"] += 1
-        self.state["skipped_steps"] += ~finite
+        slot, state = self.following_slot, self.state
+        state["step"] += 1
+        state["skipped_steps"] += ~finite
+        state["skipped_in_a_row"].add_(1).mul_(~finite)
         return slot
 
     def replace(self, slot: Tensor, dots: Tensor) -> None:
@@ -74,6 +85,46 @@ class Gram:
         self.matrix.index_copy_(0, slot, dots.unsqueeze(0))
         self.matrix.index_copy_(1, slot, dots.unsqueeze(1))
 
+    def recompute(self, dots: Callable[[Tensor], Tensor]) -> None:
+        """Computes S from the window, from the oldest row to the newest, as steps would have done.
+
+        Args:
+            dots: gives the inner products of all rows with row `slot`, (m,) float64.
+        """
+        for age in range(len(self.matrix)):
+            slot = (self.following_slot + age) % len(self.matrix)
+            self.replace(slot, dots(slot))
+
     def squared_norm(self, weights: Tensor) -> Tensor:
         """‖Gᵀw‖² = wᵀSw, () float64: the squared norm of an update at the price of a few m² operations."""
         return torch.dot(weights, self.matrix @ weights).clamp(min=0)
+
+
+class Origin:
+    """The windows that a Gram matrix was computed from: which tensors of which parameters, and in which version.
+
+    A parameter that leaves, a state that is deleted, replaced or written by hand is noticed by this. PyTorch counts the
+    versions; kernels write without counting.
+    """
+
+    def __init__(self, windows: Mapping[Tensor, Sequence[Tensor]]) -> None:
+        """
+        Args:
+            windows: the tensors of each parameter's window.
+        """
+        self._seen = {param: [(weakref.ref(t), _version(t)) for t in tensors] for param, tensors in windows.items()}
+
+    def changed(self, windows: Mapping[Tensor, Sequence[Tensor]]) -> list[Tensor]:
+        """The parameters whose windows have come, gone or changed since."""
+        gone = [param for param in self._seen if param not in windows]
+        return gone + [param for param, tensors in windows.items() if not _same(self._seen.get(param, []), tensors)]
+
+
+def _same(seen: list[tuple["weakref.ref[Tensor]", int]], tensors: Sequence[Tensor]) -> bool:
+    return len(seen) == len(tensors) and all(
+        ref() is tensor and version == _version(tensor) for (ref, version), tensor in zip(seen, tensors, strict=True)
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -44,7 +44,7 @@ class MemoryReport:
 def memory_report(optimizer: Optimizer) -> MemoryReport:
     """The bytes of every tensor in an optimizer's state; of any `torch.optim.Optimizer`."""
     tensors: dict[str, int] = {}
-    for state in optimizer.state.values():
+    for state in (*optimizer.state.values(), getattr(optimizer, "shared", {})):
         for name, value in _tensors(state):
             tensors[name] = tensors.get(name, 0) + value.numel() * value.element_size()
     return MemoryReport(tensors, sum(p.numel() for group in optimizer.param_groups for p in group["params"]))

@@ -2,15 +2,20 @@
 
 Three parts that know nothing of each other meet in `EFCP.step`: a window (`efcp.windows`) compresses gradients and
 keeps them, the Gram matrix (`efcp.gram`) keeps their inner products, and a preconditioner (`efcp.preconditioners`)
-turns these into weights. State lives on the parameters, in `optimizer.state[p]`:
+turns these into weights. State:
 
-    of each parameter that has had a gradient: the tensors of its window; momentum (n,) and average (n,) where used
-    of the first parameter, in addition: the Gram matrix, and what the preconditioner derives from it
+    optimizer.state[p]   of each parameter that has had a gradient: numel, the number of its elements; the tensors of
+                         its window; momentum (n,) and average (n,) where used
+    optimizer.shared     of all together: the Gram matrix, what the preconditioner derives from it, and version
+
+No edit of param groups, parameters or their states touches `shared`. In a state dict it stands in the state of the
+first parameter that has a window, so that all that carries state dicts carries it.
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import reduce
+from functools import partial, reduce
 from itertools import chain
 from typing import Any
 
@@ -18,11 +23,23 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from efcp.checkpoint import Exact, check_options, check_same, check_structure, check_tensors
-from efcp.checks import require, require_integer, require_number
+from efcp.checkpoint import (
+    VERSION,
+    Exact,
+    check_fixed,
+    check_kind,
+    check_names,
+    check_same,
+    check_structure,
+    check_tensors,
+    upgraded,
+    with_defaults,
+)
+from efcp.checks import plain, require, require_integer, require_number
 from efcp.diagnostics import norms_and_rotation, scaling_quantiles
-from efcp.gram import Gram, allocate_gram, check_gram
-from efcp.parameters import Member, ParameterSet
+from efcp.gram import Gram, Origin, allocate_gram, check_gram
+from efcp.lookout import Lookout
+from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
 
@@ -77,6 +94,8 @@ class EFCP(Optimizer):
         maximize: bool = False,
     ) -> None:
         self.compressor, self.preconditioner = compressor, preconditioner
+        self.shared: dict[str, Any] = {}
+        self._origin, self._lookout = Origin({}), Lookout()
         defaults = {
             "lr": lr,
             "window": window,
@@ -110,37 +129,50 @@ class EFCP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        max_update_norm, preconditioner = self._shared("max_update_norm"), self._shared_preconditioner()
+        max_update_norm, preconditioner = self._agreed("max_update_norm"), self._agreed_preconditioner()
         if all(p.grad is None for p in self._params()):
             return loss
 
-        gram, sets = self._gram(), self._parameter_sets()
+        changed = self._changed_windows()
+        sets = self._parameter_sets()
+        gram = self._gram(max(s.rounding for s in sets))
+        if changed or gram.state["pending"]:
+            self._mend(gram, sets, changed)
+
         finite = reduce(torch.logical_and, gram.on_its_device(s.gradients_are_finite() for s in sets))
+        gram.state["pending"] = True
         slot = gram.next_slot(finite)
-        dots = reduce(torch.add, gram.on_its_device(s.push(slot, finite) for s in sets))
-        gram.replace(slot, dots)
+        for s in sets:
+            s.push(slot, finite)
+        gram.replace(slot, self._dots(gram, sets, slot))
         weights = preconditioner.weights(gram, slot)
+        gram.state["pending"] = False
+        self._origin = Origin(self._windows())
         if max_update_norm is not None:
             weights = weights * (max_update_norm / gram.squared_norm(weights).sqrt()).clamp(max=1.0)
         weights = torch.where(finite, weights, 0.0)
         gram.state["weights"].copy_(weights)
         for s in sets:
             s.update_(weights, finite)
+        self._lookout.look(gram.state, self._non_finite)
         return loss
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Computes anew what the preconditioner keeps beside the Gram matrix, which steps do by themselves.
+        """Recomputes what the preconditioner keeps beside the Gram matrix. Ordinary steps do this when needed.
 
         A step of M-FAC that is replayed from a CUDA graph does not: call this once in `window` replays, or rounding
         errors gather.
         """
-        self._shared_preconditioner().refresh(self._gram())
+        self._agreed_preconditioner().refresh(self._gram())
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped for an Inf or NaN in a gradient. Reading it waits for the device."""
-        return int(self.state.get(next(self._params()), {}).get("skipped_steps", 0))
+        """How many steps were skipped for an Inf or NaN in a gradient. Reading it waits for the device.
+
+        After ten skipped steps in a row there is a warning that names the parameters, by itself and without waiting.
+        """
+        return int(self.shared.get("skipped_steps", 0))
 
     def diagnostics(self, quantiles: bool = False) -> dict[str, float | None]:
         """What the last step did, for logs. Waits for the device.
@@ -162,9 +194,7 @@ class EFCP(Optimizer):
                 scaling_q25, scaling_q50, scaling_q75: quantiles of |u/g| over all entries with g ≠ 0; of N sorted
                     numbers the quantile q is number ⌊q (N − 1)⌋, counted from 0.
         """
-        first = next(self._params())
-        state = self.state.get(first, {})
-        gram = Gram(state if "gram" in state else allocate_gram(self._shared("window"), first.device))
+        gram = Gram(self.shared or allocate_gram(self._agreed("window"), next(self._params()).device))
         members = list(self._members())
         result = norms_and_rotation(gram, members)
         return {**result, **scaling_quantiles(gram, members)} if quantiles else result
@@ -173,9 +203,12 @@ class EFCP(Optimizer):
         if isinstance(param_group, dict):
             self._check_keys(param_group)
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
         try:
-            self._check_keys(self.param_groups[-1])  # again, with what `defaults` has added
-            self._check_params(self.param_groups[-1]["params"])
+            self._check_keys(group)  # again, with what `defaults` has added
+            for name in (*self.compressor.options, *self.preconditioner.options):
+                group[name] = plain(group[name])
+            self._check_params(group["params"])
             self._check_options(self.param_groups)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -185,7 +218,9 @@ class EFCP(Optimizer):
         """Loads a state, bit for bit.
 
         Nothing is cast: between parameters of different dtypes, a state can be loaded where none of its tensors has
-        their dtype (TopK without momentum and beta1, the same `error_dtype`), and is refused elsewhere.
+        their dtype (TopK without momentum and beta1, the same `error_dtype`), and is refused elsewhere. States of
+        earlier versions are loaded; options that they lack have their defaults. Parameters are matched by their order;
+        where both sides know names, and these differ, there is a warning.
 
         Raises:
             ValueError: for a state of another window, compressor, preconditioner or model, and for a damaged one; it
@@ -197,15 +232,39 @@ class EFCP(Optimizer):
         finally:
             handle.remove()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the optimizer, with `shared` in the state of the first parameter that has a window.
+
+        States of parameters that are in no param group any more are left out.
+        """
+        own = self.state
+        params = list(self._params())
+        self.state = defaultdict(dict, own)
+        for gone in {p for p in own if isinstance(p, Tensor)} - set(params):
+            del self.state[gone]
+        if self.shared:
+            home = next(chain(self._windows(), params))
+            self.state[home] = {**self.state[home], **self._shared_to_save()}
+        try:
+            return super().state_dict()
+        finally:
+            self.state = own
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "compressor": self.compressor, "preconditioner": self.preconditioner}
+        own = {"compressor": self.compressor, "preconditioner": self.preconditioner}
+        return {**super().__getstate__(), **own, "shared": self._shared_to_save()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over what `load_state_dict` or unpickling has restored."""
         for param, saved in state["state"].items():
-            if isinstance(saved, Exact):
-                state["state"][param] = saved.on(param.device)
-        super().__setstate__(state)
+            own = saved.on(param.device) if isinstance(saved, Exact) else saved
+            if isinstance(param, Tensor) and "gram" in own:
+                names = own.keys() & self._allocate_shared(torch.device("meta"), state["param_groups"]).keys()
+                state["shared"] = {name: own.pop(name) for name in names}
+            state["state"][param] = own
+        super().__setstate__({"shared": {}, **state})
         self.defaults.pop("differentiable", None)  # else it would be an option of groups to come
+        self._origin, self._lookout = Origin(self._windows()), Lookout()
 
     def allocate_state(self) -> None:
         """Allocates all state now, instead of when a parameter has its first gradient."""
@@ -214,30 +273,36 @@ class EFCP(Optimizer):
             compressor = self._compressor_of(group)
             for p in group["params"]:
                 self._fill(self.state[p], p, group, compressor)
+        self._origin = Origin(self._windows())
 
     # ---- what a step works on
 
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
-    def _shared(self, name: str, groups: list[dict[str, Any]] | None = None) -> Any:
+    def _agreed(self, name: str, groups: list[dict[str, Any]] | None = None) -> Any:
         """The value of an option on which all param groups must agree."""
         values = [group[name] for group in groups or self.param_groups]
         require(all(v == values[0] for v in values), name, "be the same in all param groups", values)
         return values[0]
 
-    def _shared_preconditioner(self, groups: list[dict[str, Any]] | None = None) -> Preconditioner:
-        return type(self.preconditioner)(**{name: self._shared(name, groups) for name in self.preconditioner.options})
+    def _agreed_preconditioner(self, groups: list[dict[str, Any]] | None = None) -> Preconditioner:
+        options = {name: self._agreed(name, groups) for name in self.preconditioner.options}
+        return type(self.preconditioner)(**options)
 
     def _compressor_of(self, group: dict[str, Any]) -> Compressor:
         return type(self.compressor)(**{name: group[name] for name in self.compressor.options})
 
-    def _gram(self) -> Gram:
-        window, state = self._shared("window"), self.state[next(self._params())]
-        if "gram" not in state:
-            state.update(self._allocate_shared(next(self._params()).device))
-        require(len(state["gram"]) == window, "window", f"stay what it was, {len(state['gram'])}", window)
-        return Gram(state)
+    def _gram(self, rounding: float = 0.0) -> Gram:
+        """The Gram matrix, on the device of the first parameter."""
+        window, device = self._agreed("window"), next(self._params()).device
+        if not self.shared:
+            self.shared.update(self._allocate_shared(device))
+        if self.shared["gram"].device != device:
+            for name, value in self.shared.items():
+                self.shared[name] = value.to(device) if isinstance(value, Tensor) else value
+        require(len(self.shared["gram"]) == window, "window", f"stay what it was, {len(self.shared['gram'])}", window)
+        return Gram(self.shared, rounding)
 
     def _parameter_sets(self) -> list[ParameterSet]:
         """The parameters that have a window; those with a first gradient get theirs."""
@@ -245,16 +310,18 @@ class EFCP(Optimizer):
         for group in self.param_groups:
             compressor, alike = self._compressor_of(group), defaultdict[Any, list[Tensor]](list)
             for p in group["params"]:
-                if p.grad is not None or compressor.rows_name(p) in self.state.get(p, {}):
+                if p.grad is not None or compressor.row_names(p)[0] in self.state.get(p, {}):
                     self._fill(self.state[p], p, group, compressor)
+                    check_state(partial(self._name, p), p, self.state[p])
                     alike[p.device, p.dtype, self._dtypes(p)].append(p)
             sets += [ParameterSet(group, compressor, some, [self.state[p] for p in some]) for some in alike.values()]
         return sets
 
-    def _dtypes(self, param: Tensor) -> tuple[torch.dtype, ...]:
-        """Of what has an entry for each of the parameter's: it keeps its dtype when the model is cast."""
+    def _dtypes(self, param: Tensor) -> tuple[torch.dtype | None, ...]:
+        """The dtypes of gradient, error, momentum and average. They may differ from the parameter's."""
         state = self.state[param]
-        return tuple(state[name].dtype for name in ("error", "momentum", "average") if name in state)
+        own = (state[name].dtype for name in ("error", "momentum", "average") if name in state)
+        return (None if param.grad is None else param.grad.dtype), *own
 
     def _members(self) -> Iterator[Member]:
         """The parameters that have a window by now."""
@@ -262,24 +329,66 @@ class EFCP(Optimizer):
             compressor = self._compressor_of(group)
             for p in group["params"]:
                 state = self.state.get(p, {})
-                if compressor.rows_name(p) in state:
+                if compressor.row_names(p)[0] in state:
                     yield Member(p, state, compressor)
 
     # ---- state
 
-    def _allocate_shared(self, device: torch.device) -> dict[str, Any]:
-        """What the state of the first parameter holds for all."""
-        window = self._shared("window")
-        return {**allocate_gram(window, device), **self._shared_preconditioner().allocate(window, device)}
+    def _allocate_shared(self, device: torch.device, groups: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+        """New state that all parameters share."""
+        window = self._agreed("window", groups)
+        own = self._agreed_preconditioner(groups).allocate(window, device)
+        return {**allocate_gram(window, device), **own, "version": VERSION}
 
     @staticmethod
     def _fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
         """Adds to the state of a parameter what is missing."""
-        if compressor.rows_name(param) not in state:
+        if compressor.row_names(param)[0] not in state:
             state.update(compressor.allocate(param, group["window"]))
+            state["numel"] = param.numel()
         for name, decay in (("momentum", group["momentum"]), ("average", group["beta1"])):
             if decay > 0 and name not in state:
                 state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
+
+    @staticmethod
+    def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor) -> Tensor:
+        """The inner products of all rows with row `slot`, summed over all parameters."""
+        return reduce(torch.add, gram.on_its_device(s.dots(slot) for s in sets))
+
+    def _windows(self) -> dict[Tensor, list[Tensor]]:
+        """The tensors of each parameter's window, of the parameters that have one by now."""
+        return {m.param: [m.state[name] for name in m.compressor.row_names(m.param)] for m in self._members()}
+
+    def _changed_windows(self) -> list[Tensor]:
+        """The parameters whose windows were not written by the steps that the Gram matrix has followed."""
+        return self._origin.changed(self._windows())
+
+    def _mend(self, gram: Gram, sets: list[ParameterSet], changed: list[Tensor]) -> None:
+        """Computes the Gram matrix, and what is derived from it, from the windows that are there."""
+        for member in self._members():
+            if any(member.param is p for p in changed):
+                member.compressor.check(self._name(member.param), member.state, member.param)
+        gram.state["pending"] = True
+        gram.recompute(lambda slot: self._dots(gram, sets, slot))
+        self._agreed_preconditioner().refresh(gram)
+
+    def _shared_to_save(self) -> dict[str, Any]:
+        if not self.shared:
+            return {}
+        return {**self.shared, "pending": self.shared["pending"] or bool(self._changed_windows())}
+
+    def _name(self, param: Tensor) -> str:
+        """What errors call a parameter."""
+        for number, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if p is param:
+                    name = f" ({group['param_names'][position]})" if "param_names" in group else ""
+                    return f"param_groups[{number}], parameter {position}{name}"
+        return "a parameter of no param group"
+
+    def _non_finite(self) -> list[str]:
+        """The names of parameters with an Inf or NaN in the gradient. Waits for the device."""
+        return [self._name(p) for p in self._params() if p.grad is not None and not p.grad.isfinite().all()]
 
     # ---- checks
 
@@ -298,9 +407,9 @@ class EFCP(Optimizer):
             if group["max_update_norm"] is not None:
                 require_number("max_update_norm", group["max_update_norm"], 0, open_low=True)
             self._compressor_of(group)
-        self._shared("max_update_norm", groups)
-        self._shared("window", groups)
-        self._shared_preconditioner(groups)
+        self._agreed("max_update_norm", groups)
+        self._agreed("window", groups)
+        self._agreed_preconditioner(groups)
 
     def _check_keys(self, group: dict[str, Any], where: str = "param group", more: Iterable[str] = ()) -> None:
         """Checks that a param group has no options that the optimizer would ignore."""
@@ -309,47 +418,57 @@ class EFCP(Optimizer):
             name = type(self).__name__
             raise ValueError(f"{where}: {name} has no option {', '.join(unknown)}; its options are {', '.join(own)}")
 
-    @staticmethod
-    def _check_params(params: list[Tensor]) -> None:
+    def _check_params(self, params: list[Tensor]) -> None:
         if len(set(params)) < len(params):
             raise ValueError("params must not hold a parameter twice; a param group does")
         for p in params:
-            if p.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                allowed = "float16, bfloat16, float32 or float64"
-                raise TypeError(f"params must be of dtype {allowed}, got {p.dtype} of shape {tuple(p.shape)}")
+            check_parameter(partial(self._name, p), p)
 
     def _check_gradients(self) -> None:
         for p in self._params():
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"gradients must be dense, got {p.grad.layout} for a parameter of shape {tuple(p.shape)}"
-                )
+            if p.grad is not None:
+                check_gradient(partial(self._name, p), p)
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict, if it fits the optimizer, made so that loading does not cast it."""
         check_structure(state_dict)
-        groups, states = state_dict["param_groups"], state_dict["state"]
-        check_same("state_dict", "the number of param groups", len(groups), len(self.param_groups))
-        first = next(self._params())
-        for number, (saved_group, group) in enumerate(zip(groups, self.param_groups, strict=True)):
+        check_same("state_dict", "the number of param groups", len(state_dict["param_groups"]), len(self.param_groups))
+        groups, states = [], dict[Any, dict[str, Any]]()
+        shared = self._allocate_shared(torch.device("meta"))
+        homes = [key for key, saved in state_dict["state"].items() if "gram" in saved]
+        for number, (saved_group, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=True)):
             where = f"param_groups[{number}]"
             compressor = self._compressor_of(group)
             check_same(where, "the number of parameters", len(saved_group["params"]), len(group["params"]))
-            check_options(where, saved_group, group, ["window", *compressor.options, *self.preconditioner.fixed])
+            for part in (compressor, self.preconditioner):
+                check_kind(where, saved_group, part)
             self._check_keys(saved_group, where, more=group)
+            loaded = with_defaults(saved_group, group, self._class_defaults())
+            check_fixed(where, loaded, group, ["window", *compressor.options, *self.preconditioner.fixed])
+            check_names(where, loaded, group)
+            groups.append(loaded)
             for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
-                saved = states.get(key, {})
-                expected: dict[str, Any] = {}
-                if p is first and states:
-                    expected |= self._allocate_shared(torch.device("meta"))
-                if compressor.rows_name(p) in saved:
+                here = f"{where}, parameter {position}"
+                if key not in state_dict["state"]:
+                    continue
+                saved = upgraded(state_dict["state"][key], shared if key in homes else {}, p)
+                expected = dict(shared) if key in homes else {}
+                if "numel" in saved:
                     used = {"momentum": "momentum" in saved, "beta1": "average" in saved, "window": group["window"]}
                     self._fill(expected, torch.empty_like(p, device="meta"), used, compressor)
-                here = f"{where}, parameter {position}"
                 check_tensors(here, saved, expected)
-                if "gram" in expected:
-                    check_gram(here, saved)
-                if compressor.rows_name(p) in saved:
-                    compressor.check(here, saved, p)
+                if key in homes:
+                    check_gram(here, {name: saved[name] for name in shared})
+                if "numel" in saved:
+                    compressor.check(here, {name: saved[name] for name in expected.keys() - shared.keys()}, p)
+                states[key] = saved
+        if len(homes) != 1 and (homes or any("numel" in saved for saved in states.values())):
+            raise ValueError(f"state_dict: there must be one Gram matrix, got {len(homes)}; the state is damaged")
         self._check_options(groups)
-        return {**state_dict, "state": {key: Exact(saved) for key, saved in states.items()}}
+        return {**state_dict, "param_groups": groups, "state": {key: Exact(saved) for key, saved in states.items()}}
+
+    def _class_defaults(self) -> dict[str, Any]:
+        """The defaults of all options."""
+        arguments = inspect.signature(EFCP).parameters
+        parts = (type(self.compressor)().options, type(self.preconditioner)().options)
+        return {**{name: arguments[name].default for name in OPTIONS}, **parts[0], **parts[1]}

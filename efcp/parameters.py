@@ -1,13 +1,96 @@
-"""Parameters of one param group, device and dtype in a step: their gradients into a window, the window into updates."""
+"""Parameters in a step: what they and their gradients must be, and those that are stepped together."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 
 from efcp import kernels
+from efcp.checks import require
 from efcp.windows import Compressor, Window
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTERNAL_OVERLAP = 1  # what `torch._debug_has_internal_overlap` says of a tensor that surely overlaps itself
+
+
+def check_parameter(name: Callable[[], str], param: Tensor) -> None:
+    """Raises an error unless an optimizer can step a parameter.
+
+    Args:
+        name: gives the name of the parameter, for errors.
+
+    Raises:
+        TypeError: for a dtype that is not real floating point, and for tensors without plain storage, such as DTensor.
+        ValueError: for elements that share memory with each other, as those of `Tensor.expand` do.
+    """
+    if not _is_plain(param):
+        raise TypeError(f"params must be tensors with memory of their own, got a {type(param).__name__} for {name()}")
+    if param.dtype not in DTYPES:
+        raise TypeError(f"params must be of dtype {_names(DTYPES)}, got {param.dtype} for {name()}")
+    if not isinstance(param, UninitializedParameter):
+        _check_memory(name, param)
+
+
+def check_gradient(name: Callable[[], str], param: Tensor) -> None:
+    """Raises an error unless a parameter can be stepped along its gradient, which is not None.
+
+    Raises:
+        RuntimeError: for a sparse gradient.
+        TypeError: for a gradient that is not real floating point, or has no plain storage.
+        ValueError: for a gradient of another shape or device than the parameter, and for a parameter that has come to
+            overlap itself or to be an inference tensor.
+    """
+    grad = param.grad
+    assert grad is not None
+    if grad.layout != torch.strided:
+        raise RuntimeError(f"gradients must be dense, got {grad.layout} for {name()}")
+    if not _is_plain(grad):
+        raise TypeError(f"gradients must be tensors with memory of their own, got a {type(grad).__name__} for {name()}")
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"gradients must be of dtype {_names(DTYPES)}, got {grad.dtype} for {name()}")
+    if grad.shape != param.shape or grad.device != param.device:
+        raise ValueError(
+            f"gradients must be of the shape and on the device of their parameter: {name()} has shape "
+            f"{tuple(param.shape)} on {param.device}, its gradient {tuple(grad.shape)} on {grad.device}; "
+            "call zero_grad() after replacing its data"
+        )
+    if param.is_inference():
+        raise ValueError(f"params must not be inference tensors, which cannot be updated, got one for {name()}")
+    _check_memory(name, param)
+
+
+def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any]) -> None:
+    """Raises ValueError unless the state of a parameter that has a window is one for its size and device."""
+    if state["numel"] != param.numel():
+        raise ValueError(
+            f"the state of a parameter must be for its size: {name()} has {param.numel()} elements, its state is for "
+            f"{state['numel']}; delete optimizer.state[p] where a parameter is replaced by one of another size"
+        )
+    for key, value in state.items():
+        if isinstance(value, Tensor) and value.device != param.device:
+            raise ValueError(
+                f"the state of a parameter must be on its device: {name()} is on {param.device}, its {key} on "
+                f"{value.device}; load a state dict after moving a model"
+            )
+
+
+def _check_memory(name: Callable[[], str], param: Tensor) -> None:
+    if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == INTERNAL_OVERLAP:
+        strides, shape = param.stride(), tuple(param.shape)
+        raise ValueError(
+            f"params must have an address for each element, got shape {shape} with strides {strides} for {name()}"
+        )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return kernels.has_plain_storage(type(tensor)) or kernels.is_fake(tensor)
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 class Member(NamedTuple):
@@ -24,19 +107,29 @@ class Member(NamedTuple):
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """The tensor as (n,), contiguous: itself where it is that, which saves time with many of them, or a view, or where
-    it is not contiguous a copy."""
-    return tensor if tensor.dim() == 1 and tensor.is_contiguous() else tensor.reshape(-1)
+    """The elements as (n,), one after the other in memory, signs applied: a view where they are so, else a copy."""
+    if tensor.is_neg():
+        tensor = tensor.resolve_neg()
+    if not tensor.is_contiguous():
+        tensor = tensor.contiguous()
+    return tensor if tensor.dim() == 1 else tensor.view(-1)
 
 
 class ParameterSet:
-    """Parameters with the same options, device and dtype, which are stepped together, in one step."""
+    """Parameters with the same options, device and dtypes, which are stepped together, in one step."""
 
     def __init__(
         self, group: dict[str, Any], compressor: Compressor, params: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
         self.group, self.params, self.states, self.device = group, params, states, params[0].device
         self.window = compressor.bind(states, params)
+        require(len(self.window) == group["window"], "window", f"stay what it was, {len(self.window)}", group["window"])
+
+    @property
+    def rounding(self) -> float:
+        """The machine epsilon of the arithmetic in which the rows of the window are summed."""
+        written = self.states[0]["momentum"] if self.group["momentum"] > 0 else self.params[0]
+        return torch.finfo(kernels.accumulation_dtype(written.dtype)).eps
 
     @cached_property
     def grads(self) -> list[Tensor | None]:
@@ -48,18 +141,19 @@ class ParameterSet:
         grads = [grad for grad in self.grads if grad is not None]
         return kernels.all_finite(grads) if grads else torch.ones((), dtype=torch.bool, device=self.device)
 
-    def push(self, slot: Tensor, finite: Tensor) -> Tensor:
+    def push(self, slot: Tensor, finite: Tensor) -> None:
         """Takes the gradients into row `slot` of the window; without a gradient the row becomes zero.
 
         Args:
             slot: (1,) int64.
             finite: () bool.
-
-        Returns:
-            The inner products of all rows with the new one: (m,) float64.
         """
         slot, finite = slot.to(self.device, non_blocking=True), finite.to(self.device, non_blocking=True)
-        return self.window.push(self._averaged(finite), slot, finite)
+        self.window.push(self._averaged(finite), slot, finite)
+
+    def dots(self, slot: Tensor) -> Tensor:
+        """The inner products of all rows with row `slot`, a (1,) int64: (m,) float64."""
+        return self.window.dots(slot.to(self.device, non_blocking=True))
 
     def update_(self, weights: Tensor, finite: Tensor) -> None:
         """θ ← (1 − lr·wd) θ − lr Σᵢ wᵢ Gᵢ, with heavy ball where there is momentum; all as it was where not finite.
@@ -82,7 +176,7 @@ class ParameterSet:
         self.window.apply_(targets, momenta, weights, scale, step, decay)
         written = [(p, target) for p, target in zip(self.params, targets, strict=True) if target is not None]
         for p, target in written:
-            if not p.is_contiguous():
+            if p.is_neg() or not p.is_contiguous():
                 p.copy_(target.view(p.shape))
         torch.autograd.graph.increment_version([p for p, _ in written])  # kernels write behind autograd's back
 

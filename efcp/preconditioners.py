@@ -60,7 +60,10 @@ class MFAC(Preconditioner):
     rows that it could not solve for leave such errors behind.
 
     Where squared norms of gradients exceed 10¹⁰ λ and rows of the window depend on each other, float64 cannot solve the
-    system. Weights that miss it by 10% or more are replaced by those for a window of the newest row alone.
+    system. Where they exceed 10⁶ λ and parameters are float32, the weighted rows cancel so far that rounding is what is
+    left of their sum. Weights that miss the system by 10% or more, or whose update would be rounded by 10% of its
+    length or more, are replaced: the step then goes along the newest row c alone, as far as is best for the same
+    F = λI + GᵀG/m, u = c · ‖c‖² / cᵀFc. Such steps are counted in `imprecise_steps`, of which there is a warning.
 
     Args:
         damping: λ > 0.
@@ -81,6 +84,7 @@ class MFAC(Preconditioner):
             "inverse_column": root[0] * root[0, 0],
             "inverse_age": 0,
             "inverse_damping": float(self.damping),
+            "imprecise_steps": torch.zeros((), dtype=torch.int64, device=device),
         }
 
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
@@ -97,21 +101,41 @@ class MFAC(Preconditioner):
         if host_can_look(S):
             error = math.sqrt(torch.dot(miss, miss).item())
             if error < 1e-10:
-                return window * x
+                return self._unless_rounded(gram, slot, x, miss, None)
             if error > 1e-6 and S.trace() < 1e10 * ridge:  # of rows that have left the window
                 x, miss = self._refreshed_column(gram, slot)
         x = x + R.t() @ (R @ miss)
-        solved = torch.linalg.vector_norm(missed(x, S, slot, ridge)) < 0.1
-        if host_can_look(S) and solved:
-            return window * x
-        diagonal = S.diagonal() + ridge
+        miss = missed(x, S, slot, ridge)
+        solved = torch.linalg.vector_norm(miss) < 0.1
+        if not host_can_look(S) or not solved:
+            diagonal = S.diagonal() + ridge
+            following = gram.following_slot
+            alone = torch.zeros_like(x).index_fill_(0, following, 1.0) / diagonal
+            torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
+            torch.where(solved, column, alone, out=column)
+        return self._unless_rounded(gram, slot, x, miss, solved)
 
-        def alone(row: Tensor) -> Tensor:
-            return torch.zeros_like(x).index_fill_(0, row, 1.0) / diagonal
+    def _unless_rounded(self, gram: Gram, slot: Tensor, x: Tensor, miss: Tensor, solved: Tensor | None) -> Tensor:
+        """The weights m · x, or those of the newest row alone where they are not `solved` or rounding would spoil u.
 
-        torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
-        torch.where(solved, column, alone(gram.following_slot), out=column)
-        return window * torch.where(solved, x, alone(slot))
+        ‖u‖ is known in two ways that lose different digits: ‖u‖² = m(w_t − λ‖w‖² − ⟨w, miss⟩), and at least ⟨c, u⟩/‖c‖.
+        """
+        S, m = gram.matrix, len(x)
+        w = m * x
+        newest = S.index_select(0, slot).squeeze(0)
+        square = newest.index_select(0, slot).squeeze(0)  # ‖c‖²
+        inner = torch.dot(newest, w)  # ⟨c, u⟩
+        squared_norm = m * (w.index_select(0, slot).squeeze(0) - self.damping * torch.dot(w, w) - torch.dot(w, miss))
+        squared_norm = torch.maximum(squared_norm, inner * inner / square)
+        rounding = gram.rounding**2 * torch.dot(w, w) * S.trace()  # of ‖u‖, squared, at most
+        sound = (rounding <= 0.01 * squared_norm) | (square == 0)
+        if solved is not None:
+            sound &= solved
+        if host_can_look(S) and sound:
+            return w
+        gram.state["imprecise_steps"] += ~sound
+        curvature = self.damping + torch.dot(newest, newest) / (m * square)  # cᵀFc / ‖c‖²
+        return torch.where(sound, w, torch.zeros_like(w).index_fill_(0, slot, 1.0) / curvature)
 
     def _refreshed_column(self, gram: Gram, slot: Tensor) -> tuple[Tensor, Tensor]:
         self.refresh(gram)
@@ -128,7 +152,7 @@ class MFAC(Preconditioner):
 
 def host_can_look(tensor: Tensor) -> bool:
     """Whether the host can read a number of a tensor without waiting for a device."""
-    return tensor.is_cpu
+    return tensor.is_cpu and not kernels.is_fake(tensor)
 
 
 def invert_(R: Tensor, S: Tensor, ridge: float) -> None:
@@ -145,6 +169,10 @@ class GGT(Preconditioner):
     """Full-matrix Adagrad over a window: f(S) = (S^½ + εI)⁻¹, u = [(GᵀG)^½ + εI]⁻¹c (arXiv 1806.02958; 2306.06098).
 
     With a decay β₂, the rows of the window count β₂^age each: f(S) = D (√(DSD) + εI)⁻¹ D, D = diag(β₂^age).
+
+    Updates are at most 1 long. So that rounding leaves this so, DSD + φI takes the place of DSD, with φ the share of
+    its trace that `floor` gives: 4e-13 where all parameters are float64, else 6e-8. It damps directions whose singular
+    values are below 7e-7, or 2.4e-4, of the root of that trace.
 
     An eigendecomposition of an m × m matrix each step is slow for large m, and makes a GPU wait for the host once
     (`torch.linalg.eigh` checks its own success). With `refresh_every` n > 1 only every n-th step does one, of the m − n
@@ -191,7 +219,7 @@ class GGT(Preconditioner):
         if "eigenvalues" in gram.state:
             return decay * self._bordered_weights(gram, decay, slot)
         eigenvalues, Q = torch.linalg.eigh(decay[:, None] * S * decay)
-        root = (eigenvalues.clamp(min=0) + rounding_of(eigenvalues.sum())).sqrt()
+        root = (eigenvalues.clamp(min=0) + floor(eigenvalues.sum(), gram.rounding)).sqrt()
         return decay * (Q @ (Q.index_select(0, slot).squeeze(0) / (root + self.eps)))
 
     def _bordered_weights(self, gram: Gram, decay: Tensor, slot: Tensor) -> Tensor:
@@ -214,22 +242,38 @@ class GGT(Preconditioner):
         state["eigen_age"], state["eigen_beta2"] = age + 1, float(self.beta2)
         eigenvalues = state["eigenvalues"] * self.beta2 ** (2 * age)  # the rows have decayed since, all alike
         border = columns(order[kept:])
-        weights = weights_with_border(eigenvalues, state["eigenvectors"], border, kept + age, self.eps)
+        weights = weights_with_border(eigenvalues, state["eigenvectors"], border, kept + age, self.eps, gram.rounding)
         return torch.zeros_like(weights).index_copy_(0, order, weights)
 
+    def refresh(self, gram: Gram) -> None:
+        if "eigen_age" in gram.state:
+            gram.state["eigen_age"] = len(gram.matrix)  # the next step decomposes
 
-def rounding_of(trace: Tensor) -> Tensor:
-    """What to add to all eigenvalues of a matrix, of which rounding has made some of the smallest too small.
 
-    Else 1/(√x + ε) of these would be so large that the update is longer than 1, which it never is in exact arithmetic.
+TOLERATED = 5e-4  # of the length of an update, by which rounding may change it
+
+
+def floor(trace: Tensor, rounding: float) -> Tensor:
+    """What to add to all eigenvalues of A = (DG)(DG)ᵀ, so that rounding does not make updates longer than 1.
+
+    In exact arithmetic ‖u‖ ≤ 1. Weights of an eigenvector with eigenvalue x are at most 1/√(x + floor) long. Rounding
+    of A, ε₆₄ trace(A), then changes ‖u‖² = wᵀAw by ε₆₄ trace/floor; and rounding of the weighted rows that are summed,
+    to their own ε, changes u by ε √(trace/floor).
+
+    Args:
+        trace: of A, () float64.
+        rounding: ε of the arithmetic in which rows are summed.
     """
-    return 2 * torch.finfo(trace.dtype).eps * trace.clamp(min=0)
+    share = max(torch.finfo(trace.dtype).eps / TOLERATED, (rounding / TOLERATED) ** 2)
+    return share * trace.clamp(min=0)
 
 
 NODES = 192  # of the quadrature: its error is 1e-12 where ‖A‖ is up to 10²⁴ ε²
 
 
-def weights_with_border(eigenvalues: Tensor, Q: Tensor, border: Tensor, newest: int, eps: float) -> Tensor:
+def weights_with_border(
+    eigenvalues: Tensor, Q: Tensor, border: Tensor, newest: int, eps: float, rounding: float
+) -> Tensor:
     """(√A + εI)⁻¹ e_t for A = [B X; Xᵀ N] with B = QΛQᵀ given, and t a row of the border [X; N].
 
     For x ≥ 0,  1/(√x + ε) = (2/π) ∫₀^∞ y²/(y² + ε²) · 1/(x + y²) dy,  hence what is wanted is an integral over
@@ -245,6 +289,7 @@ def weights_with_border(eigenvalues: Tensor, Q: Tensor, border: Tensor, newest: 
         border: (m, m − k).
         newest: t ≥ k.
         eps: ε.
+        rounding: see `floor`.
 
     Returns:
         (m,) float64.
@@ -259,7 +304,7 @@ def weights_with_border(eigenvalues: Tensor, Q: Tensor, border: Tensor, newest: 
     factor = step * y * (2 / math.pi) * y**2 / (y**2 + eps**2)  # (nodes,), with dy = y dτ
 
     Z = Q.t() @ X  # (k, size)
-    shift = rounding_of(trace) + y**2
+    shift = floor(trace, rounding) + y**2
     inverse = 1 / (eigenvalues + shift[:, None])  # (nodes, k)
     products = (Z[:, :, None] * Z[:, None, :]).flatten(1)  # (k, size²)
     schur = N + shift[:, None, None] * identity - (inverse @ products).view(-1, size, size)

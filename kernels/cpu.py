@@ -1427,8 +1427,9 @@ def _scalar(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> int:
 def _slot(slot: Tensor, window: int) -> int:
     """The address of the number of a row, which is in the window."""
     address = _scalar("slot", slot, torch.int64)
-    if not 0 <= int(slot) < window:
-        raise IndexError(f"slot must be from 0 to {window - 1}, got {int(slot)}")
+    row = ctypes.c_int64.from_address(address).value
+    if not 0 <= row < window:
+        raise IndexError(f"slot must be from 0 to {window - 1}, got {row}")
     return address
 
 

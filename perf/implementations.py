@@ -183,12 +183,11 @@ def step_implementations(p: Problem) -> dict[str, Implementation]:
         )
         with torch.no_grad():
             optimizer.allocate_state()
-            state = optimizer.state[own]
-            state["values"].copy_(p.values)
-            state["indices"].copy_(p.indices)
-            state["error"].copy_(p.error)
-            state["gram"].copy_(gram)
-            state["step"].fill_(p.case.window)
+            made = {"values": p.values, "indices": p.indices, "error": p.error}
+            shared = {"gram": gram, "step": torch.tensor(p.case.window)}
+            state = optimizer.state_dict()
+            state["state"][0].update(made | shared)
+            optimizer.load_state_dict(state)
             optimizer.refresh()
 
         def step() -> None:

@@ -10,25 +10,39 @@ A new compressor is a file beside this one with both classes.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efcp.checkpoint import check_numbers
+from efcp.checks import plain, require_dtype
 
 
 class Window(ABC):
     """The last m compressed gradients of parameters that are stepped together; a view of tensors in their states."""
 
     @abstractmethod
-    def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> Tensor:
-        """Compresses gradients into row `slot`, and returns the inner products of all rows with it.
+    def __len__(self) -> int:
+        """The number of rows, m."""
+
+    @abstractmethod
+    def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
+        """Compresses gradients into row `slot`.
 
         Args:
             grads: of each parameter (n,) contiguous, never changed; None makes its part of the row zero.
             slot: (1,) int64, on the gradients' device.
             finite: () bool, on the gradients' device; where false, the row becomes zero and all else stays as it was.
+        """
+
+    @abstractmethod
+    def dots(self, slot: Tensor) -> Tensor:
+        """The inner products of all rows with row `slot`, summed in float64 from what is stored.
+
+        Args:
+            slot: (1,) int64, on the window's device.
 
         Returns:
             (m,) float64, summed over the parameters.
@@ -59,15 +73,19 @@ class SingleWindow(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """m."""
+        """The number of rows, m."""
 
     @abstractmethod
-    def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> Tensor:
+    def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> None:
         """As `Window.push`, with a gradient."""
 
     @abstractmethod
     def clear(self, slot: Tensor) -> None:
         """Makes row `slot` zero."""
+
+    @abstractmethod
+    def dots(self, slot: Tensor) -> Tensor:
+        """As `Window.dots`."""
 
     @abstractmethod
     def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
@@ -80,14 +98,18 @@ class Separate(Window):
 
     windows: list[SingleWindow]
 
-    def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> Tensor:
-        dots = torch.zeros(len(self.windows[0]), dtype=torch.float64, device=slot.device)
+    def __len__(self) -> int:
+        return len(self.windows[0])
+
+    def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
         for window, grad in zip(self.windows, grads, strict=True):
             if grad is None:
                 window.clear(slot)
             else:
-                dots += window.push(grad, slot, finite)
-        return dots
+                window.push(grad, slot, finite)
+
+    def dots(self, slot: Tensor) -> Tensor:
+        return reduce(torch.add, (window.dots(slot) for window in self.windows))
 
     def apply_(
         self,
@@ -114,7 +136,8 @@ class Compressor(ABC):
 
     @property
     def options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The options as plain values, with dtypes by their names, so that param groups can be saved anywhere."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
 
     @abstractmethod
     def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
@@ -124,8 +147,8 @@ class Compressor(ABC):
         """
 
     @abstractmethod
-    def rows_name(self, param: Tensor) -> str:
-        """The name of a tensor that is in the state of a parameter once that has a window."""
+    def row_names(self, param: Tensor) -> tuple[str, ...]:
+        """The names of the tensors that hold the rows, in the state of a parameter that has a window."""
 
     def check(self, where: str, state: dict[str, Any], param: Tensor) -> None:
         """Raises ValueError unless a parameter's saved state, of the right names, shapes and dtypes, makes sense.
@@ -138,3 +161,19 @@ class Compressor(ABC):
     @abstractmethod
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
         """The window of parameters with these states."""
+
+
+def choose_dtypes(options: Any) -> None:
+    """Checks the options `value_dtype` and `error_dtype` of a compressor, and turns names into dtypes.
+
+    Raises:
+        ValueError: for dtypes that are not allowed.
+    """
+    allowed = {
+        "value_dtype": (torch.bfloat16, torch.float32),
+        "error_dtype": (torch.bfloat16, torch.float32, torch.float64),
+    }
+    for name, dtypes in allowed.items():
+        value = getattr(options, name)
+        if value is not None or name == "value_dtype":
+            object.__setattr__(options, name, require_dtype(name, value, dtypes))  # the class is frozen

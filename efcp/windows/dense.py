@@ -6,8 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efcp.checks import require
 from efcp.kernels import accumulation_dtype
 from efcp.windows.base import Compressor, Separate, SingleWindow, Window
+
+PART = 1 << 22  # entries of the window in a temporary
+CACHED_PART = 1 << 18  # the same on a CPU, where a temporary in float64 is three times slower when it leaves the cache
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,18 @@ class Identity(Compressor):
     def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
         return {"rows": torch.zeros(window, param.numel(), dtype=param.dtype, device=param.device)}
 
-    def rows_name(self, param: Tensor) -> str:
-        return "rows"
+    def row_names(self, param: Tensor) -> tuple[str, ...]:
+        return ("rows",)
 
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
-        return Separate([DenseWindow(state["rows"]) for state in states])
+        pairs = zip(states, params, strict=True)
+        return Separate([DenseWindow(check_rows(state["rows"], param)) for state, param in pairs])
+
+
+def check_rows(rows: Tensor, param: Tensor) -> Tensor:
+    """The rows, (m, n). Raises ValueError unless n is the number of the parameter's elements."""
+    require(rows.shape[1] == param.numel(), "the size of a parameter", f"stay {rows.shape[1]}", param.numel())
+    return rows
 
 
 @dataclass(frozen=True)
@@ -31,27 +42,29 @@ class DenseWindow(SingleWindow):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> Tensor:
+    def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> None:
         newest = torch.where(finite, grad, 0.0)
         self.rows.index_copy_(0, slot, newest.to(self.rows.dtype).unsqueeze(0))
-        dtype = accumulation_dtype(self.rows.dtype)
-        dots = torch.zeros(len(self.rows), dtype=torch.float64, device=grad.device)
-        for columns in self._parts():
-            dots += torch.mv(self.rows[:, columns].to(dtype), newest[columns].to(dtype))
-        return dots
 
     def clear(self, slot: Tensor) -> None:
         self.rows.index_fill_(0, slot, 0.0)
 
+    def dots(self, slot: Tensor) -> Tensor:
+        dots = torch.zeros(len(self.rows), dtype=torch.float64, device=slot.device)
+        for columns in self._parts(CACHED_PART if self.rows.is_cpu else PART):
+            part = self.rows[:, columns].double()
+            dots.addmv_(part, part.index_select(0, slot).squeeze(0))
+        return dots
+
     def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
-        dtype = accumulation_dtype(self.rows.dtype)
+        dtype = accumulation_dtype(target.dtype)
         weights, scale = weights.to(dtype), scale.to(dtype)
-        for columns in self._parts():
+        for columns in self._parts(PART):
             total = torch.addmv(target[columns].to(dtype) * scale, self.rows[:, columns].to(dtype).t(), weights)
             target[columns].copy_(total)
 
-    def _parts(self) -> Iterator[slice]:
-        """Columns in parts, so that no temporary grows with the parameter, and sums over many are exact enough."""
+    def _parts(self, entries: int) -> Iterator[slice]:
+        """Columns in parts of about so many entries, so that no temporary grows with the parameter."""
         window, numel = self.rows.shape
-        step = max(4096, (1 << 22) // window)
+        step = max(256, entries // window)
         return (slice(first, first + step) for first in range(0, numel, step))

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from efcp.checks import require, require_dtype, require_integer
+from efcp.checks import require, require_integer
 from efcp.kernels import accumulation_dtype
-from efcp.windows.base import Compressor, Separate, SingleWindow, Window
-from efcp.windows.dense import DenseWindow, Identity
+from efcp.windows.base import Compressor, Separate, SingleWindow, Window, choose_dtypes
+from efcp.windows.dense import DenseWindow, Identity, check_rows
 
 PART = 1 << 22  # entries of factors in a temporary
 
@@ -55,13 +55,11 @@ class LowRank(Compressor):
     def __post_init__(self) -> None:
         require_integer("rank", self.rank, 1)
         require_integer("power_iterations", self.power_iterations, 1)
-        require_dtype("value_dtype", self.value_dtype, (torch.bfloat16, torch.float32))
-        if self.error_dtype is not None:
-            require_dtype("error_dtype", self.error_dtype, (torch.bfloat16, torch.float32, torch.float64))
+        choose_dtypes(self)
         require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
 
-    def rows_name(self, param: Tensor) -> str:
-        return "left" if self._factors(param) else Identity().rows_name(param)
+    def row_names(self, param: Tensor) -> tuple[str, ...]:
+        return ("left", "right") if self._factors(param) else Identity().row_names(param)
 
     def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
         if not self._factors(param):
@@ -84,9 +82,11 @@ class LowRank(Compressor):
     def _bind(self, state: dict[str, Tensor], param: Tensor) -> SingleWindow:
         if not self._factors(param):
             require("left" not in state, "rank", "stay what it was", self.rank)
-            return DenseWindow(state["rows"])
+            return DenseWindow(check_rows(state["rows"], param))
         left, error = state["left"], state.get("error")
         require(left.shape[1] == self.rank and "rows" not in state, "rank", "stay what it was", self.rank)
+        sizes, own = (left.shape[2], state["right"].shape[2]), _matrix_shape(param)
+        require(sizes == own, f"the shape of a parameter taken as {own[0]} × {own[1]}", f"stay that of {sizes}", own)
         require(left.dtype == self.value_dtype, "value_dtype", f"stay {left.dtype}", self.value_dtype)
         require((error is not None) == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
         return LowRankWindow(left, state["right"], state["basis"], error, self.power_iterations)
@@ -111,7 +111,7 @@ class LowRankWindow(SingleWindow):
     def __len__(self) -> int:
         return len(self.left)
 
-    def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> Tensor:
+    def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> None:
         A = grad.to(self.basis.dtype, copy=True).masked_fill_(~finite, 0.0)
         if self.error is not None:
             A.add_(self.error)
@@ -128,7 +128,6 @@ class LowRankWindow(SingleWindow):
         self.right.index_copy_(0, slot, right.t().unsqueeze(0))
         if self.error is not None:  # where not finite, A is the error and the row is zero
             self.error.copy_(A.addmm_(left.to(A.dtype), right.to(A.dtype).t(), alpha=-1).view(-1))
-        return self._dots(left.double(), right.double())
 
     def clear(self, slot: Tensor) -> None:
         self.right.index_fill_(0, slot, 0.0)
@@ -143,8 +142,9 @@ class LowRankWindow(SingleWindow):
         if total.dtype != target.dtype:
             target.copy_(total.view(-1))
 
-    def _dots(self, left: Tensor, right: Tensor) -> Tensor:
-        """⟨Pᵢ Qᵢᵀ, P Qᵀ⟩ = Σ (PᵢᵀP) ∘ (QᵢᵀQ) for all rows i, with P (R, r) and Q (C, r) of the newest: (m,) float64."""
+    def dots(self, slot: Tensor) -> Tensor:
+        """⟨Pᵢ Qᵢᵀ, P Qᵀ⟩ = Σ (PᵢᵀP) ∘ (QᵢᵀQ) for all rows i, with the factors P (R, r) and Q (C, r) of row `slot`."""
+        left, right = (factors.index_select(0, slot)[0].t().double() for factors in (self.left, self.right))
         return torch.cat(
             [
                 ((self.left[rows].double() @ left) * (self.right[rows].double() @ right)).sum((1, 2))

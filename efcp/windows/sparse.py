@@ -17,9 +17,9 @@ from torch import Tensor
 
 from efcp import kernels
 from efcp.checkpoint import check_content
-from efcp.checks import is_number, require, require_dtype, require_integer
+from efcp.checks import is_number, require, require_integer
 from efcp.kernels import Blocks, Rows
-from efcp.windows.base import Compressor, Window
+from efcp.windows.base import Compressor, Window, choose_dtypes
 
 CHECKED = 1 << 18  # entries of the window that are looked at together when a state is loaded
 
@@ -49,9 +49,7 @@ class TopK(Compressor):
     def __post_init__(self) -> None:
         require(is_number(self.density) and 0 < self.density <= 1, "density", "lie in (0, 1]", self.density)
         require_integer("block_size", self.block_size, 1, kernels.MAX_BLOCK_SIZE)
-        require_dtype("value_dtype", self.value_dtype, (torch.bfloat16, torch.float32))
-        if self.error_dtype is not None:
-            require_dtype("error_dtype", self.error_dtype, (torch.bfloat16, torch.float32, torch.float64))
+        choose_dtypes(self)
         require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
 
     def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
@@ -67,8 +65,8 @@ class TopK(Compressor):
             state["error"] = torch.zeros(param.numel(), dtype=dtype, device=device)
         return state
 
-    def rows_name(self, param: Tensor) -> str:
-        return "values"
+    def row_names(self, param: Tensor) -> tuple[str, ...]:
+        return "values", "indices"
 
     def check(self, where: str, state: dict[str, Any], param: Tensor) -> None:
         super().check(where, state, param)
@@ -90,11 +88,12 @@ class TopK(Compressor):
         return SparseWindow(rows, [state["error"] for state in states] if self.error_feedback else [])
 
     def _rows(self, state: dict[str, Tensor], param: Tensor) -> Rows:
-        values, blocks = state["values"], self._blocks(param.numel())
+        values, indices, blocks = state["values"], state["indices"], self._blocks(param.numel())
         require(values.shape[::2] == (blocks.count, blocks.kept), "density and block_size", "stay what they were", self)
         require(values.dtype == self.value_dtype, "value_dtype", f"stay {values.dtype}", self.value_dtype)
         require(("error" in state) == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
-        return Rows(values, state["indices"], blocks)
+        require(indices.shape == values.shape, "the shape of indices", f"be {values.shape}", indices.shape)
+        return Rows(values, indices, blocks)
 
     def _blocks(self, numel: int) -> Blocks:
         return _blocks(numel, self.block_size, self.density)
@@ -108,8 +107,13 @@ class SparseWindow(Window):
     rows: list[Rows]
     errors: list[Tensor]  # none without error feedback
 
-    def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> Tensor:
+    def __len__(self) -> int:
+        return self.rows[0].values.shape[1]
+
+    def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
         kernels.compress_(grads, self.errors, self.rows, slot, finite)
+
+    def dots(self, slot: Tensor) -> Tensor:
         return kernels.window_dots(self.rows, slot)
 
     def apply_(

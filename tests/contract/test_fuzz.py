@@ -92,8 +92,7 @@ class Training(RuleBasedStateMachine):
     @invariant()
     def counts_are_right(self):
         assert self.optimizer.skipped_steps == self.skipped
-        state = self.optimizer.state.get(self.params[0], {})
-        assert int(state.get("step", 0)) == self.steps
+        assert int(self.optimizer.shared.get("step", 0)) == self.steps
 
     @invariant()
     def all_is_finite(self):
@@ -107,7 +106,7 @@ class Training(RuleBasedStateMachine):
             return
         rows = torch.cat([window_rows(self.optimizer, self.params[i]) for i in sorted(self.had_gradients)], dim=1)
         expected = rows @ rows.t()
-        gram = self.optimizer.state[self.params[0]]["gram"]
+        gram = self.optimizer.shared["gram"]
         scale = expected.diagonal().sqrt()
         assert ((gram - expected).abs() <= 1e-6 * torch.outer(scale, scale) + 1e-30).all()
 

@@ -66,5 +66,4 @@ def window_rows(optimizer, param):
 
 
 def newest_slot(optimizer):
-    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
-    return (int(state["step"]) - 1) % len(state["gram"])
+    return (int(optimizer.shared["step"]) - 1) % len(optimizer.shared["gram"])

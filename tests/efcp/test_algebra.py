@@ -46,7 +46,7 @@ def test_gram_matrix_is_that_of_the_window(compressor):
     problem = Problem(compressor=compressor)
     problem.step(8)
     G = torch.cat([window_rows(problem.optimizer, p) for p in problem.params], 1)
-    gram = problem.optimizer.state[problem.params[0]]["gram"]
+    gram = problem.optimizer.shared["gram"]
     torch.testing.assert_close(gram, G @ G.t(), rtol=1e-12, atol=1e-12)
 
 
@@ -189,7 +189,7 @@ def test_refresh_restores_what_is_kept_beside_the_gram_matrix():
     problem, same = (Problem(compressor=Identity(), preconditioner=MFAC(damping=1e-2), lr=0.1) for _ in range(2))
     problem.step(7)
     same.step(7)
-    state = problem.optimizer.state[problem.params[0]]
+    state = problem.optimizer.shared
     state["inverse_root"].mul_(1.5)
     state["inverse_column"].zero_()
     problem.optimizer.refresh()
@@ -206,7 +206,7 @@ def test_the_column_kept_for_the_next_step_is_that_of_the_inverse(scale):
         for p in problem.params:
             p.grad = torch.full_like(p, scale) if scale > 1 else p.grad
         problem.optimizer.step()
-        state, following = problem.optimizer.state[problem.params[0]], (newest_slot(problem.optimizer) + 1) % 5
+        state, following = problem.optimizer.shared, (newest_slot(problem.optimizer) + 1) % 5
         R, column = state["inverse_root"], state["inverse_column"]
         torch.testing.assert_close(column, (R.t() @ R)[following], rtol=1e-9, atol=1e-12 * float(column.abs().max()))
 

@@ -47,7 +47,7 @@ def test_quantiles_of_the_scaling(compressor, preconditioner, dtype):
     problem.set_gradients()
     problem.params[3].grad[5:25] = 0
     problem.optimizer.step()
-    state = problem.optimizer.state[problem.params[0]]
+    state = problem.optimizer.shared
     G = torch.cat([window_rows(problem.optimizer, p) for p in problem.params], 1)
     u, g = G.t() @ state["weights"], flat(p.grad for p in problem.params)
     ratios = (u / g).abs()[g != 0]
@@ -66,7 +66,7 @@ def test_quantiles_are_exact(numel):
         for p in params:
             p.grad = torch.randn_like(p)
         optimizer.step()
-    weights = optimizer.state[params[0]]["weights"]
+    weights = optimizer.shared["weights"]
     ratios = []
     for p in params:
         update, one = torch.zeros_like(p), torch.ones((), dtype=torch.float64)

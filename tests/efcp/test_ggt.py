@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from efcp import EFCP, GGT, DenseGGT, Identity, LowRank, TopK
 from efcp.gram import Gram, allocate_gram
-from efcp.preconditioners import weights_with_border
+from efcp.preconditioners import floor, weights_with_border
 from tests.efcp.problems import Problem, newest_slot, window_rows
 from tests.efcp.test_algebra import dense_update
 from tests.efcp.test_step import Operations
@@ -31,11 +31,12 @@ class Weights:
         return self.G.t() @ self.preconditioner.weights(Gram(self.state), slot)
 
     def exact(self):
-        """u of the last step, from singular values: small ones are not lost in their squares."""
+        """u of the last step, from singular values: small ones are not lost in their squares. With GGT's floor."""
         slot = (self.count - 1) % len(self.G)
         age = ((slot - torch.arange(len(self.G))) % len(self.G)).double()
         _, values, V = torch.linalg.svd(self.preconditioner.beta2 ** age[:, None] * self.G, full_matrices=False)
-        return V.t() @ (V @ self.G[slot] / (values + self.preconditioner.eps))
+        roots = (values**2 + floor(values.square().sum(), torch.finfo(torch.float64).eps)).sqrt()
+        return V.t() @ (V @ self.G[slot] / (roots + self.preconditioner.eps))
 
 
 # ---- the decayed window
@@ -123,7 +124,7 @@ def test_border_is_exact_at_any_scale(scale):
     A = X @ X.t()
     eigenvalues, Q = torch.linalg.eigh(A[:5, :5])
     for newest in (5, 8):
-        weights = weights_with_border(eigenvalues, Q, A[:, 5:], newest, eps=1e-5)
+        weights = weights_with_border(eigenvalues, Q, A[:, 5:], newest, eps=1e-5, rounding=0.0)
         values, V = torch.linalg.eigh(A)
         expected = V @ (V[newest] / (values.sqrt() + 1e-5))
         torch.testing.assert_close(weights, expected, rtol=0, atol=1e-11 * expected.norm().item())
@@ -132,7 +133,7 @@ def test_border_is_exact_at_any_scale(scale):
 def test_matrix_that_is_far_from_positive_semidefinite_gives_the_weights_of_the_newest_row():
     A = torch.tensor([[1.0, 10.0, 0.0], [10.0, 4.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     eigenvalues, Q = torch.linalg.eigh(A[:1, :1])
-    weights = weights_with_border(eigenvalues, Q, A[:, 1:], 1, eps=0.5)
+    weights = weights_with_border(eigenvalues, Q, A[:, 1:], 1, eps=0.5, rounding=0.0)
     assert weights.tolist() == [0.0, 1 / 2.5, 0.0]
 
 

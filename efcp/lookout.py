@@ -1,0 +1,74 @@
+"""Warnings about what steps have counted on their device, without making the host wait for it."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efcp import kernels
+
+SKIPPED = 10  # steps in a row, from which on there is a warning
+
+
+class Lookout:
+    """Looks at an optimizer's counters after each step, and warns once of each thing that is worth it.
+
+    On a CPU the counters are read as they are. On an accelerator a copy to the host is started after one step and read
+    after a later one, when it has arrived.
+    """
+
+    def __init__(self) -> None:
+        self._copy: tuple[Tensor, torch.Event] | None = None
+        self._warned_of_skipping = self._warned_of_rounding = False
+
+    def look(self, state: dict[str, Any], non_finite: Callable[[], list[str]]) -> None:
+        """
+        Args:
+            state: with the counters skipped_in_a_row and, where the preconditioner counts them, imprecise_steps.
+            non_finite: gives the names of parameters whose gradients are not finite.
+        """
+        names = ("skipped_in_a_row", "imprecise_steps")
+        counts = self._read([state[name] for name in names if name in state])
+        if counts is None:
+            return
+        skipped, imprecise = (*counts, 0)[:2]
+        if skipped >= SKIPPED and not self._warned_of_skipping:
+            found = non_finite()
+            what = f"Inf or NaN in the gradients of {len(found)} parameters: {'; '.join(found[:10])}"
+            what += "; ..." if len(found) > 10 else ""
+            warnings.warn(
+                f"{skipped} steps in a row were skipped, "
+                + (what if found else "as the squares of gradients overflow, or did in an earlier step"),
+                stacklevel=4,
+            )
+        self._warned_of_skipping = skipped >= SKIPPED
+        if imprecise and not self._warned_of_rounding:
+            warnings.warn(
+                "damping is too small for the precision of the parameters: a step along the newest gradient alone was "
+                "taken in place of one that rounding would have spoilt. Raise damping to 1e-6 of the squared norm of "
+                "the gradients or more, or use float64 parameters. Further steps of this kind are not reported.",
+                stacklevel=4,
+            )
+            self._warned_of_rounding = True
+
+    def _read(self, counters: list[Tensor]) -> list[int] | None:
+        """The counters, or earlier values of them; None where there are none yet."""
+        device = counters[0].device
+        if kernels.is_fake(counters[0]) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return None
+        if device.type == "cpu":
+            return [int(counter) for counter in counters]
+        counts = None
+        if self._copy is not None:
+            if not self._copy[1].query():
+                return None
+            counts = self._copy[0].tolist()
+        together = torch.stack(counters)
+        arriving = torch.empty(together.shape, dtype=together.dtype, device="cpu", pin_memory=True)
+        arriving.copy_(together, non_blocking=True)
+        arrived = torch.Event(device)
+        arrived.record()
+        self._copy = arriving, arrived
+        return counts

@@ -9,7 +9,7 @@ turns these into weights. State lives on the parameters, in `optimizer.state[p]`
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from itertools import chain
 from typing import Any
@@ -22,16 +22,12 @@ from efcp.checkpoint import Exact, check_options, check_same, check_structure, c
 from efcp.checks import require, require_integer, require_number
 from efcp.diagnostics import norms_and_rotation, scaling_quantiles
 from efcp.gram import Gram, allocate_gram, check_gram
+from efcp.options import check_keys
 from efcp.parameters import Member, ParameterSet
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
 
 OPTIONS = ("lr", "window", "momentum", "beta1", "weight_decay", "max_update_norm", "maximize")
-FOREIGN_KEYS = {  # of param groups; not options of the optimizer, but of those that work with it
-    *("params", "param_names"),  # torch.optim.Optimizer
-    *("initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),  # schedulers
-    "name",  # for people to read, in logs
-}
 
 
 class EFCP(Optimizer):
@@ -272,6 +268,10 @@ class EFCP(Optimizer):
         window = self._shared("window")
         return {**allocate_gram(window, device), **self._shared_preconditioner().allocate(window, device)}
 
+    def _state_names(self) -> set[str]:
+        """All that the state of a parameter may hold of ours; other names there belong to wrappers."""
+        return {*self.compressor.names, "momentum", "average", *self._allocate_shared(torch.device("meta"))}
+
     @staticmethod
     def _fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
         """Adds to the state of a parameter what is missing."""
@@ -302,12 +302,11 @@ class EFCP(Optimizer):
         self._shared("window", groups)
         self._shared_preconditioner(groups)
 
-    def _check_keys(self, group: dict[str, Any], where: str = "param group", more: Iterable[str] = ()) -> None:
-        """Checks that a param group has no options that the optimizer would ignore."""
-        own = [*OPTIONS, *self.compressor.options, *self.preconditioner.options]
-        if unknown := sorted(map(str, group.keys() - own - FOREIGN_KEYS - set(more))):
-            name = type(self).__name__
-            raise ValueError(f"{where}: {name} has no option {', '.join(unknown)}; its options are {', '.join(own)}")
+    def _option_names(self) -> list[str]:
+        return [*OPTIONS, *self.compressor.options, *self.preconditioner.options]
+
+    def _check_keys(self, group: dict[str, Any], where: str = "param group") -> None:
+        check_keys(where, type(self).__name__, group.items(), self._option_names())
 
     @staticmethod
     def _check_params(params: list[Tensor]) -> None:
@@ -328,19 +327,27 @@ class EFCP(Optimizer):
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict, if it fits the optimizer, made so that loading does not cast it."""
         check_structure(state_dict)
-        groups, states = state_dict["param_groups"], state_dict["state"]
+        groups, own_names = state_dict["param_groups"], self._state_names()
+        params = {key for group in groups for key in group["params"]}
+        states = {  # without what wrappers keep there
+            key: {name: value for name, value in saved.items() if name in own_names}
+            for key, saved in state_dict["state"].items()
+            if key in params
+        }
         check_same("state_dict", "the number of param groups", len(groups), len(self.param_groups))
         first = next(self._params())
         for number, (saved_group, group) in enumerate(zip(groups, self.param_groups, strict=True)):
             where = f"param_groups[{number}]"
             compressor = self._compressor_of(group)
             check_same(where, "the number of parameters", len(saved_group["params"]), len(group["params"]))
-            check_options(where, saved_group, group, ["window", *compressor.options, *self.preconditioner.fixed])
-            self._check_keys(saved_group, where, more=group)
+            check_options(where, saved_group, self._option_names())
+            for name in ("window", *compressor.options, *self.preconditioner.fixed):
+                check_same(where, name, saved_group[name], group[name])
+            self._check_keys(saved_group, where)
             for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
                 saved = states.get(key, {})
                 expected: dict[str, Any] = {}
-                if p is first and states:
+                if p is first and any(states.values()):
                     expected |= self._allocate_shared(torch.device("meta"))
                 if compressor.rows_name(p) in saved:
                     used = {"momentum": "momentum" in saved, "beta1": "average" in saved, "window": group["window"]}
@@ -352,4 +359,5 @@ class EFCP(Optimizer):
                 if compressor.rows_name(p) in saved:
                     compressor.check(here, saved, p)
         self._check_options(groups)
-        return {**state_dict, "state": {key: Exact(saved) for key, saved in states.items()}}
+        exact = {key: Exact(saved) if key in params else saved for key, saved in state_dict["state"].items()}
+        return {**state_dict, "state": exact}

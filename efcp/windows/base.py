@@ -10,7 +10,7 @@ A new compressor is a file beside this one with both classes.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -111,6 +111,8 @@ class Separate(Window):
 @dataclass(frozen=True)
 class Compressor(ABC):
     """Options of a window. They become options of the param groups, where each group may have its own."""
+
+    names: ClassVar[tuple[str, ...]]  # of all tensors that `allocate` may make
 
     @property
     def options(self) -> dict[str, Any]:

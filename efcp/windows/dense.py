@@ -14,6 +14,8 @@ from efcp.windows.base import Compressor, Separate, SingleWindow, Window
 class Identity(Compressor):
     """Compresses nothing: dense M-FAC (arXiv 2107.03356) and dense GGT (arXiv 1806.02958)."""
 
+    names = ("rows",)
+
     def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
         return {"rows": torch.zeros(window, param.numel(), dtype=param.dtype, device=param.device)}
 

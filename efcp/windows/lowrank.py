@@ -46,6 +46,8 @@ class LowRank(Compressor):
         ValueError: for values that are not allowed.
     """
 
+    names = ("left", "right", "basis", "error", *Identity.names)
+
     rank: int = 4
     power_iterations: int = 1
     value_dtype: torch.dtype = torch.bfloat16

@@ -40,6 +40,8 @@ class TopK(Compressor):
         ValueError: for values that are not allowed.
     """
 
+    names = ("error", "values", "indices")
+
     density: float = 0.01
     block_size: int = 4096
     value_dtype: torch.dtype = torch.bfloat16

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from efcp.checkpoint import check_content, check_numbers
+from efcp.checks import require
 
 
 def allocate_gram(window: int, device: torch.device) -> dict[str, Tensor]:
@@ -42,6 +43,11 @@ class Gram:
     """The Gram matrix in a state that also holds what preconditioners derive from it."""
 
     state: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        # Wrappers that load a state by themselves, through torch.optim.Optimizer, cast it to the parameters' dtype.
+        allowed = "stay torch.float64, as the optimizer's own load_state_dict, not that of a wrapper, keeps it"
+        require(self.matrix.dtype == torch.float64, "gram", allowed, self.matrix.dtype)
 
     @property
     def matrix(self) -> Tensor:

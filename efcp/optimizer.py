@@ -24,6 +24,7 @@ from efcp.diagnostics import norms_and_rotation, scaling_quantiles
 from efcp.gram import Gram, allocate_gram, check_gram
 from efcp.options import check_keys
 from efcp.parameters import Member, ParameterSet
+from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
 
@@ -54,7 +55,7 @@ class EFCP(Optimizer):
         maximize: maximise the objective.
 
     Raises:
-        ValueError: for values that are not allowed.
+        ValueError: for values that are not allowed, and within ZeRO, which hands over a part of the parameters.
         TypeError: for parameters that are not real floating point.
     """
 
@@ -72,6 +73,7 @@ class EFCP(Optimizer):
         max_update_norm: float | None = None,
         maximize: bool = False,
     ) -> None:
+        refuse_zero_redundancy_optimizer()
         self.compressor, self.preconditioner = compressor, preconditioner
         defaults = {
             "lr": lr,
@@ -97,10 +99,11 @@ class EFCP(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients.
+            RuntimeError: for sparse gradients, and within ZeRO of DeepSpeed.
             ValueError: where param groups disagree on an option that they must share.
             In both cases nothing has been changed.
         """
+        refuse_deepspeed_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -171,6 +174,7 @@ class EFCP(Optimizer):
         super().add_param_group(param_group)
         try:
             self._check_keys(self.param_groups[-1])  # again, with what `defaults` has added
+            refuse_deepspeed_parameters(self.param_groups[-1]["params"])
             self._check_params(self.param_groups[-1]["params"])
             self._check_options(self.param_groups)
         except (TypeError, ValueError):

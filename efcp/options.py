@@ -55,7 +55,8 @@ def misspelt(key: str, options: Sequence[str]) -> str | None:
 
 def edits(a: str, b: str) -> int:
     """How many characters to insert, delete, replace or swap with their neighbour to turn one word into the other."""
-    before, last = [], list(range(len(b) + 1))  # distances of the prefixes of b from those of a
+    before: list[int] = []
+    last = list(range(len(b) + 1))  # distances of the prefixes of b from one of a
     for i, x in enumerate(a):
         row = [i + 1]
         for j, y in enumerate(b):

@@ -45,7 +45,9 @@ def refuse_deepspeed_step() -> None:
 def _caller(module: str, name: str) -> Any:
     """The instance of a class whose method is among the callers; None where there is none, or no such module."""
     cls = getattr(sys.modules.get(module), name, None)
-    frame: FrameType | None = None if cls is None else sys._getframe(1)
+    if cls is None:
+        return None
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         owner = frame.f_locals.get("self")
         if issubclass(type(owner), cls):  # isinstance would ask a proxy for its class

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import StepLR
 
-from efcp import LowRankMFAC, SparseMFAC
+from efcp import LowRankMFAC, SparseMFAC, memory_report
 from tests.contract.optimizers import CLASSES, Regression, small
 
 STEPS = 8
@@ -182,6 +182,18 @@ def test_wrapper_resumes_bit_for_bit(wrapper, cls):
     assert torch.equal(wrapped.problem.flat(), other.problem.flat())
 
 
+def test_memory_report_counts_what_a_wrapper_keeps(cls):
+    """TRAC keeps the first parameters, and 19 numbers, under a name of its own."""
+    wrapped = Wrapped("TRAC", cls)
+    wrapped.step()
+    bare = Regression(cls, small(cls))
+    bare.step()
+    report, before = memory_report(wrapped.problem.optimizer), memory_report(bare.optimizer)
+    kept = 4 * (bare.flat().numel() + 6 + 1 + 6 + 6)
+    assert report.tensors == before.tensors | {"trac": kept}
+    assert f"{kept:,}" in str(report)
+
+
 def test_state_that_a_wrapper_has_cast_is_refused(cls):
     """`torch.optim.Optimizer.load_state_dict`, called for the wrapper, knows nothing of our dtypes."""
     wrapped, other = Wrapped("SAM", cls), Wrapped("SAM", cls)
@@ -216,6 +228,7 @@ def test_entries_of_wrappers_in_the_state_are_loaded_as_they_are(cls, options):
             assert loaded["slow"] is not own["slow"]
             assert torch.equal(loaded["slow"], own["slow"])
             [(past, count)] = loaded["past"]
+            assert past is not own["past"][0][0]
             assert torch.equal(past, 2 * own["slow"])
             assert (count, loaded["note"]) == (number, "mine")
         assert other.optimizer.state["wrapper"] == problem.optimizer.state["wrapper"]

@@ -185,7 +185,8 @@ class EFCP(Optimizer):
         """Loads a state, bit for bit.
 
         Nothing is cast: between parameters of different dtypes, a state can be loaded where none of its tensors has
-        their dtype (TopK without momentum and beta1, the same `error_dtype`), and is refused elsewhere.
+        their dtype (TopK without momentum and beta1, the same `error_dtype`), and is refused elsewhere. What wrappers
+        keep in the state, under names that are none of ours, is taken over as it is.
 
         Raises:
             ValueError: for a state of another window, compressor, preconditioner or model, and for a damaged one; it

@@ -182,6 +182,16 @@ def test_wrapper_resumes_bit_for_bit(wrapper, cls):
     assert torch.equal(wrapped.problem.flat(), other.problem.flat())
 
 
+@pytest.mark.parametrize("name", ["Lookahead", "TRAC", "ScheduleFree"])
+def test_wrapper_passes_a_closure_on(name, cls):
+    """SAM, above, has one in any case."""
+    plain, closed = Wrapped(name, cls), Wrapped(name, cls)
+    plain.step(4)
+    for _ in range(4):
+        assert closed.outer.step(closed.problem.backward) is not None
+    assert torch.equal(plain.problem.flat(), closed.problem.flat())
+
+
 def test_memory_report_counts_what_a_wrapper_keeps(cls):
     """TRAC keeps the first parameters, and 19 numbers, under a name of its own."""
     wrapped = Wrapped("TRAC", cls)
@@ -204,6 +214,18 @@ def test_state_that_a_wrapper_has_cast_is_refused(cls):
     with pytest.raises(ValueError, match=r"gram must stay torch.float64, as .*, got torch.float32"):
         other.problem.optimizer.step()
     assert torch.equal(other.problem.flat(), before)
+
+
+def test_wrapper_that_replaces_data(cls, options):
+    plain, wrapped = Regression(cls, options), Regression(cls, options)
+    for _ in range(5):
+        plain.step()
+        for p in wrapped.params:
+            p.data = p.data.clone()
+        wrapped.step()
+        for p in wrapped.params:
+            p.data = p.data.clone()
+    assert torch.equal(plain.flat(), wrapped.flat())
 
 
 # ---- what wrappers keep in the optimizer's own state

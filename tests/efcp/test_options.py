@@ -76,11 +76,13 @@ def slip(name, kind, at, letter):
 
 @st.composite
 def with_slips(draw, name, count):
-    key = name
-    for _ in range(count):
+    """One slip in each of `count` parts of the name: an insertion between swapped letters would count as three."""
+    size, key = len(name) // count, ""
+    for first in range(0, size * count, size):
+        part = name[first : first + size]
         kind = draw(st.sampled_from(["insert", "delete", "replace", "swap"]))
-        key = slip(key, kind, draw(st.integers(0, len(key) - 1)), draw(st.sampled_from(string.ascii_lowercase)))
-    return key
+        key += slip(part, kind, draw(st.integers(0, size - 1)), draw(st.sampled_from(string.ascii_lowercase)))
+    return key + name[size * count :]
 
 
 @given(st.data())

@@ -61,7 +61,7 @@ def check_structure(state_dict: dict[str, Any]) -> None:
     if len(set(keys)) < len(keys):
         raise ValueError("state_dict: a parameter is in the param groups twice")
     types = {int, *map(type, keys)}
-    if unknown := [key for key in states if key not in keys and type(key) in types]:
+    if unknown := [key for key in states.keys() - set(keys) if type(key) in types]:
         raise ValueError(f"state_dict: there is state of {len(unknown)} parameters that are in no param group")
 
 

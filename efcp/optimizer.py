@@ -307,8 +307,8 @@ class EFCP(Optimizer):
         self._shared("window", groups)
         self._shared_preconditioner(groups)
 
-    def _option_names(self) -> list[str]:
-        return [*OPTIONS, *self.compressor.options, *self.preconditioner.options]
+    def _option_names(self) -> tuple[str, ...]:
+        return (*OPTIONS, *self.compressor.options, *self.preconditioner.options)
 
     def _check_keys(self, group: dict[str, Any], where: str = "param group") -> None:
         check_keys(where, type(self).__name__, group.items(), self._option_names())

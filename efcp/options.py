@@ -5,19 +5,15 @@ Schedulers, wrappers and users put keys of their own into param groups (`initial
 error.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
-FLAGS = (
-    "foreach",
-    "fused",
-    "capturable",
-    "differentiable",
-)  # of torch.optim's optimizers; frameworks set them anywhere
+FLAGS = ("foreach", "fused", "capturable", "differentiable")  # of torch.optim; frameworks set them everywhere
 LETTERS_PER_EDIT = 5  # of an option's name, for each edit that counts as a slip
 
 
-def check_keys(where: str, optimizer: str, group: Iterable[tuple[str, Any]], options: Sequence[str]) -> None:
+def check_keys(where: str, optimizer: str, group: Iterable[tuple[str, Any]], options: tuple[str, ...]) -> None:
     """Checks the keys of a param group.
 
     Args:
@@ -37,7 +33,8 @@ def check_keys(where: str, optimizer: str, group: Iterable[tuple[str, Any]], opt
             raise ValueError(f"{where}: {optimizer} has no option {key}, did you mean {meant}? Its options are {names}")
 
 
-def misspelt(key: str, options: Sequence[str]) -> str | None:
+@lru_cache  # there may be thousands of groups with the same keys
+def misspelt(key: str, options: tuple[str, ...]) -> str | None:
     """The option whose name `key` is with a slip: one edit for each `LETTERS_PER_EDIT` letters of the name.
 
     Case and underscores do not count, nor are there slips in shorter names: `betas` is not `beta1`. With more edits

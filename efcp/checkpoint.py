@@ -42,11 +42,18 @@ class Exact:
 
     def on(self, device: torch.device) -> dict[str, Any]:
         """A copy of the state on a device, contiguous."""
-        return {k: _copy(v, device) if isinstance(v, Tensor) else v for k, v in self.state.items()}
+        return _copied(self.state, device)
 
 
-def _copy(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+def _copied(value: Any, device: torch.device) -> Any:
+    """A copy with all tensors on the device; what wrappers keep may be nested."""
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+    if isinstance(value, dict):
+        return {key: _copied(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item, device) for item in value)
+    return value
 
 
 def check_same(where: str, name: str, saved: Any, own: Any) -> None:
@@ -56,20 +63,25 @@ def check_same(where: str, name: str, saved: Any, own: Any) -> None:
 
 
 def check_structure(state_dict: dict[str, Any]) -> None:
-    """Checks that there are param groups with distinct parameters, and states of these only."""
+    """Checks that there are param groups with distinct parameters, and states of these only.
+
+    Wrappers may keep more in the state, under keys of another type than stands for parameters.
+    """
     groups, states = state_dict.get("param_groups"), state_dict.get("state")
     well_formed = (
         isinstance(groups, list)
         and isinstance(states, dict)
         and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
-        and all(isinstance(state, dict) for state in states.values())
     )
     if not (well_formed and isinstance(groups, list) and isinstance(states, dict)):
         raise ValueError("state_dict: not the state of an optimizer")
     keys = [key for group in groups for key in group["params"]]
+    if not all(isinstance(states.get(key, {}), dict) for key in keys):
+        raise ValueError("state_dict: not the state of an optimizer")
     if len(set(keys)) < len(keys):
         raise ValueError("state_dict: a parameter is in the param groups twice")
-    if unknown := states.keys() - set(keys):
+    types = {int, *map(type, keys)}
+    if unknown := [key for key in states.keys() - set(keys) if type(key) in types]:
         raise ValueError(f"state_dict: there is state of {len(unknown)} parameters that are in no param group")
 
 
@@ -128,9 +140,8 @@ def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> di
     if shared and "version" not in state:
         for name in SINCE_VERSION_1:
             if name in shared:
-                initial = shared[name]
-                new = torch.zeros(initial.shape, dtype=initial.dtype, device="cpu")
-                state.setdefault(name, new if isinstance(initial, Tensor) else initial)
+                is_counter = isinstance(shared[name], Tensor)
+                state.setdefault(name, torch.zeros((), dtype=torch.int64, device="cpu") if is_counter else shared[name])
     for name in COUNTERS:
         value = state.get(name)
         if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from efcp.checkpoint import check_content, check_numbers
+from efcp.checks import require
 
 
 def allocate_gram(window: int, device: torch.device) -> dict[str, Any]:
@@ -52,6 +53,11 @@ class Gram:
 
     state: dict[str, Any]
     rounding: float = torch.finfo(torch.float64).eps
+
+    def __post_init__(self) -> None:
+        # Wrappers that load a state by themselves, through torch.optim.Optimizer, cast it to the parameters' dtype.
+        allowed = "stay torch.float64, as the optimizer's own load_state_dict, not that of a wrapper, keeps it"
+        require(self.matrix.dtype == torch.float64, "gram", allowed, self.matrix.dtype)
 
     @property
     def matrix(self) -> Tensor:

@@ -17,7 +17,8 @@ class MemoryReport:
     """Bytes of an optimizer's state.
 
     Attributes:
-        tensors: bytes by name of the tensors in `optimizer.state[p]`, or of lists of tensors, summed over parameters.
+        tensors: bytes by name of the tensors in `optimizer.state[p]`, or of lists of tensors, summed over parameters;
+            of what wrappers keep in `optimizer.state[name]`, by that name.
         numel: elements of all parameters.
     """
 
@@ -44,8 +45,9 @@ class MemoryReport:
 def memory_report(optimizer: Optimizer) -> MemoryReport:
     """The bytes of every tensor in an optimizer's state; of any `torch.optim.Optimizer`."""
     tensors: dict[str, int] = {}
-    for state in (*optimizer.state.values(), getattr(optimizer, "shared", {})):
+    for owner, state in optimizer.state.items():
         for name, value in _tensors(state):
+            name = name if isinstance(owner, Tensor) else str(owner)
             tensors[name] = tensors.get(name, 0) + value.numel() * value.element_size()
     return MemoryReport(tensors, sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
 

@@ -8,13 +8,13 @@ turns these into weights. State:
                          its window; momentum (n,) and average (n,) where used
     optimizer.shared     of all together: the Gram matrix, what the preconditioner derives from it, and version
 
-No edit of param groups, parameters or their states touches `shared`. In a state dict it stands in the state of the
-first parameter that has a window, so that all that carries state dicts carries it.
+No edit of param groups, parameters or their states touches `shared`. It is also shown in the state of the first
+parameter that has a window, so that all that saves, copies or moves states carries it, wrappers included.
 """
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from itertools import chain
 from typing import Any
@@ -39,16 +39,13 @@ from efcp.checks import plain, require, require_integer, require_number
 from efcp.diagnostics import norms_and_rotation, scaling_quantiles
 from efcp.gram import Gram, Origin, allocate_gram, check_gram
 from efcp.lookout import Lookout
+from efcp.options import check_keys
 from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state
+from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
 
 OPTIONS = ("lr", "window", "momentum", "beta1", "weight_decay", "max_update_norm", "maximize")
-FOREIGN_KEYS = {  # of param groups; not options of the optimizer, but of those that work with it
-    *("params", "param_names"),  # torch.optim.Optimizer
-    *("initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale"),  # schedulers
-    "name",  # for people to read, in logs
-}
 
 
 class EFCP(Optimizer):
@@ -75,7 +72,7 @@ class EFCP(Optimizer):
         maximize: maximise the objective.
 
     Raises:
-        ValueError: for values that are not allowed.
+        ValueError: for values that are not allowed, and within ZeRO, which hands over a part of the parameters.
         TypeError: for parameters that are not real floating point.
     """
 
@@ -93,6 +90,7 @@ class EFCP(Optimizer):
         max_update_norm: float | None = None,
         maximize: bool = False,
     ) -> None:
+        refuse_zero_redundancy_optimizer()
         self.compressor, self.preconditioner = compressor, preconditioner
         self.shared: dict[str, Any] = {}
         self._origin, self._lookout = Origin({}), Lookout()
@@ -120,10 +118,11 @@ class EFCP(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients.
+            RuntimeError: for sparse gradients, and within ZeRO of DeepSpeed.
             ValueError: where param groups disagree on an option that they must share.
             In both cases nothing has been changed.
         """
+        refuse_deepspeed_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -134,10 +133,12 @@ class EFCP(Optimizer):
             return loss
 
         changed = self._changed_windows()
+        self._check_windows(changed)
+        adopted = self._adopt_shared(changed)
         sets = self._parameter_sets()
         gram = self._gram(max(s.rounding for s in sets))
-        if changed or gram.state["pending"]:
-            self._mend(gram, sets, changed)
+        if (changed and not adopted) or gram.state["pending"]:
+            self._mend(gram, sets)
 
         finite = reduce(torch.logical_and, gram.on_its_device(s.gradients_are_finite() for s in sets))
         gram.state["pending"] = True
@@ -148,6 +149,7 @@ class EFCP(Optimizer):
         weights = preconditioner.weights(gram, slot)
         gram.state["pending"] = False
         self._origin = Origin(self._windows())
+        self._show_shared()
         if max_update_norm is not None:
             weights = weights * (max_update_norm / gram.squared_norm(weights).sqrt()).clamp(max=1.0)
         weights = torch.where(finite, weights, 0.0)
@@ -208,8 +210,9 @@ class EFCP(Optimizer):
             self._check_keys(group)  # again, with what `defaults` has added
             for name in (*self.compressor.options, *self.preconditioner.options):
                 group[name] = plain(group[name])
+            refuse_deepspeed_parameters(group["params"])
             self._check_params(group["params"])
-            self._check_options(self.param_groups)
+            self._check_options([self.param_groups[0], group])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -220,7 +223,8 @@ class EFCP(Optimizer):
         Nothing is cast: between parameters of different dtypes, a state can be loaded where none of its tensors has
         their dtype (TopK without momentum and beta1, the same `error_dtype`), and is refused elsewhere. States of
         earlier versions are loaded; options that they lack have their defaults. Parameters are matched by their order;
-        where both sides know names, and these differ, there is a warning.
+        where both sides know names, and these differ, there is a warning. What wrappers keep in the state, under names
+        that are none of ours, is taken over as it is.
 
         Raises:
             ValueError: for a state of another window, compressor, preconditioner or model, and for a damaged one; it
@@ -237,32 +241,30 @@ class EFCP(Optimizer):
 
         States of parameters that are in no param group any more are left out.
         """
+        self._show_shared()
         own = self.state
-        params = list(self._params())
-        self.state = defaultdict(dict, own)
-        for gone in {p for p in own if isinstance(p, Tensor)} - set(params):
-            del self.state[gone]
-        if self.shared:
-            home = next(chain(self._windows(), params))
-            self.state[home] = {**self.state[home], **self._shared_to_save()}
+        gone = {p for p in own if isinstance(p, Tensor)} - set(self._params())
+        self.state = defaultdict(dict, {p: state for p, state in own.items() if p not in gone})
         try:
             return super().state_dict()
         finally:
             self.state = own
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {"compressor": self.compressor, "preconditioner": self.preconditioner}
-        return {**super().__getstate__(), **own, "shared": self._shared_to_save()}
+        self._show_shared()
+        own = ("compressor", "preconditioner", "shared")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes over what `load_state_dict` or unpickling has restored."""
         for param, saved in state["state"].items():
-            own = saved.on(param.device) if isinstance(saved, Exact) else saved
-            if isinstance(param, Tensor) and "gram" in own:
-                names = own.keys() & self._allocate_shared(torch.device("meta"), state["param_groups"]).keys()
-                state["shared"] = {name: own.pop(name) for name in names}
-            state["state"][param] = own
-        super().__setstate__({"shared": {}, **state})
+            if isinstance(saved, Exact):
+                state["state"][param] = saved.on(param.device)
+        super().__setstate__(state)
+        if "shared" not in state:  # of load_state_dict
+            homes = (own for param, own in self.state.items() if isinstance(param, Tensor) and "gram" in own)
+            home = next(homes, None)
+            self.shared = {name: home[name] for name in self._allocate_shared(torch.device("meta"))} if home else {}
         self.defaults.pop("differentiable", None)  # else it would be an option of groups to come
         self._origin, self._lookout = Origin(self._windows()), Lookout()
 
@@ -274,6 +276,7 @@ class EFCP(Optimizer):
             for p in group["params"]:
                 self._fill(self.state[p], p, group, compressor)
         self._origin = Origin(self._windows())
+        self._show_shared()
 
     # ---- what a step works on
 
@@ -298,9 +301,9 @@ class EFCP(Optimizer):
         window, device = self._agreed("window"), next(self._params()).device
         if not self.shared:
             self.shared.update(self._allocate_shared(device))
-        if self.shared["gram"].device != device:
-            for name, value in self.shared.items():
-                self.shared[name] = value.to(device) if isinstance(value, Tensor) else value
+        for name, value in self.shared.items():
+            if isinstance(value, Tensor) and value.device != device:
+                self.shared[name] = value.to(device)
         require(len(self.shared["gram"]) == window, "window", f"stay what it was, {len(self.shared['gram'])}", window)
         return Gram(self.shared, rounding)
 
@@ -312,7 +315,7 @@ class EFCP(Optimizer):
             for p in group["params"]:
                 if p.grad is not None or compressor.row_names(p)[0] in self.state.get(p, {}):
                     self._fill(self.state[p], p, group, compressor)
-                    check_state(partial(self._name, p), p, self.state[p])
+                    check_state(partial(self._name, p), p, self.state[p], compressor.row_names(p))
                     alike[p.device, p.dtype, self._dtypes(p)].append(p)
             sets += [ParameterSet(group, compressor, some, [self.state[p] for p in some]) for some in alike.values()]
         return sets
@@ -334,10 +337,10 @@ class EFCP(Optimizer):
 
     # ---- state
 
-    def _allocate_shared(self, device: torch.device, groups: list[dict[str, Any]] | None = None) -> dict[str, Any]:
+    def _allocate_shared(self, device: torch.device) -> dict[str, Any]:
         """New state that all parameters share."""
-        window = self._agreed("window", groups)
-        own = self._agreed_preconditioner(groups).allocate(window, device)
+        window = self._agreed("window")
+        own = self._agreed_preconditioner().allocate(window, device)
         return {**allocate_gram(window, device), **own, "version": VERSION}
 
     @staticmethod
@@ -363,19 +366,46 @@ class EFCP(Optimizer):
         """The parameters whose windows were not written by the steps that the Gram matrix has followed."""
         return self._origin.changed(self._windows())
 
-    def _mend(self, gram: Gram, sets: list[ParameterSet], changed: list[Tensor]) -> None:
-        """Computes the Gram matrix, and what is derived from it, from the windows that are there."""
-        for member in self._members():
+    def _check_windows(self, changed: list[Tensor]) -> None:
+        """Checks windows that somebody else has written, as a state that is loaded is checked."""
+        for member in self._members() if changed else ():
             if any(member.param is p for p in changed):
-                member.compressor.check(self._name(member.param), member.state, member.param)
+                names = (*member.compressor.row_names(member.param), "error")
+                own = {name: member.state[name] for name in names if name in member.state}
+                member.compressor.check(self._name(member.param), own, member.param)
+
+    def _adopt_shared(self, changed: list[Tensor]) -> bool:
+        """Takes over what is shown as shared where somebody has replaced all states, and says whether that is so.
+
+        `ZeroRedundancyOptimizer` loads a state in this way, and Lightning moves it to a device.
+        """
+        windows = self._windows()
+        shown = [self.state[p] for p in windows if "gram" in self.state[p]]
+        if not windows or len(changed) < len(windows) or len(shown) != 1 or shown[0]["gram"] is self.shared.get("gram"):
+            return False
+        expected = self._allocate_shared(torch.device("meta"))
+        check_tensors("optimizer.state", shown[0], expected)
+        check_gram("optimizer.state", {name: shown[0][name] for name in expected})
+        self.shared = {name: shown[0][name] for name in expected}
+        return True
+
+    def _mend(self, gram: Gram, sets: list[ParameterSet]) -> None:
+        """Computes the Gram matrix, and what is derived from it, from the windows that are there."""
         gram.state["pending"] = True
         gram.recompute(lambda slot: self._dots(gram, sets, slot))
         self._agreed_preconditioner().refresh(gram)
 
-    def _shared_to_save(self) -> dict[str, Any]:
+    def _show_shared(self) -> None:
+        """Shows `shared` in the state of the first parameter that has a window, and in no other."""
         if not self.shared:
-            return {}
-        return {**self.shared, "pending": self.shared["pending"] or bool(self._changed_windows())}
+            return
+        self.shared["pending"] |= bool(self._changed_windows())
+        home = next(chain(self._windows(), self._params()))
+        for param, state in self.state.items():
+            if param is not home and isinstance(param, Tensor) and "gram" in state:
+                for name in self.shared:
+                    state.pop(name, None)
+        self.state[home].update(self.shared)
 
     def _name(self, param: Tensor) -> str:
         """What errors call a parameter."""
@@ -411,12 +441,11 @@ class EFCP(Optimizer):
         self._agreed("window", groups)
         self._agreed_preconditioner(groups)
 
-    def _check_keys(self, group: dict[str, Any], where: str = "param group", more: Iterable[str] = ()) -> None:
-        """Checks that a param group has no options that the optimizer would ignore."""
-        own = [*OPTIONS, *self.compressor.options, *self.preconditioner.options]
-        if unknown := sorted(map(str, group.keys() - own - FOREIGN_KEYS - set(more))):
-            name = type(self).__name__
-            raise ValueError(f"{where}: {name} has no option {', '.join(unknown)}; its options are {', '.join(own)}")
+    def _option_names(self) -> tuple[str, ...]:
+        return (*OPTIONS, *self.compressor.options, *self.preconditioner.options)
+
+    def _check_keys(self, group: dict[str, Any], where: str = "param group") -> None:
+        check_keys(where, type(self).__name__, group.items(), self._option_names())
 
     def _check_params(self, params: list[Tensor]) -> None:
         if len(set(params)) < len(params):
@@ -435,14 +464,15 @@ class EFCP(Optimizer):
         check_same("state_dict", "the number of param groups", len(state_dict["param_groups"]), len(self.param_groups))
         groups, states = [], dict[Any, dict[str, Any]]()
         shared = self._allocate_shared(torch.device("meta"))
-        homes = [key for key, saved in state_dict["state"].items() if "gram" in saved]
+        params = {key for group in state_dict["param_groups"] for key in group["params"]}
+        homes = [key for key, saved in state_dict["state"].items() if key in params and "gram" in saved]
         for number, (saved_group, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=True)):
             where = f"param_groups[{number}]"
             compressor = self._compressor_of(group)
             check_same(where, "the number of parameters", len(saved_group["params"]), len(group["params"]))
             for part in (compressor, self.preconditioner):
                 check_kind(where, saved_group, part)
-            self._check_keys(saved_group, where, more=group)
+            self._check_keys(saved_group, where)
             loaded = with_defaults(saved_group, group, self._class_defaults())
             check_fixed(where, loaded, group, ["window", *compressor.options, *self.preconditioner.fixed])
             check_names(where, loaded, group)
@@ -465,7 +495,9 @@ class EFCP(Optimizer):
         if len(homes) != 1 and (homes or any("numel" in saved for saved in states.values())):
             raise ValueError(f"state_dict: there must be one Gram matrix, got {len(homes)}; the state is damaged")
         self._check_options(groups)
-        return {**state_dict, "param_groups": groups, "state": {key: Exact(saved) for key, saved in states.items()}}
+        others = {key: saved for key, saved in state_dict["state"].items() if key not in params}
+        exact = {key: Exact(saved) for key, saved in states.items()}
+        return {**state_dict, "param_groups": groups, "state": {**others, **exact}}
 
     def _class_defaults(self) -> dict[str, Any]:
         """The defaults of all options."""

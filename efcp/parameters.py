@@ -62,18 +62,18 @@ def check_gradient(name: Callable[[], str], param: Tensor) -> None:
     _check_memory(name, param)
 
 
-def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any]) -> None:
+def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any], row_names: tuple[str, ...]) -> None:
     """Raises ValueError unless the state of a parameter that has a window is one for its size and device."""
     if state["numel"] != param.numel():
         raise ValueError(
             f"the state of a parameter must be for its size: {name()} has {param.numel()} elements, its state is for "
             f"{state['numel']}; delete optimizer.state[p] where a parameter is replaced by one of another size"
         )
-    for key, value in state.items():
-        if isinstance(value, Tensor) and value.device != param.device:
+    for key in (*row_names, "error", "momentum", "average"):
+        if key in state and state[key].device != param.device:
             raise ValueError(
                 f"the state of a parameter must be on its device: {name()} is on {param.device}, its {key} on "
-                f"{value.device}; load a state dict after moving a model"
+                f"{state[key].device}; load a state dict after moving a model"
             )
 
 

@@ -209,7 +209,8 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
 
     Args:
         R: (m, m) float64, contiguous, changed in place.
-        column: (m,) float64, contiguous, column t of RᵀR, with which one pass over R is enough; becomes that of slot (t + 1) mod m.
+        column: (m,) float64, contiguous, column t of RᵀR, with which one pass over R is enough; becomes that of slot
+            (t + 1) mod m.
         S: (m, m) float64, contiguous, already with its new row and column.
         slot: (1,) int64.
         ridge: mλ.

@@ -14,11 +14,11 @@
 | state dicts: the same twice, round trip, named and unnamed, other ids, saved with weights_only | `test_state_dict_*` |
 | deepcopy and pickle keep all public attributes | `test_copies_keep_public_attributes` |
 | it can be printed | `test_can_be_printed` |
-| `defaults` changed to foreach after construction | `test_flags_are_refused` |
+| `defaults` changed to foreach after construction | `test_flags_are_refused_where_they_are_on` |
 | complex parameters | refused, `tests/efcp/test_step.py`: a window has no meaning for them yet |
 | sparse gradients | refused, `tests/efcp/test_step.py`: Top-k of a sparse gradient would need a kernel of its own |
-| foreach, fused, their peak memory | cannot apply: there is one implementation; the names are refused |
-| capturable | cannot apply: a step never waits for the device in any case; the name is refused |
+| foreach, fused, their peak memory | cannot apply: there is one implementation; refused where they are on |
+| capturable | cannot apply: a step never waits for the device in any case; refused where it is on |
 | differentiable | cannot apply: Top-k has no useful derivative; refused |
 | a `step` that is a number in old state dicts, older flags missing | cannot apply: there are no older state dicts |
 | several GPUs, CUDA state moved to the CPU | need GPUs: `tests/efcp/test_gpu.py` |
@@ -67,28 +67,58 @@ def test_empty_list_is_refused(cls):
         cls([])
 
 
-@pytest.mark.parametrize("flag", [*FLAGS, "betas", "nesterov"])
-def test_flags_are_refused(cls, options, flag):
-    """As options of a param group, added at any time or loaded. An entry of `defaults` is that of groups to come."""
-    message = rf"{cls.__name__} has no option {flag}; its options are lr, window, "
+def check_key_is_refused(cls, options, key, message):
+    """Refused in a param group, added at any time or loaded. An entry of `defaults` is that of groups to come."""
     with pytest.raises(ValueError, match=message):
-        cls([{"params": [parameter(2)], flag: True}], **options)
-    optimizer, added = cls([parameter(2)], **options), {"params": [parameter(2)], flag: False}
+        cls([{"params": [parameter(2)], key: True}], **options)
+    optimizer, added = cls([parameter(2)], **options), {"params": [parameter(2)], key: True}
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(added)
     assert len(optimizer.param_groups) == 1
-    assert added.keys() == {"params", flag}
+    assert added.keys() == {"params", key}
 
     saved = optimizer.state_dict()
-    saved["param_groups"][0][flag] = True
+    saved["param_groups"][0][key] = True
     with pytest.raises(ValueError, match=rf"param_groups\[0\]: {message}"):
         optimizer.load_state_dict(saved)
-    assert flag not in optimizer.param_groups[0]
+    assert key not in optimizer.param_groups[0]
 
-    optimizer.defaults[flag] = True
+    optimizer.defaults[key] = True
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group({"params": [parameter(2)]})
     assert len(optimizer.param_groups) == 1
+
+
+def check_key_is_kept(cls, options, key, value):
+    """A key that is no option stays in its param group, and in saved and loaded ones."""
+    optimizer = cls([{"params": [parameter(2)], key: value}, {"params": [parameter(2)]}], **options)
+    optimizer.add_param_group({"params": [parameter(2)], key: value})
+    other = cls([{"params": [parameter(2)]} for _ in range(3)], **options)
+    other.load_state_dict(optimizer.state_dict())
+    for groups in (optimizer.param_groups, other.param_groups):
+        assert [group.get(key, "none") for group in groups] == [value, "none", value]
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_are_refused_where_they_are_on(cls, options, flag):
+    check_key_is_refused(cls, options, flag, rf"{flag} must be False or None, got True; {cls.__name__} has one ")
+
+
+@pytest.mark.parametrize("value", [False, None])
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_are_kept_where_they_are_off(cls, options, flag, value):
+    check_key_is_kept(cls, options, flag, value)
+
+
+@pytest.mark.parametrize(("key", "meant"), [("windows", "window"), ("weightdecay", "weight_decay")])
+def test_misspelt_options_are_refused(cls, options, key, meant):
+    message = rf"{cls.__name__} has no option {key}, did you mean {meant}\? Its options are lr, window, "
+    check_key_is_refused(cls, options, key, message)
+
+
+@pytest.mark.parametrize("key", ["layer_id", "betas", "nesterov", "swa_lr", 7], ids=str)
+def test_other_keys_are_kept(cls, options, key):
+    check_key_is_kept(cls, options, key, 3)
 
 
 @pytest.mark.parametrize("through", ["deepcopy", "pickle", "load_state_dict"])
@@ -102,12 +132,6 @@ def test_groups_added_to_a_copy_have_the_same_options(cls, options, through):
     optimizer.add_param_group({"params": [parameter(2)]})
     first, second = optimizer.param_groups
     assert first.keys() == second.keys()
-
-
-def test_options_of_schedulers_and_names_are_no_unknown_options(cls, options):
-    for key in ("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "lr_scale", "name"):
-        cls([{"params": [parameter(2)], key: 0.1}], **options)
-    cls([{"params": [("a", parameter(2))]}, {"params": [("b", parameter(2))]}], **options)
 
 
 def test_can_be_printed(cls, options):

@@ -25,7 +25,7 @@ def bytes_in_state(optimizer):
     """Counted independently of the report."""
     return sum(
         t.untyped_storage().nbytes()
-        for s in (*optimizer.state.values(), optimizer.shared)
+        for s in optimizer.state.values()
         for t in s.values()
         if isinstance(t, torch.Tensor)
     )

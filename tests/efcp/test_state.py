@@ -166,7 +166,7 @@ def test_hooks_of_users_see_and_change_the_state():
         seen.append(sorted(state_dict["state"][0]))
 
     def after(optimizer):
-        seen.append(sorted(optimizer.state[optimizer.param_groups[0]["params"][0]] | optimizer.shared))
+        seen.append(sorted(optimizer.state[optimizer.param_groups[0]["params"][0]]))
 
     other.optimizer.register_load_state_dict_pre_hook(before)
     other.optimizer.register_load_state_dict_post_hook(after)

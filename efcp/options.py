@@ -1,0 +1,74 @@
+"""Which keys a param group may have: options, and what others keep there, but no misspelt option.
+
+Schedulers, wrappers and users put keys of their own into param groups (`initial_lr`, `rho`, `layer_id`), as
+`torch.optim` lets them. A key that is an option's name with a slip of the pen would silently do nothing, so it is an
+error.
+"""
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any
+
+FLAGS = ("foreach", "fused", "capturable", "differentiable")  # of torch.optim; frameworks set them everywhere
+LETTERS_PER_EDIT = 5  # of an option's name, for each edit that counts as a slip
+
+
+def check_keys(where: str, optimizer: str, group: Iterable[tuple[str, Any]], options: tuple[str, ...]) -> None:
+    """Checks the keys of a param group.
+
+    Args:
+        where: the group, for messages.
+        optimizer: the name of the optimizer, for messages.
+        group: keys and values.
+        options: the names of all options.
+
+    Raises:
+        ValueError: for a misspelt option, and for a flag that is on.
+    """
+    for key, value in group:
+        if key in FLAGS and value not in (False, None):
+            raise ValueError(f"{where}: {key} must be False or None, got {value!r}; {optimizer} has one implementation")
+        if (meant := misspelt(str(key), options)) is not None:
+            names = ", ".join(options)
+            raise ValueError(f"{where}: {optimizer} has no option {key}, did you mean {meant}? Its options are {names}")
+
+
+@lru_cache  # there may be thousands of groups with the same keys
+def misspelt(key: str, options: tuple[str, ...]) -> str | None:
+    """The option whose name `key` is with a slip: one edit for each `LETTERS_PER_EDIT` letters of the name.
+
+    Case and underscores do not count, nor are there slips in shorter names: `betas` is not `beta1`. With more edits
+    other words would be near: `dampening` and `mapping` are two from `damping`, `moments` from `momentum`. A key that
+    has all words of an option and others, such as `weight_decay_1d`, is another name, made on purpose.
+    """
+    if key in options:
+        return None
+    for option in options:
+        letters = sum(map(str.isalpha, option))
+        if edits(_spelling(key), _spelling(option)) <= letters // LETTERS_PER_EDIT and not _extends(key, option):
+            return option
+    return None
+
+
+def edits(a: str, b: str) -> int:
+    """How many characters to insert, delete, replace or swap with their neighbour to turn one word into the other."""
+    before: list[int] = []
+    last = list(range(len(b) + 1))  # distances of the prefixes of b from one of a
+    for i, x in enumerate(a):
+        row = [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(last[j] + (x != y), last[j + 1] + 1, row[j] + 1))
+            if i and j and (x, a[i - 1]) == (b[j - 1], y):
+                row[-1] = min(row[-1], before[j - 1] + 1)
+        before, last = last, row
+    return last[-1]
+
+
+def _spelling(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _extends(key: str, option: str) -> bool:
+    """Whether the key consists of the option's words and others."""
+    words = [word for word in key.lower().split("_") if word]
+    return set(option.split("_")) < set(words)

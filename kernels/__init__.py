@@ -6,6 +6,7 @@
 | `reference.py` | the definition, in PyTorch |
 | `triton_ops/` | Triton kernels, for GPUs |
 | `cpu.py` | compiled by Numba, for CPUs |
+| `machine_code.py` | compiles the kernels of `cpu.py`, and keeps what is compiled on disk |
 | `operators.py` | the operations as nodes of a compiled graph |
 
 A backend is a module with all operations: four of the sparse window, and one of the m × m matrices of M-FAC. On a GPU

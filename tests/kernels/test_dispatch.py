@@ -174,5 +174,6 @@ assert window_dots(rows, slot).tolist() == [29.0]
 window_apply_([grad], [], rows, -torch.ones(1), one, one, one)
 assert grad.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
 """
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", script]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr

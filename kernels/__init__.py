@@ -7,19 +7,24 @@
 | `reference.py` | the definition, in PyTorch |
 | `triton_ops/` | Triton kernels, for GPUs |
 | `cpu.py` | compiled by Numba, for CPUs |
+| `machine_code.py` | compiles the kernels of `cpu.py`, and keeps what is compiled on disk |
 | `operators.py` | the operations as nodes of a compiled graph |
 
 A backend is a module with all operations: four of the sparse window, and one of the m × m matrices of M-FAC. On a GPU
-it is `triton`, on a CPU `cpu`, where Triton or Numba can be imported; else it is `reference`. The environment variable
-`EFCP_KERNELS`, or `use_backend`, forces one.
+it is `triton`, on a CPU `cpu`, where Triton or Numba is installed; else it is `reference`. If the installation turns
+out not to work, `reference` takes its place, and one warning says why. The environment variable `EFCP_KERNELS`, or
+`use_backend`, forces a backend; one that does not work is then an error.
 """
 
 import importlib
+import importlib.util
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +37,7 @@ from efcp.kernels.reference import accumulation_dtype
 __all__ = [
     "BACKENDS",
     "MAX_BLOCK_SIZE",
+    "BackendError",
     "Blocks",
     "Rows",
     "accumulation_dtype",
@@ -52,8 +58,14 @@ BACKENDS = {
     "cpu": "efcp.kernels.cpu",
 }
 FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}  # by type of device
+PACKAGES = {"cpu": "numba", "triton": "triton"}  # with which they are made
 
 _forced: str | None = None
+_broken: set[str] = set()  # backends that were chosen, and turned out not to work
+
+
+class BackendError(RuntimeError):
+    """A backend does not work here. What it was asked for has not begun: no tensor is changed."""
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -83,7 +95,22 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @cache
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(BACKENDS[name])
+    """A backend.
+
+    Raises:
+        BackendError: if it cannot be imported.
+    """
+    try:
+        return importlib.import_module(BACKENDS[name])
+    except Exception as error:  # a broken installation may raise anything
+        raise BackendError(f"{type(error).__name__}: {error}") from error
+
+
+def _replace(name: str, error: BackendError) -> None:
+    """Leaves what a backend should do to the definition from now on."""
+    _broken.add(name)
+    text = f"efcp: the definition runs in place of the kernels of {PACKAGES[name]}, and is slower: {error}"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 @cache
@@ -91,9 +118,16 @@ def _can_import(name: str) -> bool:
     """Whether what a backend is made with is installed, and works."""
     try:
         _module(name)
-    except ImportError:
+    except BackendError as error:
+        missing = isinstance(error.__cause__, ModuleNotFoundError) and importlib.util.find_spec(PACKAGES[name]) is None
+        if not missing:  # it is installed, and broken
+            _replace(name, error)
         return False
     return True
+
+
+def _forced_name() -> str | None:
+    return _forced or _checked(os.environ.get("EFCP_KERNELS") or None, "EFCP_KERNELS")
 
 
 def backend_name(device: torch.device) -> str:
@@ -102,15 +136,27 @@ def backend_name(device: torch.device) -> str:
     Raises:
         ValueError: if the environment variable `EFCP_KERNELS` names none.
     """
-    forced = _forced or _checked(os.environ.get("EFCP_KERNELS") or None, "EFCP_KERNELS")
+    forced = _forced_name()
     if forced is not None:
         return forced
     fastest = FASTEST.get(device.type, "reference")
-    return fastest if _can_import(fastest) else "reference"
+    return fastest if _can_import(fastest) and fastest not in _broken else "reference"
 
 
-def _backend(tensor: Tensor) -> ModuleType:
-    return reference if is_fake(tensor) else _module(backend_name(tensor.device))
+def _run(operation: str, tensor: Tensor, *arguments: Any) -> Any:
+    """Calls an operation of the backend for the device of a tensor.
+
+    Raises:
+        BackendError: if a backend that is forced does not work.
+    """
+    name = "reference" if is_fake(tensor) else backend_name(tensor.device)
+    try:
+        return getattr(_module(name), operation)(*arguments)
+    except BackendError as error:
+        if _forced_name() is not None:
+            raise BackendError(f"the backend {name!r}, which is forced, does not work: {error}") from error
+        _replace(name, error)
+    return getattr(reference, operation)(*arguments)
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:
@@ -124,7 +170,7 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return reference.all_finite(grads)
-    return _backend(grads[0]).all_finite(grads)
+    return _run("all_finite", grads[0], grads)
 
 
 def compress_(
@@ -151,7 +197,7 @@ def compress_(
     if torch.compiler.is_compiling():
         operators.compress_(grads, errors, *operators.unpacked(rows), slot, finite)
     else:
-        _backend(slot).compress_(grads, errors, rows, slot, finite)
+        _run("compress_", slot, grads, errors, rows, slot, finite)
 
 
 def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
@@ -166,7 +212,7 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return operators.window_dots(*operators.unpacked(rows), slot)
-    return _backend(slot).window_dots(rows, slot)
+    return _run("window_dots", slot, rows, slot)
 
 
 def window_apply_(
@@ -193,7 +239,7 @@ def window_apply_(
     if torch.compiler.is_compiling():
         operators.window_apply_(targets, momenta, *operators.unpacked(rows), weights, scale, step, decay)
     else:
-        _backend(weights).window_apply_(targets, momenta, rows, weights, scale, step, decay)
+        _run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
@@ -220,4 +266,4 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
     """
     if torch.compiler.is_compiling():
         return operators.update_inverse_root_(R, column, S, slot, ridge)
-    return _backend(R).update_inverse_root_(R, column, S, slot, ridge)
+    return _run("update_inverse_root_", R, R, column, S, slot, ridge)

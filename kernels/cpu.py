@@ -30,13 +30,14 @@ from typing import Any, NamedTuple, Protocol
 import llvmlite.ir as ir
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, njit, types
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from efcp.kernels.addresses import addresses, group_addresses
 from efcp.kernels.blocks import Rows
+from efcp.kernels.machine_code import compiled
 from efcp.kernels.reference import accumulation_dtype
 
 __all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "window_dots"]
@@ -70,25 +71,22 @@ class Kernel(Protocol):
 
 
 def _kernel(*constants: object) -> Callable[[Callable[[int], None]], Kernel]:
-    """Compiles what Python calls, and keeps the machine code on disk.
+    """Compiles what Python calls, or loads its machine code from disk.
 
-    Numba's cache sees changes of this file only: what a kernel is made of has to stand here. Constants that a kernel is
-    compiled for become part of its name: two processes that write into the same index of the cache at the same time can
-    end up with each other's code. The cache also compares what a kernel refers to in the function around it: that must
-    be numbers and types, since any other object is a new one in each process.
+    The cache sees changes of this file only: what a kernel is made of has to stand here. Constants that a kernel is
+    compiled for become part of its name, which is that of a symbol in the machine code: two of one name, from different
+    processes, could end up with each other's code. The cache also compares what a kernel refers to in the function
+    around it: that must be numbers and types, since any other object is a new one in each process.
+
+    Raises:
+        BackendError: if it cannot be compiled.
     """
 
-    def compiled(function: Callable[[int], None]) -> Kernel:
+    def kernel(function: Callable[[int], None]) -> Kernel:
         function.__qualname__ = "-".join(map(str, [function.__name__, *constants]))
-        compiler = partial(cfunc, types.void(types.int64), error_model="numpy")
-        kernel: Any
-        try:
-            kernel = compiler(cache=True)(function)
-        except RuntimeError:  # neither this folder nor the user's cache can be written
-            kernel = compiler()(function)
-        return kernel
+        return compiled(function, (types.int64,), types.void, error_model="numpy")
 
-    return compiled
+    return kernel
 
 
 def _instruction(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -1513,8 +1511,9 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
     scratch, number = vectors.data_ptr(), array("d", [ridge])
     root, gram = (addresses(n, [M], torch.float64, CPU, [window**2])[0] for n, M in (("R", R), ("S", S)))
     (column_at,), at = addresses("column", [column], torch.float64, CPU, [window]), _slot(slot, window)
+    reflect, border, missed = _reflect_kernel(), _border_kernel(), _missed_kernel()  # all, before R changes
     ridge_at, work = number.buffer_info()[0], window * window
-    _run(_reflect_kernel(), (root, column_at, gram, at, scratch, window), pieces, work)
-    _run(_border_kernel(), (root, column_at, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
-    _run(_missed_kernel(), (gram, at, x.data_ptr(), miss.data_ptr(), window, ridge_at), pieces, work)
+    _run(reflect, (root, column_at, gram, at, scratch, window), pieces, work)
+    _run(border, (root, column_at, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
+    _run(missed, (gram, at, x.data_ptr(), miss.data_ptr(), window, ridge_at), pieces, work)
     return x, miss

@@ -41,7 +41,7 @@ def compress_(
     finite: Tensor,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    kernels._backend(slot).compress_(grads, errors, rows, slot, finite)
+    kernels._run("compress_", slot, grads, errors, rows, slot, finite)
 
 
 @custom_op("efcp::window_dots", mutates_args=())
@@ -53,7 +53,7 @@ def window_dots(
     density: float,
     slot: Tensor,
 ) -> Tensor:
-    return kernels._backend(slot).window_dots(_packed(values, indices, numels, block_size, density), slot)
+    return kernels._run("window_dots", slot, _packed(values, indices, numels, block_size, density), slot)
 
 
 @custom_op("efcp::window_apply_", mutates_args=("targets", "momenta"))
@@ -71,12 +71,12 @@ def window_apply_(
     decay: Tensor,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    kernels._backend(weights).window_apply_(targets, momenta, rows, weights, scale, step, decay)
+    kernels._run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
 
 
 @custom_op("efcp::update_inverse_root_", mutates_args=("R", "column"))
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    return kernels._backend(R).update_inverse_root_(R, column, S, slot, ridge)
+    return kernels._run("update_inverse_root_", R, R, column, S, slot, ridge)
 
 
 @compress_.register_fake

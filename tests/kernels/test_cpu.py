@@ -38,7 +38,6 @@ from tests.kernels.kernel_cases import (
 
 pytest.importorskip("numba")
 
-import numba
 import numpy as np
 
 from efcp.kernels import cpu
@@ -526,16 +525,6 @@ def test_a_worker_of_a_data_loader_may_call() -> None:
     expected = run_all(LARGE)
     for result in DataLoader(Windows(), batch_size=None, num_workers=2, timeout=60):
         assert_same(result, expected)
-
-
-def test_kernels_compile_where_no_cache_can_be_written() -> None:
-    scope: dict[str, Any] = {"store": cpu._store_f64}
-    exec("def kernel(call):\n    store(call, 0, 5.0)", scope)  # Numba finds no file, and so no folder, for it
-    with pytest.raises(RuntimeError, match="cannot cache"):
-        numba.njit(cache=True)(scope["kernel"])
-    number = torch.zeros(1, dtype=FLOAT64)
-    cpu._kernel()(scope["kernel"]).ctypes(number.data_ptr())
-    assert number == 5
 
 
 KERNELS = {

@@ -1,5 +1,6 @@
 """Which backend runs an operation."""
 
+import importlib
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from efcp import kernels
-from efcp.kernels import BACKENDS, Blocks, Rows, backend_name, use_backend
+from efcp.kernels import BACKENDS, BackendError, Blocks, Rows, backend_name, use_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -27,6 +28,72 @@ def test_the_compiled_backend_of_a_device_runs(device, package, name):
 def test_the_definition_runs_without_a_compiled_backend(monkeypatch, device):
     monkeypatch.setattr(kernels, "_can_import", lambda name: False)
     assert backend_name(device) == "reference"
+
+
+@pytest.fixture
+def importing(monkeypatch):
+    """What happens when a backend is imported, as if none had been before."""
+
+    def forget():
+        kernels._module.cache_clear()
+        kernels._can_import.cache_clear()
+
+    def fail_with(error):
+        def fail(name):
+            if name == BACKENDS["reference"]:
+                return kernels.reference
+            raise error
+
+        forget()
+        monkeypatch.setattr(importlib, "import_module", fail)
+
+    monkeypatch.setattr(kernels, "_broken", set())
+    yield fail_with
+    forget()
+
+
+@pytest.mark.parametrize(("device", "package"), [(CPU, "numba"), (CUDA, "triton")], ids=str)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ImportError("Numba needs NumPy 2.4 or less"),
+        ModuleNotFoundError("No module named 'llvmlite'", name="llvmlite"),
+        AttributeError("module 'numpy' has no attribute 'long'"),
+        OSError("libllvmlite.so: cannot open shared object file"),
+        RuntimeError("driver too old"),
+        SystemError("initialization of _dispatcher failed"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_the_definition_runs_where_an_import_fails_and_one_warning_says_why(
+    importing, monkeypatch, error, device, package
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)  # it is installed
+    importing(error)
+    text = f"^efcp: the definition runs in place of the kernels of {package}, and is slower: {type(error).__name__}: "
+    with pytest.warns(RuntimeWarning, match=text + str(error)) as warned:
+        assert [backend_name(device) for _ in range(2)] == ["reference"] * 2
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+def test_what_is_not_installed_is_not_warned_of(importing, monkeypatch, recwarn, device):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    importing(ModuleNotFoundError("No module named 'llvmlite'", name="llvmlite"))
+    assert backend_name(device) == "reference"
+    assert not recwarn
+
+
+@pytest.mark.parametrize("name", ["cpu", "triton"])
+def test_a_forced_backend_that_cannot_be_imported_is_an_error(importing, monkeypatch, recwarn, name):
+    importing(OSError("broken"))
+    text = f"^the backend '{name}', which is forced, does not work: OSError: broken$"
+    with use_backend(name), pytest.raises(BackendError, match=text):
+        kernels.all_finite([torch.ones(3)])
+    monkeypatch.setenv("EFCP_KERNELS", name)
+    with pytest.raises(BackendError, match=text):
+        kernels.all_finite([torch.ones(3)])
+    assert not recwarn
 
 
 def test_the_definition_runs_on_other_devices():
@@ -107,5 +174,6 @@ assert window_dots(rows, slot).tolist() == [29.0]
 window_apply_([grad], [], rows, -torch.ones(1), one, one, one)
 assert grad.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
 """
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "error::RuntimeWarning", "-c", script]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr

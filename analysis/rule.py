@@ -16,6 +16,11 @@ gradient norm, median over the best of a method's runs. On another task the rule
 its rate gives, at the nearest point of the grid, against the best point at the same damping.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.analysis.rule")
+
 import argparse
 import math
 from collections.abc import Iterator, Sequence
@@ -178,7 +183,3 @@ def main(argv: Sequence[str] | None = None) -> None:
         frame.to_csv(args.results / f"{name}.csv", index=False)
         print(f"{frame.to_string(index=False)}\n\n{title}, from {args.task}; points lost, over the rows of a task:")
         print(f"{frame.groupby('task', sort=False)['lost'].agg(['median', 'max']).to_string()}\n")
-
-
-if __name__ == "__main__":
-    main()

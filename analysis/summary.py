@@ -13,12 +13,29 @@ import pandas as pd
 from efcp import DenseMFAC, estimate_memory
 from efcp.analysis.methods import LABELLED, TUNED, VARIANT, method_label
 from efcp.analysis.training import COLUMNS
+from efcp.perf.tables import Kinds, check_filled, read_csv
 
 POINT = ("lr", *TUNED)
 """What is tuned."""
 DIAGNOSTICS = ("grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75", "error_ratio")
 PAPER_WINDOW = 1024
-_NEEDED = ("phase", "method", *LABELLED, "window", "damping", "lr", "seed", "val_accuracy", "test_accuracy", "steps")
+_TEXTS = (
+    *("phase", "method", "value_dtype", "error_dtype", "run", "network", "data_set"),
+    *("kernels", "torch_version", "efcp_version", "git_commit"),
+)
+_FLAGS = ("error_feedback", "diverged")
+KINDS: Kinds = {name: str if name in _TEXTS else bool if name in _FLAGS else float for name in COLUMNS}
+"""What the columns of runs.csv hold."""
+_TUNED = ("val_accuracy", "diverged")
+_MEASURED = ("test_accuracy", "train_size", "epochs", "batch_size", "numel", "state_bytes", "bytes_per_parameter")
+_FILLED: dict[str, tuple[str, ...]] = {
+    "tune": _TUNED,
+    "map": _TUNED,
+    "final": (*_TUNED, *_MEASURED, "data_set", "kernels", "torch_version"),
+    "timing": ("step_ms", "optimizer_ms"),
+}
+"""By phase: what every run has, besides what names it."""
+_NEEDED = {"phase", "method", *LABELLED, "window", "damping", "lr", "seed", "steps", *sum(_FILLED.values(), ())}
 
 
 def read_runs(path: Path) -> pd.DataFrame:
@@ -26,13 +43,12 @@ def read_runs(path: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it lacks a column.
+        ValueError: if it lacks a column, or a run lacks what all of its phase have.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: run the experiment first")
-    runs = pd.read_csv(path, float_precision="round_trip", dtype={"run": str})
-    if missing := [name for name in _NEEDED if name not in runs]:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+    optional = [name for name in COLUMNS if name not in _NEEDED]
+    runs = read_csv(path, KINDS, optional, filled=("phase", "method", "lr", "seed", "steps"))
+    for phase, names in _FILLED.items():
+        check_filled(runs[runs["phase"] == phase], names, path)
     runs = runs.reindex(columns=[*COLUMNS])
     runs["label"] = _labels(runs)
     return runs

@@ -24,6 +24,11 @@ A row of bench.csv is one measurement:
 | temporary bytes | allocated at most during a run, on a GPU |
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.bench")
+
 import argparse
 import gc
 import os
@@ -297,7 +302,3 @@ def main(arguments: list[str] | None = None) -> None:
     if "memory" in parts:
         memory.measure(device, out / "memory.csv", options.quick)
     report.make(out, file=sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -7,8 +7,12 @@ bandwidth that was measured beside it. What had a time and has none any more, or
 The exit status is 1 if anything of our own is flagged, 0 otherwise, and 2 for files that cannot be compared.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.compare")
+
 import argparse
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -79,7 +83,3 @@ def main(arguments: list[str] | None = None) -> int:
     flagged = table[ours & table["verdict"].isin(("slower", "lost"))]
     print(f"{len(flagged)} of {int(ours.sum())} of our measurements fell by more than the noise")
     return int(not flagged.empty)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

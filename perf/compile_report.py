@@ -29,13 +29,17 @@ be wide like them.
 On sm_80 and sm_90, fewer than 32 KB in flight count as a problem.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.compile_report")
+
 import argparse
 import hashlib
 import json
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -416,7 +420,3 @@ def _widths(found: Iterable[Access], kind: str, marked: set[Line]) -> str:
     for (file, line, star, bits), n in sorted(count.items()):
         files.setdefault(file.removesuffix(".py"), []).append(f"{line}{star} {bits}×{n}")
     return "; ".join(f"{file}: {', '.join(texts)}" for file, texts in files.items())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

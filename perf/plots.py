@@ -4,6 +4,11 @@ An implementation, an operation, a window has one colour, marker and line in all
 so that they differ in grey, too.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.plots")
+
 import argparse
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -341,7 +346,3 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{options.folder} holds none of {needed}")
     for path in made:
         print(path)
-
-
-if __name__ == "__main__":
-    main()

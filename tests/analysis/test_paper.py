@@ -261,7 +261,7 @@ def test_details_without_a_record_are_of_an_unfinished_run(finished: Path, tmp_p
     for name in ("runs.csv", "curves.csv", "diagnostics.csv"):
         lines = (finished / name).read_text().splitlines(keepends=True)
         (tmp_path / name).write_text("".join(lines[:-1] if name == "runs.csv" else lines))
-    records = RecordFile(tmp_path / "runs.csv", resume=True)
+    records = RecordFile(tmp_path / "runs.csv")
     assert len(records.rows) == 36
     for _, rows in records.details.values():
         assert set(rows) <= set(records.rows)

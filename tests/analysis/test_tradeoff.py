@@ -103,14 +103,14 @@ def test_resume_runs_only_what_is_missing(finished: Path, tmp_path: Path, monkey
         return train(run, data)
 
     monkeypatch.setattr("efcp.analysis.running.train", noted)
-    main(arguments(finished / "images", tmp_path, "--resume"))
+    main(arguments(finished / "images", tmp_path))
     assert {(run.phase, run.method.name) for run in trained} == {("tune", "Adam")}
     varying = ["seconds", "cpu_seconds", "step_ms", "optimizer_ms"]
     own, other = (pd.read_csv(folder / "runs.csv").drop(columns=varying) for folder in (tmp_path, finished))
     pd.testing.assert_frame_equal(own, other)
 
     with pytest.raises(SystemExit):
-        main(arguments(finished / "images", tmp_path, "--resume", "--epochs", "1"))
+        main(arguments(finished / "images", tmp_path, "--epochs", "1"))
     assert pd.read_csv(tmp_path / "runs.csv").drop(columns=varying).equals(own)
 
 
@@ -247,14 +247,14 @@ def test_an_interruption_keeps_finished_runs(
     with pytest.raises(SystemExit) as caught:
         main(arguments(finished / "images", tmp_path))
     assert caught.value.code == 130
-    assert "--resume" in capsys.readouterr().err
+    assert "the same command goes on" in capsys.readouterr().err
     assert list(read_runs(tmp_path / "runs.csv")["phase"]) == ["tune"] * 3 + ["final"]
 
 
 def test_plot_only_needs_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--plot-only", "--out", str(tmp_path)])
-    assert "runs.csv does not exist" in capsys.readouterr().err
+    assert f"there is no file {tmp_path / 'runs.csv'}" in capsys.readouterr().err
     (tmp_path / "runs.csv").write_text("phase,method\n")
     with pytest.raises(SystemExit):
         main(["--plot-only", "--out", str(tmp_path)])

@@ -32,7 +32,7 @@ try:
 except ModuleNotFoundError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FAILURES", "LOCK", "ending", "explain", "locked", "run"]
+__all__ = ["FAILURES", "LOCK", "PROVIDERS", "ending", "explain", "locked", "run"]
 
 PROVIDERS = {
     **dict.fromkeys(("matplotlib", "mlxtend", "numpy", "pandas", "tomli", "tqdm"), "'efcp[analysis]'"),

@@ -7,10 +7,57 @@ from pathlib import Path
 
 import pandas as pd
 
-__all__ = ["Kinds", "check_filled", "markdown", "read_csv", "read_rows", "write_csv"]
+__all__ = ["Kinds", "check_filled", "markdown", "read_csv", "read_measured", "read_rows", "timed", "write_csv"]
 
 Kinds = Mapping[str, type]
 """Columns, and whether each holds texts (str), numbers (float) or True and False (bool)."""
+
+
+TEXTS = {
+    *("operation", "implementation", "device", "dtype", "status", "bound", "timer", "machine", "versions", "commit"),
+    *("model", "optimizer", "values", "error", "how", "phase"),
+    *("target", "case", "kernel", "configuration", "support", "launch"),
+}
+"""The columns of all files of measurements that hold texts; others hold numbers."""
+_CASE = ("operation", "implementation", "device", "dtype", "d", "m", "B", "density", "status")
+NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bench.csv": (
+        _CASE,
+        (
+            *("p20_ms", "p50_ms", "p80_ms", "bytes", "GB/s", "bound", "bandwidth GB/s", "of bandwidth"),
+            *("timer", "machine", "threads", "versions", "commit"),
+        ),
+    ),
+    "breakdown.csv": (("model", "status"), ("d", "device", "m", "density", "threads", "phase", "p50_ms")),
+    "memory.csv": (
+        ("model", "d", "optimizer", "how", "status"),
+        (
+            *("m", "density", "values", "error", "state bytes", "estimated bytes", "per parameter"),
+            *("resident bytes", "temporary bytes", "peak bytes"),
+        ),
+    ),
+    "compile-report.csv": (
+        ("target", "case", "operation"),
+        ("kernel", "configuration", "warps", "KB in flight", "an element", "instructions"),
+    ),
+    "traffic.csv": (("operation", "launch"), ("density", "m", "error", "support", "times floor")),
+}
+"""By file: columns that have no empty cells, and other columns, of all that is made from it."""
+
+
+def read_measured(path: Path, file: str | None = None) -> pd.DataFrame:
+    """A file of measurements.
+
+    Args:
+        path: of the file.
+        file: which of `NEEDED` it is; None where its name says so.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_csv`.
+    """
+    filled, others = NEEDED[file or path.name]
+    kinds = {column: str if column in TEXTS else float for column in (*filled, *others)}
+    return read_csv(path, kinds, filled=filled)
 
 
 def read_rows(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
@@ -82,6 +129,11 @@ def check_filled(frame: pd.DataFrame, columns: Iterable[str], path: Path) -> Non
     for column in columns:
         if (empty := frame[column].isna()).any():
             raise ValueError(f"{path}, line {empty.idxmax() + 2} has no {column}")
+
+
+def timed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a time, of bench.csv or breakdown.csv."""
+    return rows[(rows["status"] == "ok") & (rows["p50_ms"] > 0)]
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

@@ -210,7 +210,7 @@ def test_without_kernels_nothing_is_measured(
     monkeypatch.setenv("EFCP_KERNELS", "reference")
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--out", str(tmp_path), "--device", "cpu"])
-    assert "there are no kernels for cpu: install efcp[cpu]" in capsys.readouterr().err
+    assert "there are no kernels for cpu: pip install 'efcp[cpu]'" in capsys.readouterr().err
 
 
 def test_one_command_makes_tables_and_plots(

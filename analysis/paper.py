@@ -28,7 +28,7 @@ from efcp.analysis.experiments import Experiment, find_experiment, names, read_e
 from efcp.analysis.figures import Results, figures
 from efcp.analysis.optimum import keep_optimum
 from efcp.analysis.running import Plan, RecordFile, Trainer, cores
-from efcp.analysis.summary import LOOKED_AT, markdown, remarks
+from efcp.analysis.summary import LOOKED_AT, UnfinishedError, markdown, remarks
 from efcp.analysis.tasks import load_task_data
 from efcp.perf.command import FAILURES, ending, explain, locked
 
@@ -99,16 +99,19 @@ def run_experiment(
 
 
 def report(experiment: Experiment, folder: Path) -> None:
-    """Writes table and plots from the CSV files in a folder; says so where no method has come to an end yet."""
+    """Writes table and plots from the CSV files in a folder; says so where no method has come to an end yet.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
     results = Results(folder, experiment.title)
     try:
         summary = results.summary
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, UnfinishedError) as error:
         print(f"{folder}: no table yet, {error}")
         return
-    text = (
-        markdown(summary, LOOKED_AT) + "\n\n" + "\n".join(f"- {line}" for line in remarks(results.runs, summary)) + "\n"
-    )
+    lines = "\n".join(f"- {line}" for line in remarks(results.runs, summary, timed=False))
+    text = f"{markdown(summary, LOOKED_AT)}\n\n{lines}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     drawn = figures(results)
     for name, figure in drawn.items():

@@ -29,7 +29,7 @@ from efcp.analysis.data import NAMES, DataSet, load_data, resolve_name
 from efcp.analysis.methods import compared_methods
 from efcp.analysis.plots import plot_tradeoff
 from efcp.analysis.running import Plan, RecordFile, Trainer, cores
-from efcp.analysis.summary import markdown, read_runs, remarks, summarise
+from efcp.analysis.summary import UnfinishedError, at_chosen, markdown, read_runs, remarks, summarise
 from efcp.analysis.tasks import Task
 from efcp.analysis.training import Run, time_steps
 from efcp.perf.command import ending, locked
@@ -120,12 +120,18 @@ def run_experiment(data: DataSet, plans: Sequence[Plan], folder: Path, jobs: int
 
 def report(folder: Path) -> None:
     """Prints and writes the table, and draws the plot, from the CSV in a folder."""
-    runs = read_runs(folder / "runs.csv")
-    summary = summarise(runs)
+    path = folder / "runs.csv"
+    runs = read_runs(path)
+    try:
+        summary = summarise(runs)
+    except UnfinishedError as error:
+        raise ValueError(f"{path} is not finished: {error}") from error
     text = markdown(summary) + "\n\n" + "\n".join(f"- {line}" for line in remarks(runs, summary)) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    first = runs[runs["phase"] == "final"].iloc[0]
-    title = f"{first['data_set']}, CNN of {first['numel']:,.0f} parameters, window {runs['window'].max():g}"
+    first, window = at_chosen(runs).iloc[0], runs["window"].max()
+    title = f"{first['data_set']}, CNN of {first['numel']:,.0f} parameters"
+    if window > 0:  # NaN where no method has one
+        title += f", window {window:g}"
     plot_tradeoff(summary, title, folder / "tradeoff.png")
     print(f"\n{text}\nWritten to {folder}: runs.csv, table.md, tradeoff.png")
 

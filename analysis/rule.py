@@ -32,7 +32,7 @@ import pandas as pd
 from efcp.analysis.methods import DENSE, LOW_RANK, SPARSE
 from efcp.analysis.summary import read_runs
 from efcp.perf.command import ending, locked
-from efcp.perf.tables import check_filled, write_csv
+from efcp.perf.tables import check_filled, first_line, write_csv
 
 COLUMNS = {
     "task": "the experiment",
@@ -78,7 +78,7 @@ def read_tuning(folder: Path) -> pd.DataFrame:
         raise ValueError(f"{folder / 'runs.csv'} has no tuning runs of {DENSE}, {SPARSE} or {LOW_RANK}")
     check_filled(own, ("window", "damping", "grad_norm"), folder / "runs.csv")
     if (wrong := own[["lr", "damping", "window"]].le(0).any(axis=1)).any():
-        where = f"{folder / 'runs.csv'}, line {wrong.idxmax() + 2}"
+        where = f"{folder / 'runs.csv'}, line {first_line(wrong)}"
         raise ValueError(f"{where}: lr, damping and window must be > 0, since points are compared by their ratios")
     return own
 

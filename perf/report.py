@@ -116,9 +116,9 @@ def behind(bench: pd.DataFrame, density: float = 0.05) -> pd.DataFrame:
 
 def _environment(bench: pd.DataFrame) -> str:
     """What the first measurement depended on."""
-    first = bench[["machine", "threads", "versions", "commit", "timer"]].astype(object).head(1).fillna("unknown")
-    for row in first.itertuples(index=False):
-        return f"{row.machine}, {row.threads} threads; {row.versions}; commit {row.commit}; {row.timer}."
+    for row in bench.head(1).to_dict("records"):
+        known = {str(name): "unknown" if pd.isna(value) else value for name, value in row.items()}
+        return "{machine}, {threads} threads; {versions}; commit {commit}; {timer}.".format_map(known)
     return "Nothing has been measured."
 
 

@@ -2,12 +2,22 @@
 
 import csv
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-__all__ = ["Kinds", "check_filled", "markdown", "read_csv", "read_measured", "read_rows", "timed", "write_csv"]
+__all__ = [
+    "Kinds",
+    "check_filled",
+    "first_line",
+    "markdown",
+    "read_csv",
+    "read_measured",
+    "read_rows",
+    "timed",
+    "write_csv",
+]
 
 Kinds = Mapping[str, type]
 """Columns, and whether each holds texts (str), numbers (float) or True and False (bool)."""
@@ -105,7 +115,7 @@ def read_csv(path: Path, kinds: Kinds, optional: Iterable[str] = (), filled: Ite
         ValueError: if it lacks columns, has a line that is not whole, or a cell that is empty or of another kind.
     """
     read_rows(path, [column for column in kinds if column not in set(optional)])
-    texts = {column: str for column, kind in kinds.items() if kind is str}
+    texts: dict[Hashable, type[str]] = {column: str for column, kind in kinds.items() if kind is str}
     frame = pd.read_csv(path, dtype=texts, float_precision="round_trip")
     for column, kind in kinds.items():
         if column in frame and kind is not str:
@@ -114,10 +124,8 @@ def read_csv(path: Path, kinds: Kinds, optional: Iterable[str] = (), filled: Ite
             if kind is bool:
                 wrong = ~values.isin([True, False])
             if wrong.any():
-                raise ValueError(
-                    f"{path}, line {wrong.idxmax() + 2}: {column} must be "
-                    f"{'a number' if kind is float else 'True or False'}, got {values[wrong.idxmax()]!r}"
-                )
+                what, got = "a number" if kind is float else "True or False", values[wrong].iloc[0]
+                raise ValueError(f"{path}, line {first_line(wrong)}: {column} must be {what}, got {got!r}")
             if kind is float and frame.empty:
                 frame[column] = frame[column].astype(float)
     check_filled(frame, filled, path)
@@ -128,7 +136,12 @@ def check_filled(frame: pd.DataFrame, columns: Iterable[str], path: Path) -> Non
     """Raises ValueError where one of these columns of a file has an empty cell."""
     for column in columns:
         if (empty := frame[column].isna()).any():
-            raise ValueError(f"{path}, line {empty.idxmax() + 2} has no {column}")
+            raise ValueError(f"{path}, line {first_line(empty)} has no {column}")
+
+
+def first_line(chosen: "pd.Series[bool]") -> int:
+    """The line of a file, below its header, of the first row that is chosen; rows are numbered as `read_csv` does."""
+    return int(chosen.index[int(chosen.to_numpy().argmax())]) + 2
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:

@@ -54,6 +54,33 @@ error_feedback = [true, false]
 name = "Adam"
 grid = "adam"
 """
+MORE = """
+[[methods]]
+name = "low-rank M-FAC"
+grid = "m-fac"
+window = 4
+rank = [1, 2]
+power_iterations = [1, 2]
+[[methods]]
+name = "sparse M-FAC"
+grid = "m-fac"
+window = 10
+density = 0.2
+[[methods]]
+name = "sparse M-FAC"
+grid = "m-fac"
+window = 4
+density = 0.1
+block_size = 256
+[[methods]]
+name = "sparse M-FAC"
+grid = "m-fac"
+window = 4
+density = 0.1
+value_dtype = "float32"
+error_dtype = "bfloat16"
+"""
+"""Methods for every question that can be asked of results."""
 PROBE = Task("linear-probe", "fashion-mnist-features", (1280,), 64, 1, 16, l2=0.1, evaluations=2, diagnostics=2)
 TIMES = ["seconds", "cpu_seconds"]
 
@@ -317,33 +344,7 @@ def test_records_of_another_task_are_not_joined(
 def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with results of an experiment that every question can be asked of; nothing is trained."""
     monkeypatch.setattr("efcp.analysis.running.train", invented)
-    more = """
-[[methods]]
-name = "low-rank M-FAC"
-grid = "m-fac"
-window = 4
-rank = [1, 2]
-power_iterations = [1, 2]
-[[methods]]
-name = "sparse M-FAC"
-grid = "m-fac"
-window = 10
-density = 0.2
-[[methods]]
-name = "sparse M-FAC"
-grid = "m-fac"
-window = 4
-density = 0.1
-block_size = 256
-[[methods]]
-name = "sparse M-FAC"
-grid = "m-fac"
-window = 4
-density = 0.1
-value_dtype = "float32"
-error_dtype = "bfloat16"
-"""
-    (tmp_path / "whole.toml").write_text(CONFIG + more, encoding="utf-8")
+    (tmp_path / "whole.toml").write_text(CONFIG + MORE, encoding="utf-8")
     main([str(tmp_path / "whole.toml"), "--jobs", "1", "--out", str(tmp_path)])
     (tmp_path / "whole" / "optimum.csv").write_text("objective\n0.5\n")
     return tmp_path

@@ -1,17 +1,13 @@
 """Many runs: several at once, with a progress bar, and CSV files that hold every record as soon as there is one."""
 
 import csv
-import multiprocessing
 import os
 import pickle
-import signal
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +17,7 @@ from efcp.analysis.data import DataSet
 from efcp.analysis.methods import TUNED, VARIANT
 from efcp.analysis.summary import choose, read_runs
 from efcp.analysis.training import COLUMNS, CURVE_COLUMNS, DIAGNOSTICS_COLUMNS, TASK, Result, Run, text, train
+from efcp.perf.command import workers
 from efcp.perf.tables import read_rows
 
 T = TypeVar("T")
@@ -133,18 +130,14 @@ class RecordFile:
 
 
 class Trainer:
-    """Trains runs, in processes of their own where jobs > 1; results come as runs finish.
-
-    The processes end with this one, however it ends: they wait for the end of a pipe, whose other side it alone holds.
-    """
+    """Trains runs, in processes of their own where jobs > 1; results come as runs finish."""
 
     def __init__(self, data: DataSet, jobs: int) -> None:
         self.data, self.jobs = data, jobs
         self.pool: ProcessPoolExecutor | None = None
+        self._open = ExitStack()
         if jobs > 1:
-            context = multiprocessing.get_context("spawn")  # a fork would inherit threads that compute, and the pipe
-            theirs, self.lifeline = context.Pipe(duplex=False)
-            self.pool = ProcessPoolExecutor(jobs, context, _start_worker, (pickle.dumps(data), theirs))
+            self.pool = self._open.enter_context(workers(jobs, _start_worker, (pickle.dumps(data),)))
 
     def __call__(self, runs: Iterable[Run]) -> Iterator[Result]:
         """The next run is asked for when it can be started, so that it may depend on the results before."""
@@ -177,9 +170,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends the processes; the runs that they are at are dropped."""
-        if self.pool is not None:
-            self.lifeline.close()
-            self.pool.shutdown(cancel_futures=True)
+        self._open.close()
 
 
 def cores() -> int:
@@ -214,21 +205,10 @@ class _Missing:
 _worker_data: DataSet
 
 
-def _start_worker(data: bytes, lifeline: Connection) -> None:
+def _start_worker(data: bytes) -> None:
     """Keeps the data set of all runs. It comes as bytes, so that no memory is shared."""
     global _worker_data
-    for name in ("SIGINT", "SIGHUP"):  # of a terminal; they reach the parent, which ends the pool
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
     _worker_data = pickle.loads(data)
-
-
-def _end_with(lifeline: Connection) -> None:
-    """Ends this process when the other side of the pipe, to which nothing is written, is closed."""
-    with suppress(EOFError, OSError):
-        lifeline.recv_bytes()
-    os._exit(1)
 
 
 def _train_in_worker(run: Run) -> Result:

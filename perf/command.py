@@ -6,8 +6,8 @@
         run("efcp.perf.bench")
 
 `run` says which extra to install where a package is missing; within `ending` errors and signals become a message and an
-exit status; within `locked` no other command writes into the same folder. This module imports nothing that has to be
-installed.
+exit status; within `locked` no other command writes into the same folder; within `workers` there are processes
+that compute, which this one never leaves behind. This module imports nothing that has to be installed.
 
 | exit status | after |
 |---|---|
@@ -17,12 +17,15 @@ installed.
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any, NoReturn
@@ -32,7 +35,7 @@ try:
 except ModuleNotFoundError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FAILURES", "LOCK", "PROVIDERS", "ending", "explain", "locked", "run"]
+__all__ = ["FAILURES", "LOCK", "PROVIDERS", "ending", "explain", "locked", "run", "workers"]
 
 PROVIDERS = {
     **dict.fromkeys(("matplotlib", "mlxtend", "numpy", "pandas", "tomli", "tqdm"), "'efcp[analysis]'"),
@@ -95,6 +98,45 @@ def ending(parser: argparse.ArgumentParser, stopped: str) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def workers(
+    count: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with the context, without finishing what they are at, and with this process, however it ends.
+
+    They wait for the end of a pipe whose other side this process alone holds.
+
+    Args:
+        count: of the processes.
+        start: called in each first, with these arguments.
+        arguments: for `start`.
+    """
+    context = multiprocessing.get_context("spawn")  # a fork would inherit threads that compute, and the pipe
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(count, context, _start_worker, (theirs, start, arguments))
+    try:
+        yield pool
+    finally:
+        ours.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(lifeline: Connection, start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    for name in ("SIGINT", "SIGHUP"):  # of a terminal; they reach the parent, which ends its workers
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    if start is not None:
+        start(*arguments)
+
+
+def _end_with(lifeline: Connection) -> None:
+    """Ends this process when the other side of the pipe, to which nothing is written, is closed."""
+    with suppress(EOFError, OSError):
+        lifeline.recv_bytes()
+    os._exit(1)
 
 
 @contextmanager

@@ -320,6 +320,39 @@ def test_an_experiment_without_data_does_not_stop_the_others(
     assert (tmp_path / "trial" / "table.md").is_file()
 
 
+def test_a_missing_package_is_explained_and_does_not_stop_the_others(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(CONFIG, encoding="utf-8")
+
+    def without(run: Run, data: DataSet) -> Result:
+        if not (tmp_path / "other" / "table.md").exists():
+            (tmp_path / "other" / "table.md").touch()
+            raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+        return invented(run, data)
+
+    monkeypatch.setattr("efcp.analysis.running.train", without)
+    with pytest.raises(SystemExit) as error:
+        main([str(other), str(config), "--jobs", "1", "--out", str(tmp_path)])
+    assert error.value.code == 2
+    assert "error: other: transformers is missing: pip install 'efcp[paper]'\n" in capsys.readouterr().err
+    assert (tmp_path / "trial" / "table.md").is_file()
+
+
+def test_runs_that_a_configuration_has_no_more_are_not_dropped(
+    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "trial").mkdir()
+    before = (finished / "runs.csv").read_bytes()
+    (tmp_path / "trial" / "runs.csv").write_bytes(before)
+    config.write_text(CONFIG.replace("density = [0.5, 0.1]", "density = [0.5]"), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main([str(config), "--jobs", "1", "--out", str(tmp_path)])
+    assert "holds runs with density 0.1, not 0.5: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "trial" / "runs.csv").read_bytes() == before
+
+
 def test_jobs_are_checked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([str(config), "--jobs", "0"])

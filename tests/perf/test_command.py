@@ -1,6 +1,8 @@
 """How commands end: without packages, on errors and signals, and two at once."""
 
 import argparse
+import importlib
+import re
 import signal
 import subprocess
 import sys
@@ -77,6 +79,15 @@ def test_a_module_that_no_extra_has_is_a_defect() -> None:
     done = run_without("efcp.perf.compare", ["efcp.perf.tables"])
     assert done.returncode == 1
     assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("extra", ["analysis", "cpu", "paper"])
+def test_all_that_an_extra_installs_is_known(extra: str) -> None:
+    toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for requirement in project["optional-dependencies"][extra]:
+        module = re.split(r"[^\w-]", requirement)[0].replace("-", "_")
+        assert command.PROVIDERS[module] == f"'efcp[{extra}]'"
 
 
 def test_a_submodule_is_of_its_package() -> None:

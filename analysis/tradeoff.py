@@ -108,6 +108,8 @@ def run_experiment(data: DataSet, plans: Sequence[Plan], folder: Path, jobs: int
         f"{data.name}: {len(data.train.labels):,} training images, {len(plans)} methods, {steps:,} steps in all",
         flush=True,
     )
+    if records.rows:
+        print(f"{records.path} holds {len(records.rows)} runs, which are kept; for new ones choose another --out")
     with closing(Trainer(data, jobs)) as trainer:
         trainer.complete(plans, records, "training")
     known = [run for plan in plans for run in plan.known(records)]

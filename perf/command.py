@@ -6,8 +6,8 @@
         run("efcp.perf.bench")
 
 `run` says which extra to install where a package is missing; within `ending` errors and signals become a message and an
-exit status; within `locked` no other command writes into the same folder; within `workers` there are processes
-that compute, which this one never leaves behind. This module imports nothing that has to be installed.
+exit status; within `locked` no other command writes into the same folder; within `workers` there are processes that
+compute, which this one never leaves behind. This module imports nothing that has to be installed.
 
 | exit status | after |
 |---|---|

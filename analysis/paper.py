@@ -11,6 +11,11 @@ made from them.
 A run that is in the CSV is never run again: the same command goes on from there.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.analysis.paper")
+
 import argparse
 import sys
 import time
@@ -18,12 +23,14 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from efcp.analysis.data import DataSet
 from efcp.analysis.experiments import Experiment, find_experiment, names, read_experiment
 from efcp.analysis.figures import Results, figures
 from efcp.analysis.optimum import keep_optimum
-from efcp.analysis.running import RecordFile, Trainer, cores
-from efcp.analysis.summary import LOOKED_AT, markdown, remarks
+from efcp.analysis.running import Plan, RecordFile, Trainer, cores
+from efcp.analysis.summary import LOOKED_AT, UnfinishedError, markdown, remarks
 from efcp.analysis.tasks import load_task_data
+from efcp.perf.command import FAILURES, ending, explain, locked
 
 EXAMPLES = """\
 examples:
@@ -44,61 +51,67 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"--jobs must be at least 1, got {args.jobs}")
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     errors = []
-    try:
+    with ending(parser, f"finished runs are in {args.out}, and the same command goes on from there"):
         experiments = [read_experiment(find_experiment(name)) for name in args.names or names()]
         for experiment in experiments:
+            folder = args.out / experiment.name
             try:
-                if not args.plot_only:
-                    run_experiment(experiment, args.out / experiment.name, args.jobs, end, args.data_dir)
-                report(experiment, args.out / experiment.name)
-            except (OSError, ValueError) as error:  # data that is not there, say: the others can go on
-                errors.append(f"{experiment.name}: {error}")
+                if args.plot_only:
+                    with locked(folder):
+                        report(experiment, folder)
+                    continue
+                data = load_task_data(experiment.task["data_set"], experiment.task.get("train_size"), args.data_dir)
+                plans = experiment.plans(data)
+                folder.mkdir(parents=True, exist_ok=True)
+                with locked(folder):
+                    run_experiment(experiment.name, data, plans, folder, args.jobs, end)
+                    report(experiment, folder)
+            except FAILURES as error:  # data that is not there, say: the others can go on
+                errors.append(f"{experiment.name}: {explain(error)}")
                 print(errors[-1], file=sys.stderr)
-    except ValueError as error:
-        errors.append(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"\ninterrupted: finished runs are in {args.out}, and the same command goes on from there\n")
     if errors:
         parser.exit(2, "".join(f"{parser.prog}: error: {error}\n" for error in errors))
 
 
 def run_experiment(
-    experiment: Experiment, folder: Path, jobs: int, end: float | None = None, data_dir: Path | None = None
+    name: str, data: DataSet, plans: Sequence[Plan], folder: Path, jobs: int, end: float | None = None
 ) -> None:
     """Tunes and trains; writes `runs.csv`, `curves.csv` and `diagnostics.csv` as runs finish.
 
     Args:
-        experiment: whose runs are trained that are not in the folder's records.
+        name: of the experiment.
+        data: what it learns from.
+        plans: whose runs are trained that are not in the folder's records.
         folder: for the CSV files.
         jobs: runs at once.
         end: time.monotonic() from which on no more runs are started; None for no end.
-        data_dir: where the data sets are looked for first.
 
     Raises:
-        ValueError, FileNotFoundError: for settings that cannot work, before anything runs.
+        ValueError: if the folder holds runs that the plans do not have.
     """
-    data = load_task_data(experiment.task["data_set"], experiment.task.get("train_size"), data_dir)
-    plans = experiment.plans(data)
-    records = RecordFile(folder / "runs.csv", resume=True)
-    records.check([run for plan in plans for run in plan.tuning])
+    records = RecordFile(folder / "runs.csv")
+    records.check(plans)
     if (task := plans[0].tuning[0].task).l2:
         keep_optimum(task, data, folder)
     with closing(Trainer(data, jobs)) as trainer:
-        trainer.complete(plans, records, experiment.name, end)
-    records.sort([run for plan in plans for run in plan.known(records)], drop_others=True)
+        trainer.complete(plans, records, name, end)
+    records.sort([run for plan in plans for run in plan.known(records)])
 
 
 def report(experiment: Experiment, folder: Path) -> None:
-    """Writes table and plots from the CSV files in a folder; says so where no method has come to an end yet."""
+    """Writes table and plots from the CSV files in a folder; says so where no method has come to an end yet.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
     results = Results(folder, experiment.title)
     try:
         summary = results.summary
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, UnfinishedError) as error:
         print(f"{folder}: no table yet, {error}")
         return
-    text = (
-        markdown(summary, LOOKED_AT) + "\n\n" + "\n".join(f"- {line}" for line in remarks(results.runs, summary)) + "\n"
-    )
+    lines = "\n".join(f"- {line}" for line in remarks(results.runs, summary, timed=False))
+    text = f"{markdown(summary, LOOKED_AT)}\n\n{lines}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     drawn = figures(results)
     for name, figure in drawn.items():
@@ -123,7 +136,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minutes", type=float, help="after which no more runs are started")
     parser.add_argument("--plot-only", action="store_true", help="remake tables and plots from the CSVs of --out")
     return parser
-
-
-if __name__ == "__main__":
-    main()

@@ -16,6 +16,11 @@ gradient norm, median over the best of a method's runs. On another task the rule
 its rate gives, at the nearest point of the grid, against the best point at the same damping.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.analysis.rule")
+
 import argparse
 import math
 from collections.abc import Iterator, Sequence
@@ -26,6 +31,8 @@ import pandas as pd
 
 from efcp.analysis.methods import DENSE, LOW_RANK, SPARSE
 from efcp.analysis.summary import read_runs
+from efcp.perf.command import ending, locked
+from efcp.perf.tables import check_filled, first_line, write_csv
 
 COLUMNS = {
     "task": "the experiment",
@@ -69,14 +76,24 @@ def read_tuning(folder: Path) -> pd.DataFrame:
     own = own[own["error_feedback"].ne(False)]
     if own.empty:
         raise ValueError(f"{folder / 'runs.csv'} has no tuning runs of {DENSE}, {SPARSE} or {LOW_RANK}")
+    check_filled(own, ("window", "damping", "grad_norm"), folder / "runs.csv")
+    if (wrong := own[["lr", "damping", "window"]].le(0).any(axis=1)).any():
+        where = f"{folder / 'runs.csv'}, line {first_line(wrong)}"
+        raise ValueError(f"{where}: lr, damping and window must be > 0, since points are compared by their ratios")
     return own
 
 
 def start(runs: pd.DataFrame) -> Point:
-    """The point, of those that all methods have tried, whose greatest loss of accuracy over methods is least."""
+    """The point, of those that all methods have tried, whose greatest loss of accuracy over methods is least.
+
+    Raises:
+        ValueError: if there is none.
+    """
     runs = runs.assign(scaled=runs["lr"] * runs["window"])
     accuracy = runs.pivot_table(index=["label", "window"], columns=["scaled", "damping"], values="val_accuracy").T
     greatest = (accuracy.max() - accuracy).dropna().max(axis=1)
+    if greatest.empty:
+        raise ValueError(f"no point lr · window, damping has been tried by all of {', '.join(runs['label'].unique())}")
     scaled, damping = greatest.index[int(greatest.argmin())]
     return scaled, damping
 
@@ -160,11 +177,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--on", nargs="*", default=[], help="experiments that it is tested on")
     parser.add_argument("--results", type=Path, default=Path("analysis/results"), help="(default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        runs = {task: read_tuning(args.results / task) for task in (args.task, *args.on)}
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    rate, point = fitted_rate(runs[args.task]), start(runs[args.task])
+    with ending(parser, "the same command begins anew"), locked(args.results):
+        _write(args.task, {task: read_tuning(args.results / task) for task in (args.task, *args.on)}, args.results)
+
+
+def _write(task: str, runs: dict[str, pd.DataFrame], folder: Path) -> None:
+    """Makes rule and point from a task, and writes and prints both tables over all tasks."""
+    rate, point = fitted_rate(runs[task]), start(runs[task])
     for name, columns, rows, title in (
         ("rule", COLUMNS, [row for t, own in runs.items() for row in tested(t, own, rate)], f"rate {rate:.3g}"),
         (
@@ -175,10 +194,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
     ):
         frame = pd.DataFrame(rows, columns=list(columns))
-        frame.to_csv(args.results / f"{name}.csv", index=False)
-        print(f"{frame.to_string(index=False)}\n\n{title}, from {args.task}; points lost, over the rows of a task:")
+        write_csv(frame, folder / f"{name}.csv")
+        print(f"{frame.to_string(index=False)}\n\n{title}, from {task}; points lost, over the rows of a task:")
         print(f"{frame.groupby('task', sort=False)['lost'].agg(['median', 'max']).to_string()}\n")
-
-
-if __name__ == "__main__":
-    main()

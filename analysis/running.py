@@ -1,13 +1,12 @@
 """Many runs: several at once, with a progress bar, and CSV files that hold every record as soon as there is one."""
 
 import csv
-import multiprocessing
 import os
 import pickle
-import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,10 +14,15 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from efcp.analysis.data import DataSet
+from efcp.analysis.methods import TUNED, VARIANT
 from efcp.analysis.summary import choose, read_runs
 from efcp.analysis.training import COLUMNS, CURVE_COLUMNS, DIAGNOSTICS_COLUMNS, TASK, Result, Run, text, train
+from efcp.perf.command import workers
+from efcp.perf.tables import read_rows
 
 T = TypeVar("T")
+_POINT = ("method", *VARIANT, *TUNED, "lr")
+_OTHER_FOLDER = "choose another --out, or the settings of these runs"
 
 
 @dataclass(frozen=True)
@@ -51,35 +55,49 @@ class RecordFile:
     Learning curves and diagnostics are in two more files beside it, if there are any.
     """
 
-    def __init__(self, path: Path, resume: bool) -> None:
-        """Starts a file anew, with the first record, or goes on with the records of an earlier one."""
+    def __init__(self, path: Path) -> None:
+        """Goes on with the records that the file holds, if it is there.
+
+        Raises:
+            ValueError: if it is another kind of file, or damaged.
+        """
         self.path = path
         self.rows: dict[str, dict[str, str]] = {}
         self.details = {
             path.with_name("curves.csv"): (CURVE_COLUMNS, dict[str, list[dict[str, str]]]()),
             path.with_name("diagnostics.csv"): (DIAGNOSTICS_COLUMNS, dict[str, list[dict[str, str]]]()),
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if resume and path.exists():
-            for number, row in enumerate(_read(path)):
-                self.rows[row.get("run", str(number))] = row
-            for file, (_, rows) in self.details.items():
-                for row in _read(file) if file.exists() else []:
+        if path.exists():
+            self.rows = {row["run"]: row for row in read_rows(path, COLUMNS)}
+            for file, (columns, rows) in self.details.items():
+                for row in read_rows(file, columns) if file.exists() else []:
                     if row["run"] in self.rows:  # else the run was not finished
                         rows.setdefault(row["run"], []).append(row)
 
     def __contains__(self, run: Run) -> bool:
         return run.key in self.rows
 
-    def check(self, runs: Iterable[Run], columns: Iterable[str] = TASK) -> None:
-        """Raises ValueError where records of the file come from other settings than runs that are to join them."""
-        for name in columns:
+    def check(self, plans: Sequence[Plan]) -> None:
+        """Raises ValueError where the file holds runs that plans, which are to join them, do not have.
+
+        The plans may have more: methods, points of a grid, seeds. Final runs may be at any point of their grid, since
+        more points can lead to another choice.
+        """
+        if not self.rows:
+            return
+        runs = [run for plan in plans for run in (*plan.tuning, *plan.others)]
+        for name in (*TASK, *_POINT):
             own = {text(run.plan[name]) for run in runs} - {""}
-            if other := {row.get(name, "?") for row in self.rows.values()} - {""} - own:
+            if other := {row[name] for row in self.rows.values()} - {""} - own:
                 raise ValueError(
                     f"{self.path} holds runs with {name} {', '.join(sorted(other))}, not {', '.join(sorted(own))}: "
-                    "choose another --out, or start anew"
+                    f"{_OTHER_FOLDER}"
                 )
+        keys, points = {run.key for run in runs}, {_point(run.plan) for run in runs}
+        for key, row in self.rows.items():
+            if (key not in keys) if row["phase"] in ("tune", "map") else (_point(row) not in points):
+                what = ", ".join(f"{name} {row[name]}" for name in ("phase", *_POINT, "seed") if row[name])
+                raise ValueError(f"{self.path} holds a run that these settings do not have, {what}: {_OTHER_FOLDER}")
 
     def add(self, record: dict[str, Any]) -> None:
         self.rows[record["run"]] = _texts(record, COLUMNS)
@@ -93,12 +111,12 @@ class RecordFile:
                 self._save_details(file)
         self.add(result.record)
 
-    def sort(self, runs: Sequence[Run], drop_others: bool = False) -> None:
+    def sort(self, runs: Sequence[Run]) -> None:
         """Puts the records of these runs first, in their order; before, it is that in which runs finished."""
-        self.rows = _sorted(self.rows, runs, drop_others)
+        self.rows = _sorted(self.rows, runs)
         self._save()
         for name, (columns, rows) in self.details.items():
-            self.details[name] = columns, _sorted(rows, runs, drop_others)
+            self.details[name] = columns, _sorted(rows, runs)
             self._save_details(name)
 
     def _save(self) -> None:
@@ -117,9 +135,9 @@ class Trainer:
     def __init__(self, data: DataSet, jobs: int) -> None:
         self.data, self.jobs = data, jobs
         self.pool: ProcessPoolExecutor | None = None
+        self._open = ExitStack()
         if jobs > 1:
-            context = multiprocessing.get_context("spawn")  # a fork would inherit threads that compute
-            self.pool = ProcessPoolExecutor(jobs, context, _start_worker, (pickle.dumps(data),))
+            self.pool = self._open.enter_context(workers(jobs, _start_worker, (pickle.dumps(data),)))
 
     def __call__(self, runs: Iterable[Run]) -> Iterator[Result]:
         """The next run is asked for when it can be started, so that it may depend on the results before."""
@@ -151,9 +169,8 @@ class Trainer:
                 bar.update()
 
     def close(self) -> None:
-        """Ends the processes, after the runs that they are at; the others are dropped."""
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+        """Ends the processes; the runs that they are at are dropped."""
+        self._open.close()
 
 
 def cores() -> int:
@@ -192,25 +209,23 @@ def _start_worker(data: bytes) -> None:
     """Keeps the data set of all runs. It comes as bytes, so that no memory is shared."""
     global _worker_data
     _worker_data = pickle.loads(data)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it reaches the parent, which ends the pool
 
 
 def _train_in_worker(run: Run) -> Result:
     return train(run, _worker_data)
 
 
-def _sorted(rows: dict[str, T], runs: Sequence[Run], drop_others: bool) -> dict[str, T]:
-    first = {run.key: rows[run.key] for run in runs if run.key in rows}
-    return first if drop_others else {**first, **rows}
+def _sorted(rows: dict[str, T], runs: Sequence[Run]) -> dict[str, T]:
+    return {**{run.key: rows[run.key] for run in runs if run.key in rows}, **rows}
+
+
+def _point(row: dict[str, Any]) -> tuple[str, ...]:
+    """Method and point of a grid, of a plan or a record."""
+    return tuple(text(row[name]) for name in _POINT)
 
 
 def _texts(row: dict[str, Any], columns: Iterable[str]) -> dict[str, str]:
     return {name: text(row.get(name)) for name in columns}
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _write(path: Path, columns: Iterable[str], rows: Iterable[dict[str, str]]) -> None:

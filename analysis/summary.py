@@ -13,12 +13,33 @@ import pandas as pd
 from efcp import DenseMFAC, estimate_memory
 from efcp.analysis.methods import LABELLED, TUNED, VARIANT, method_label
 from efcp.analysis.training import COLUMNS
+from efcp.perf.tables import Kinds, check_filled, read_csv
 
 POINT = ("lr", *TUNED)
 """What is tuned."""
 DIAGNOSTICS = ("grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75", "error_ratio")
 PAPER_WINDOW = 1024
-_NEEDED = ("phase", "method", *LABELLED, "window", "damping", "lr", "seed", "val_accuracy", "test_accuracy", "steps")
+_TEXTS = (
+    *("phase", "method", "value_dtype", "error_dtype", "run", "network", "data_set"),
+    *("kernels", "torch_version", "efcp_version", "git_commit"),
+)
+_FLAGS = ("error_feedback", "diverged")
+KINDS: Kinds = {name: str if name in _TEXTS else bool if name in _FLAGS else float for name in COLUMNS}
+"""What the columns of runs.csv hold."""
+_TUNED = ("val_accuracy", "diverged")
+_MEASURED = ("test_accuracy", "train_size", "epochs", "batch_size", "numel", "state_bytes", "bytes_per_parameter")
+_FILLED: dict[str, tuple[str, ...]] = {
+    "tune": _TUNED,
+    "map": _TUNED,
+    "final": (*_TUNED, *_MEASURED, "data_set", "kernels", "torch_version"),
+    "timing": ("step_ms", "optimizer_ms"),
+}
+"""By phase: what every run has, besides what names it."""
+_NEEDED = {"phase", "method", *LABELLED, "window", "damping", "lr", "seed", "steps", *sum(_FILLED.values(), ())}
+
+
+class UnfinishedError(ValueError):
+    """Of runs from which there is no table to be made yet."""
 
 
 def read_runs(path: Path) -> pd.DataFrame:
@@ -26,13 +47,12 @@ def read_runs(path: Path) -> pd.DataFrame:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it lacks a column.
+        ValueError: if it lacks a column, or a run lacks what all of its phase have.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: run the experiment first")
-    runs = pd.read_csv(path, float_precision="round_trip", dtype={"run": str})
-    if missing := [name for name in _NEEDED if name not in runs]:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+    optional = [name for name in COLUMNS if name not in _NEEDED]
+    runs = read_csv(path, KINDS, optional, filled=("phase", "method", "lr", "seed", "steps"))
+    for phase, names in _FILLED.items():
+        check_filled(runs[runs["phase"] == phase], names, path)
     runs = runs.reindex(columns=[*COLUMNS])
     runs["label"] = _labels(runs)
     return runs
@@ -61,7 +81,7 @@ def at_chosen(runs: pd.DataFrame) -> pd.DataFrame:
         and all(_equal(row, chosen.loc[label, name]) for row, name in zip(point, POINT, strict=True))
         for label, *point in final[["label", *POINT]].itertuples(index=False)
     ]
-    return final[same]
+    return final[pd.Series(same, index=final.index, dtype=bool)]
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -74,8 +94,11 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     optimizer_ms where steps were timed, train_ms a step as the final runs took it; the diagnostics (mean over seeds).
 
     Raises:
-        ValueError: where the runs hold no final one at a chosen point.
+        UnfinishedError: where the runs hold no final one at a chosen point.
     """
+    for phase, what in (("tune", "tuning"), ("final", "final")):
+        if not runs["phase"].eq(phase).any():
+            raise UnfinishedError(f"there are no {what} runs")
     finals, rows = at_chosen(runs), []
     for label, final in finals.groupby("label", sort=False):
         own = runs[runs["label"] == label]
@@ -105,7 +128,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
             }
         )
     if not rows:
-        raise ValueError("there is no final run at a chosen point yet")
+        raise UnfinishedError("no final run is at the point of its method's grid that the tuning runs choose")
     return pd.DataFrame(rows).set_index("label")
 
 
@@ -130,19 +153,25 @@ def markdown(summary: pd.DataFrame, columns: Mapping[str, Callable[[pd.Series], 
     return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
 
 
-def remarks(runs: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
-    """What the table does not say: settings, and whatever went wrong."""
-    final = runs[runs["phase"] == "final"].iloc[0]
+def remarks(runs: pd.DataFrame, summary: pd.DataFrame, timed: bool = True) -> list[str]:
+    """What the table does not say: settings, what is missing, and whatever went wrong.
+
+    Args:
+        runs: of `read_runs`.
+        summary: of `summarise`.
+        timed: whether steps are timed one after the other, as `TIMED` shows, or looked at, as `LOOKED_AT`.
+    """
+    final = at_chosen(runs).iloc[0]
     tuning, seeds = runs[runs["phase"] == "tune"], sorted(summary["seeds"].unique())
     lrs = ", ".join(f"{lr:g}" for lr in sorted(tuning["lr"].unique()))
-    timed = summary["step_ms"].notna().any()
-    fixed = f"; window {runs['window'].max():g}, damping {runs['damping'].max():g}" if timed else ""
+    greatest = runs[["window", "damping"]].max().dropna()
+    fixed = "; " + ", ".join(f"{name} {value:g}" for name, value in greatest.items()) if timed and len(greatest) else ""
     grid = f"Each method's lr: the best of {lrs}" if timed else _budget(summary)
     time = "Steps timed" if timed else "Time of a step: what the final runs computed, beside other runs"
     lines = [
-        f"{final['data_set']}, {final['train_size']:,} training {'images' if timed else 'examples'}; "
-        f"{final['numel']:,.0f} parameters; "
-        f"{final['epochs']} epochs, {final['steps']} steps of batch {final['batch_size']}{fixed}.",
+        f"{final['data_set']}, {final['train_size']:,.0f} training {'images' if timed else 'examples'}; "
+        f"{final['numel']:,.0f} parameters; {final['epochs']:.0f} epochs, {final['steps']:.0f} steps of batch "
+        f"{final['batch_size']:.0f}{fixed}.",
         f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seeds. {grid} on "
         f"the validation split ({tuning['seed'].nunique()} other seed(s)).",
         f"{time} on one thread, sparse windows by the {final['kernels']} kernels; torch {final['torch_version']}.",
@@ -155,6 +184,10 @@ def remarks(runs: pd.DataFrame, summary: pd.DataFrame) -> list[str]:
         )
     if diverged := int(tuning["diverged"].eq(True).sum()):
         lines.append(f"{diverged} of {len(tuning)} tuning runs diverged, and count with the accuracy that they had.")
+    if unfinished := [label for label in runs["label"].unique() if label not in summary.index]:
+        lines.append(f"Missing, since there is no final run at the chosen point: {'; '.join(unfinished)}.")
+    if timed and (untimed := summary.index[summary["step_ms"].isna()].tolist()):
+        lines.append(f"Steps have not been timed of {'; '.join(untimed)}.")
     for label, row in summary.iterrows():
         if row["diverged"]:
             lines.append(f"{label}: {row['diverged']} of {row['seeds']} final runs diverged.")

@@ -6,7 +6,15 @@ A small network learns to classify real images with SGD, Adam, dense M-FAC, spar
 without error feedback, and sparse GGT. Every method has the same epochs, schedule, seeds and grid of learning rates;
 its rate is chosen on the validation split, with seeds of their own, and the test split is looked at once by each final
 run. Damping is the same for all. Written to the output folder: `runs.csv`, one row a run; `table.md`; `tradeoff.png`.
+
+A run that is in the CSV is never run again: the same command goes on from there. A folder with runs of other settings
+is refused.
 """
+
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.analysis.tradeoff")
 
 import argparse
 import math
@@ -17,13 +25,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from efcp.analysis.data import NAMES, load_data, resolve_name
+from efcp.analysis.data import NAMES, DataSet, load_data, resolve_name
 from efcp.analysis.methods import compared_methods
 from efcp.analysis.plots import plot_tradeoff
 from efcp.analysis.running import Plan, RecordFile, Trainer, cores
-from efcp.analysis.summary import markdown, read_runs, remarks, summarise
+from efcp.analysis.summary import UnfinishedError, at_chosen, markdown, read_runs, remarks, summarise
 from efcp.analysis.tasks import Task
-from efcp.analysis.training import TASK, Run, time_steps
+from efcp.analysis.training import Run, time_steps
+from efcp.perf.command import ending, locked
 
 LRS = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _FIRST_TUNING_SEED = 1000  # far from those of final runs, which count from 0
@@ -40,8 +49,10 @@ examples:
         --out results/tradeoff-large
   low-rank M-FAC as well, and its sensitivity to rank and power iterations:
     python -m efcp.analysis.tradeoff --ranks 1 2 4 --power-iterations 1 4 --out results/tradeoff-low-rank
-  go on after an interruption, or add seeds or learning rates to what is there:
-    the same command with --resume
+  go on after an interruption:
+    the same command
+  more seeds, learning rates or methods beside what is there:
+    the same command with more of them
 """
 
 
@@ -49,21 +60,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = _parser()
     args = parser.parse_args(argv)
-    try:
-        if not args.plot_only:
-            run_experiment(args)
-        report(args.out)
-    except (OSError, ValueError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, f"\ninterrupted: finished runs are in {args.out}, and --resume goes on from there\n")
+    with ending(parser, f"finished runs are in {args.out}, and the same command goes on from there"):
+        planned = None if args.plot_only else plan_experiment(args)
+        if planned:
+            args.out.mkdir(parents=True, exist_ok=True)
+        with locked(args.out):
+            if planned:
+                run_experiment(*planned, args.out, args.jobs)
+            report(args.out)
 
 
-def run_experiment(args: argparse.Namespace) -> None:
-    """Tunes, trains and times; writes `runs.csv` as runs finish.
+def plan_experiment(args: argparse.Namespace) -> tuple[DataSet, list[Plan]]:
+    """The data set, and the runs of each method.
 
     Raises:
-        ValueError, FileNotFoundError: for settings that cannot work, before anything runs.
+        ValueError, FileNotFoundError: for settings that cannot work.
     """
     lists = {name: getattr(args, name) for name in ("lrs", "densities", "ranks", "power_iterations")}
     for name, values in lists.items():
@@ -77,34 +88,52 @@ def run_experiment(args: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size must be at most the training size {train_size}, got {args.batch_size}")
     task = Task("small-cnn", name, tuple(shape), train_size, args.epochs, args.batch_size, width=args.width)
     methods = compared_methods(args.window, args.damping, args.densities, args.ranks, args.power_iterations)
-    records = RecordFile(args.out / "runs.csv", args.resume)
-
     tuning_seeds = range(_FIRST_TUNING_SEED, _FIRST_TUNING_SEED + args.tune_seeds)
-    plans = [
+    return data, [
         Plan([Run("tune", task, m, lr, seed) for lr in sorted(args.lrs) for seed in tuning_seeds], range(args.seeds))
         for m in methods
     ]
-    records.check([run for plan in plans for run in plan.tuning], (*TASK, "window", "damping"))
+
+
+def run_experiment(data: DataSet, plans: Sequence[Plan], folder: Path, jobs: int) -> None:
+    """Tunes, trains and times what is not in `runs.csv` of the folder yet; writes it as runs finish.
+
+    Raises:
+        ValueError: if the file holds runs that the plans do not have.
+    """
+    records = RecordFile(folder / "runs.csv")
+    records.check(plans)
     steps = sum(map(len, plans)) * plans[0].tuning[0].steps
-    print(f"{name}: {train_size:,} training images, {len(methods)} methods, {steps:,} steps in all", flush=True)
-    with closing(Trainer(data, args.jobs)) as trainer:
+    print(
+        f"{data.name}: {len(data.train.labels):,} training images, {len(plans)} methods, {steps:,} steps in all",
+        flush=True,
+    )
+    if records.rows:
+        print(f"{records.path} holds {len(records.rows)} runs, which are kept; for new ones choose another --out")
+    with closing(Trainer(data, jobs)) as trainer:
         trainer.complete(plans, records, "training")
     known = [run for plan in plans for run in plan.known(records)]
     final = [run for run in known if run.phase == "final"]
     timing = [replace(run, phase="timing") for run in final if run.seed == 0]
-    for run in tqdm(timing, desc="timing", unit="method"):
+    for run in tqdm([run for run in timing if run not in records], desc="timing", unit="method"):
         records.add(time_steps(run, data))
     records.sort([*(run for run in known if run.phase == "tune"), *final, *timing])
 
 
 def report(folder: Path) -> None:
     """Prints and writes the table, and draws the plot, from the CSV in a folder."""
-    runs = read_runs(folder / "runs.csv")
-    summary = summarise(runs)
+    path = folder / "runs.csv"
+    runs = read_runs(path)
+    try:
+        summary = summarise(runs)
+    except UnfinishedError as error:
+        raise ValueError(f"{path} is not finished: {error}") from error
     text = markdown(summary) + "\n\n" + "\n".join(f"- {line}" for line in remarks(runs, summary)) + "\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    first = runs[runs["phase"] == "final"].iloc[0]
-    title = f"{first['data_set']}, CNN of {first['numel']:,.0f} parameters, window {runs['window'].max():g}"
+    first, window = at_chosen(runs).iloc[0], runs["window"].max()
+    title = f"{first['data_set']}, CNN of {first['numel']:,.0f} parameters"
+    if window > 0:  # NaN where no method has one
+        title += f", window {window:g}"
     plot_tradeoff(summary, title, folder / "tradeoff.png")
     print(f"\n{text}\nWritten to {folder}: runs.csv, table.md, tradeoff.png")
 
@@ -135,7 +164,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tune-seeds", type=count, default=1, help="tuning runs of each method at each lr")
     parser.add_argument("--jobs", type=count, default=cores(), help="runs at once")
     parser.add_argument("--out", type=Path, default=Path("results/tradeoff"), help="folder for CSV, table and plot")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that the CSV of --out already holds")
     parser.add_argument("--plot-only", action="store_true", help="remake table and plot from the CSV of --out")
     return parser
 
@@ -161,7 +189,3 @@ def _number(
         return value
 
     return parse
-
-
-if __name__ == "__main__":
-    main()

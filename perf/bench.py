@@ -7,7 +7,8 @@
 | memory | memory.csv | state and temporaries, measured beside the estimate (`memory.py`) |
 
 From these follow scaling.csv, prediction.csv, largest-model.csv, tables.md and the plots; `--plot-only` makes nothing
-else. README.md in this folder says how to read them, GPU.md how to measure a GPU.
+else. Nothing that has been measured is overwritten: a folder that holds a part's file already is refused. README.md in
+this folder says how to read them, GPU.md how to measure a GPU.
 
 A row of bench.csv is one measurement:
 
@@ -23,6 +24,11 @@ A row of bench.csv is one measurement:
 | of bandwidth | GB/s in these |
 | temporary bytes | allocated at most during a run, on a GPU |
 """
+
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.bench")
 
 import argparse
 import gc
@@ -44,6 +50,7 @@ from tqdm import tqdm
 
 from efcp.kernels import backend_name
 from efcp.perf import breakdown, memory, report
+from efcp.perf.command import PROVIDERS, ending, locked
 from efcp.perf.implementations import DEFINITION, OPERATIONS, OURS, PUBLISHED, Implementation
 from efcp.perf.problems import Case, Problem
 from efcp.perf.tables import write_csv
@@ -58,8 +65,7 @@ COLUMNS = [
 ]
 BOUNDS = {"all_finite": "read", "window_dots": "read"}  # the others read and write: "copy"
 GRAPH_ELEMENTS = 1 << 24  # up to this size ours is also replayed from a CUDA graph
-RESULTS = Path(__file__).parent / "results"
-PARTS = ("sweep", "breakdown", "memory")
+PARTS = {"sweep": "bench.csv", "breakdown": "breakdown.csv", "memory": "memory.csv"}
 
 DENSITIES = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 GRAPH = ", graph"
@@ -269,35 +275,37 @@ def sweep(plan: Plan, timer: Timer, seconds: float, path: Path) -> pd.DataFrame:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="efcp.perf.bench", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small sizes, in a minute, into results/quick")
+    parser.add_argument("--quick", action="store_true", help="small sizes, in a minute")
     parser.add_argument("--only", nargs="+", choices=PARTS, help="measure these parts only")
     parser.add_argument("--plot-only", action="store_true", help="measure nothing: tables and plots from the CSVs")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="by default cuda where there is one")
-    parser.add_argument("--out", type=Path, help="folder for what is made; by default perf/results")
+    parser.add_argument("--out", type=Path, help="folder for what is made; by default results/bench or results/quick")
     options = parser.parse_args(arguments)
     if options.plot_only and options.only:
         parser.error("--plot-only measures nothing, so there is nothing that --only could choose")
-    out = options.out or (Path("results/quick") if options.quick else RESULTS)
+    out = options.out or Path("results/quick" if options.quick else "results/bench")
     if options.plot_only and not out.is_dir():
         parser.error(f"--out must be a folder with CSVs of an earlier run, got {out}")
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
     if backend_name(device) == "reference" and not options.plot_only:
-        parser.error(
-            f"there are no kernels for {device.type}: install {'efcp[cpu]' if device.type == 'cpu' else 'triton'}"
-        )
+        module = "numba" if device.type == "cpu" else "triton"
+        parser.error(f"there are no kernels for {device.type}: pip install {PROVIDERS[module]}")
 
-    parts = () if options.plot_only else options.only or PARTS
-    out.mkdir(parents=True, exist_ok=True)
-    if "sweep" in parts:
-        sweep(grid(options.quick), Timer(device), 0.05 if options.quick else 0.25, out / "bench.csv")
-    if "breakdown" in parts:
-        breakdown.measure(device, out / "breakdown.csv", steps=10 if options.quick else 30)
-    if "memory" in parts:
-        memory.measure(device, out / "memory.csv", options.quick)
-    report.make(out, file=sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+    parts = () if options.plot_only else options.only or tuple(PARTS)
+    with ending(parser, f"what has been measured is in {out}"):
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out):
+            if there := [PARTS[part] for part in parts if (out / PARTS[part]).exists()]:
+                raise ValueError(
+                    f"{out} holds {', '.join(there)} already: choose another --out, other parts with --only, "
+                    "or delete what is to be measured anew"
+                )
+            if "sweep" in parts:
+                sweep(grid(options.quick), Timer(device), 0.05 if options.quick else 0.25, out / PARTS["sweep"])
+            if "breakdown" in parts:
+                breakdown.measure(device, out / PARTS["breakdown"], steps=10 if options.quick else 30)
+            if "memory" in parts:
+                memory.measure(device, out / PARTS["memory"], options.quick)
+            report.make(out, file=sys.stdout)

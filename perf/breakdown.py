@@ -28,6 +28,10 @@ from efcp.perf.tables import write_csv
 __all__ = ["PHASES", "measure", "phases_of_steps"]
 
 PHASES = ("compress", "dots", "algebra", "apply", "Python")
+COLUMNS = [
+    *("model", "d", "parameters", "device", "m", "density", "threads", "status", "phase"),
+    *("p20_ms", "p50_ms", "p80_ms", "steps"),
+]
 MEASURED = ("CNN, 95k", "small transformer, 4.3M", "ResNet-18, 11.7M")
 WINDOW, DENSITY = 256, 0.01
 TIMED: tuple[tuple[Any, str, str], ...] = (  # owner, name, phase
@@ -141,6 +145,6 @@ def measure(device: torch.device, path: Path, steps: int) -> pd.DataFrame:
                     **{"phase": phase, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "steps": steps},
                 }
             )
-    frame = pd.DataFrame(rows)
+    frame = pd.DataFrame(rows, columns=COLUMNS)
     write_csv(frame, path)
     return frame

@@ -7,18 +7,24 @@ bandwidth that was measured beside it. What had a time and has none any more, or
 The exit status is 1 if anything of our own is flagged, 0 otherwise, and 2 for files that cannot be compared.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.compare")
+
 import argparse
-import sys
 from pathlib import Path
 
 import pandas as pd
 
+from efcp.perf.command import ending
 from efcp.perf.implementations import OURS
+from efcp.perf.tables import read_measured, timed
 
 __all__ = ["compare", "main"]
 
 KEY = ["operation", "implementation", "device", "dtype", "d", "m", "B", "density"]
-USED = [*KEY, "status", "p20_ms", "p50_ms", "p80_ms", "bandwidth GB/s", "machine", "threads"]
+USED = [*KEY, "status", "p20_ms", "p50_ms", "p80_ms", "bandwidth GB/s"]
 
 
 def compare(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
@@ -38,7 +44,10 @@ def compare(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     slower &= both["p20_ms new"] * other > both["p80_ms"] * own
     faster = both["p80_ms new"] < both["p20_ms"]
     faster &= both["p80_ms new"] * other < both["p20_ms"] * own
-    lost = (both["status"] == "ok") & (both["status new"] != "ok")
+    quantiles = ["p20_ms", "p50_ms", "p80_ms"]
+    had = (both["status"] == "ok") & both[quantiles].notna().all(axis=1)
+    has = (both["status new"] == "ok") & both[[f"{name} new" for name in quantiles]].notna().all(axis=1)
+    lost = had & ~has
     verdict = pd.Series("", index=both.index).mask(faster, "faster").mask(slower, "slower").mask(lost, "lost")
     return both[KEY].assign(
         old_ms=both["p50_ms"],
@@ -49,28 +58,25 @@ def compare(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _read(path: str) -> pd.DataFrame:
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}")
-    frame = pd.read_csv(path)
-    if missing := [column for column in USED if column not in frame]:
-        raise ValueError(f"{path} must be a bench.csv, but has no column {', '.join(missing)}")
+def _read(path: Path) -> pd.DataFrame:
+    frame = read_measured(path, "bench.csv")
+    if timed(frame).empty:
+        raise ValueError(f"{path} holds no measurement with a time")
     return frame
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="efcp.perf.compare", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("old", help="bench.csv of the run before")
-    parser.add_argument("new", help="bench.csv of the run to judge")
+    parser.add_argument("old", type=Path, help="bench.csv of the run before")
+    parser.add_argument("new", type=Path, help="bench.csv of the run to judge")
     parser.add_argument("--all", action="store_true", help="show also what has stayed the same, and others' rows")
     options = parser.parse_args(arguments)
-    try:
+    with ending(parser, "nothing has been compared"):
         old, new = _read(options.old), _read(options.new)
-    except ValueError as error:
-        parser.error(str(error))
     for column in ("machine", "threads"):
-        if set(old[column]) != set(new[column]):
-            print(f"not the same {column}: {sorted(set(old[column]))} and {sorted(set(new[column]))}")
+        here, there = (sorted(frame[column].dropna().unique().tolist()) for frame in (old, new))
+        if here != there:
+            print(f"not the same {column}: {here} and {there}")
     table = compare(old, new)
     ours = table["implementation"].str.startswith(OURS)
     shown = table if options.all else table[ours & (table["verdict"] != "")]
@@ -79,7 +85,3 @@ def main(arguments: list[str] | None = None) -> int:
     flagged = table[ours & table["verdict"].isin(("slower", "lost"))]
     print(f"{len(flagged)} of {int(ours.sum())} of our measurements fell by more than the noise")
     return int(not flagged.empty)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

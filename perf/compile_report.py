@@ -29,17 +29,20 @@ be wide like them.
 On sm_80 and sm_90, fewer than 32 KB in flight count as a problem.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.compile_report")
+
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,6 +56,7 @@ from tqdm import tqdm
 
 from efcp.kernels import Blocks, Rows, triton_ops
 from efcp.perf.code import Access, Line, accesses, read_code, source_lines, stream_lines
+from efcp.perf.command import ending, workers
 from efcp.perf.occupancy import LIMITS, resident_programs
 from efcp.perf.offline import Compiled, GPUTarget, compile_for
 
@@ -194,7 +198,8 @@ def main(arguments: list[str] | None = None) -> int:
     cases = list(quick_cases() if options.quick else all_cases())
     targets = [target for target in TARGETS if target.arch in (90, "gfx942") or not options.quick]
     folder = None if options.quick else Path(tempfile.gettempdir()) / f"efcp-compile-report-{_version(cases)}"
-    parts = make_parts(targets, cases, options.processes, folder)
+    with ending(parser, "the same command goes on from what has been compiled" if folder else "nothing is kept"):
+        parts = make_parts(targets, cases, options.processes, folder)
     rows = [row for part in parts for row in part.rows]
     if options.check:
         status = _check(rows, unreached(place for part in parts for place in part.reached))
@@ -240,7 +245,7 @@ def _made(jobs: Sequence[Job], cases: Sequence[Case], processes: int) -> Iterato
     if processes == 1:
         yield from ((job, make_part(*job, cases)) for job in jobs)
         return
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with workers(processes) as pool:
         submitted = {pool.submit(make_part, *job, cases): job for job in jobs}
         yield from ((submitted[future], future.result()) for future in as_completed(submitted))
 
@@ -416,7 +421,3 @@ def _widths(found: Iterable[Access], kind: str, marked: set[Line]) -> str:
     for (file, line, star, bits), n in sorted(count.items()):
         files.setdefault(file.removesuffix(".py"), []).append(f"{line}{star} {bits}×{n}")
     return "; ".join(f"{file}: {', '.join(texts)}" for file, texts in files.items())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

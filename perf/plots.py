@@ -4,6 +4,11 @@ An implementation, an operation, a window has one colour, marker and line in all
 so that they differ in grey, too.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.plots")
+
 import argparse
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -17,7 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from efcp.perf import scaling
+from efcp.perf.command import ending, locked
 from efcp.perf.roofline import standing
+from efcp.perf.tables import read_measured, timed
 
 __all__ = ["PLOTS", "draw", "main"]
 
@@ -66,7 +73,7 @@ def draw(folder: Path) -> list[Path]:
     for name, (source, plot) in PLOTS.items():
         if not (folder / source).exists():
             continue
-        figure = plot(pd.read_csv(folder / source))
+        figure = plot(read_measured(folder / source))
         if figure is not None:
             figure.savefig(folder / name)
             made.append(folder / name)
@@ -78,8 +85,8 @@ def throughput(bench: pd.DataFrame) -> Figure | None:
     figure, panels = _density_panels(bench, "GB/s: bytes that have to be moved / time")
     for axes, line in panels:
         _implementations(axes, line, "density", "GB/s")
-        level = float(line["bandwidth GB/s"].median())
-        axes.axhline(level, color="0.4", linewidth=1.2, zorder=0, label=f"bandwidth of a {line['bound'].iloc[0]}")
+        for bound, level in line.groupby("bound")["bandwidth GB/s"].median().dropna().items():
+            axes.axhline(level, color="0.4", linewidth=1.2, zorder=0, label=f"bandwidth of a {bound}")
     return _finished(figure, "Throughput", bench, panels)
 
 
@@ -87,7 +94,7 @@ def speedup(bench: pd.DataFrame) -> Figure | None:
     """Times of others in ours, against density."""
     figure, panels = _density_panels(bench, "time / time of efcp")
     for axes, line in panels:
-        own = line[line["implementation"] == OURS].set_index("density")["p50_ms"]
+        own = line[line["implementation"] == OURS].groupby("density")["p50_ms"].median()
         others = line[line["implementation"] != OURS]
         _implementations(axes, others.assign(ratio=others["p50_ms"] / others["density"].map(own)), "density", "ratio")
         axes.axhline(
@@ -98,12 +105,14 @@ def speedup(bench: pd.DataFrame) -> Figure | None:
 
 def memory_density(memory: pd.DataFrame) -> Figure | None:
     """Bytes of state for each parameter against density, estimated as lines and measured as points."""
-    models = memory[memory["how"] == "measured"]["model"]
+    known = memory[(memory["status"] == "ok") & (memory["per parameter"] > 0)]
+    sparse = known[(known["optimizer"] == "SparseMFAC") & known["density"].notna()]
+    models = sparse[sparse["how"] == "measured"]["model"]
     if models.empty:
         return None
     model = models.value_counts().index[0]
-    rows = memory[(memory["model"] == model) & (memory["status"] == "ok")]
-    own = rows[(rows["optimizer"] == "SparseMFAC") & (rows["error"] == "float32") & (rows["values"] == "bfloat16")]
+    rows, sparse = known[known["model"] == model], sparse[sparse["model"] == model]
+    own = sparse[(sparse["error"] == "float32") & (sparse["values"] == "bfloat16")]
     figure, (axes,) = _figure(1, 1, (7.4, 4.8))
     _log(axes, "x", percent=True)
     _log(axes, "y")
@@ -139,7 +148,7 @@ def memory_density(memory: pd.DataFrame) -> Figure | None:
 def roofline(bench: pd.DataFrame) -> Figure | None:
     """Time against bytes that have to be moved; the roof is what the measured bandwidth allows."""
     rows = standing(bench)
-    rows = rows[rows["implementation"].isin([OURS, "published"])]
+    rows = rows[rows["implementation"].isin([OURS, "published"]) & (rows["bytes"] > 0)]
     if rows.empty:
         return None
     figure, (axes,) = _figure(1, 1, (7.4, 5.2))
@@ -153,9 +162,9 @@ def roofline(bench: pd.DataFrame) -> Figure | None:
                 look = {"marker": style["marker"], "s": 34, "facecolors": face, "edgecolors": style["color"]}
                 axes.scatter(some["bytes"] / 1e6, some["p50_ms"], **look, label=f"{operation}, {name}", zorder=3)
     ends = rows["bytes"].min() / 1e6, rows["bytes"].max() / 1e6
-    timed = bench[bench["status"] == "ok"]
+    measured = timed(bench)
     for bound, stroke in (("copy", "-"), ("read", "--")):
-        speed = timed[timed["bound"] == bound]["bandwidth GB/s"].median()
+        speed = measured[measured["bound"] == bound]["bandwidth GB/s"].median()
         if pd.notna(speed):
             label = f"roof: {speed:.3g} GB/s, {bound}"
             axes.plot(ends, [x / speed for x in ends], color="0.25", linestyle=stroke, linewidth=1.4, label=label)
@@ -167,12 +176,12 @@ def roofline(bench: pd.DataFrame) -> Figure | None:
 
 def breakdown(frame: pd.DataFrame) -> Figure | None:
     """Shares of a step's time, stacked; the whole one in ms beside them."""
-    rows = frame[frame["status"] == "ok"]
-    if rows.empty:
+    rows = timed(frame)
+    table = rows.pivot_table("p50_ms", "model", "phase", sort=False).reindex(columns=[*PHASES, "step"]).dropna()
+    if table.empty:
         return None
-    table = rows.pivot_table("p50_ms", "model", "phase", sort=False)
     figure, (axes,) = _figure(1, 1, (7.4, 1.4 + 0.7 * len(table)))
-    parts = table[list(PHASES)]
+    parts = table[[*PHASES]]
     shares = 100 * parts.div(parts.sum(axis=1), axis=0)
     left = pd.Series(0.0, index=shares.index)
     for phase, style in PHASES.items():
@@ -211,7 +220,7 @@ def growth(bench: pd.DataFrame) -> Figure | None:
                 _ticks(above, line[axis], apart=2.5)
             drawn.append(above)
             fixed = line.iloc[0]
-            held = [f"d = {fixed['d'] / 1e6:.1f}M", f"m = {fixed['m']}", f"{100 * fixed['density']:g}%"]
+            held = [f"d = {fixed['d'] / 1e6:.1f}M", f"m = {fixed['m']:g}", f"{100 * fixed['density']:g}%"]
             above.set_title(", ".join(h for a, h in zip(scaling.AXES, held, strict=True) if a != axis), fontsize=9)
         below.plot(curve[axis], curve["bytes"] / 1e6, color=STYLES[OURS]["color"], linewidth=2)
         held = ["d = 16.8M", "m = 256", "1%"]
@@ -306,14 +315,15 @@ def _finished(
     if not panels:
         return None
     case = panels[0][1].iloc[0]
-    what = f"d = {case['d'] / 1e6:.1f}M, m = {case['m']}, B = {case['B']}, {case['dtype']}"
+    what = f"d = {case['d'] / 1e6:.1f}M, m = {case['m']:g}, B = {case['B']:g}, {case['dtype']}"
     figure.suptitle(f"{title}: {what}; {_machine(bench)}", fontsize=10)
     return _with_legend(figure, [axes for axes, _ in panels])
 
 
 def _machine(bench: pd.DataFrame) -> str:
-    first = bench.iloc[0]
-    return f"{first['machine']}, {first['threads']} threads" if first["device"] == "cpu" else str(first["machine"])
+    for row in bench.head(1).to_dict("records"):
+        return f"{row['machine']}, {row['threads']:g} threads" if row["device"] == "cpu" else str(row["machine"])
+    return ""
 
 
 def _with_legend(figure: Figure, panels: Sequence[Axes], columns: int = 4) -> Figure:
@@ -334,14 +344,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="efcp.perf.plots", description="Draws all plots from the CSVs of a run.")
     parser.add_argument("folder", type=Path, help="with the CSVs; the plots go there")
     options = parser.parse_args(arguments)
-    if not options.folder.is_dir():
-        parser.error(f"there is no folder {options.folder}")
-    if not (made := draw(options.folder)):
-        needed = ", ".join(sorted({source for source, _ in PLOTS.values()}))
-        parser.error(f"{options.folder} holds none of {needed}")
-    for path in made:
-        print(path)
-
-
-if __name__ == "__main__":
-    main()
+    with ending(parser, "plots may be missing, and the same command draws them"), locked(options.folder):
+        sources = sorted({source for source, _ in PLOTS.values()})
+        if not any((options.folder / source).exists() for source in sources):
+            raise FileNotFoundError(f"{options.folder} holds none of {', '.join(sources)}")
+        for path in draw(options.folder):
+            print(path)

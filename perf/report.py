@@ -17,7 +17,7 @@ import pandas as pd
 from efcp.perf import plots, roofline, scaling
 from efcp.perf.implementations import OURS
 from efcp.perf.memory import largest_models
-from efcp.perf.tables import markdown, write_csv
+from efcp.perf.tables import markdown, read_measured, timed, write_csv
 
 __all__ = ["behind", "make", "ratios"]
 
@@ -42,8 +42,7 @@ def make(out: Path, file: TextIO) -> None:
 
 def _sections(out: Path) -> Iterator[str]:
     if (bench := _read(out / "bench.csv")) is not None:
-        first = bench.iloc[0]
-        yield f"{first.machine}, {first.threads} threads; {first.versions}; commit {first.commit}; {first.timer}."
+        yield _environment(bench)
         yield "## Times in turn with ours\n\nIn times of `efcp`: above 1 it is faster. Ours in ms."
         yield markdown(ratios(bench))
         yield "## Where ours is behind\n\nUp to a density of 5%."
@@ -55,8 +54,8 @@ def _sections(out: Path) -> Iterator[str]:
         table = scaling.exponents(bench)
         write_csv(table, out / "scaling.csv")
         yield "## Growth\n\nExponents of power laws (`scaling.py`).\n\n" + markdown(table)
-    if (breakdown := _read(out / "breakdown.csv")) is not None and "phase" in breakdown:
-        table = breakdown.pivot_table(index=["model", "d"], columns="phase", values="p50_ms", sort=False).reset_index()
+    if (breakdown := _read(out / "breakdown.csv")) is not None and not (rows := timed(breakdown)).empty:
+        table = rows.pivot_table(index=["model", "d"], columns="phase", values="p50_ms", sort=False).reset_index()
         yield "## Where a step's time goes\n\nMedians in ms, m = 256, density 1%.\n\n" + markdown(table)
     if (memory := _read(out / "memory.csv")) is not None:
         kept = ["model", "optimizer", "m", "density", "values", "error", "how", "state bytes", "estimated bytes"]
@@ -87,9 +86,8 @@ _CASE = ["dtype", "d", "m", "B", "density"]
 
 def ratios(bench: pd.DataFrame) -> pd.DataFrame:
     """For each operation and case: our median in ms and share of the bandwidth, and others' medians in ours."""
-    timed = bench[bench["status"] == "ok"]
     lines = []
-    for key, rows in timed.groupby(["operation", *_CASE], sort=False):
+    for key, rows in timed(bench).groupby(["operation", *_CASE], sort=False):
         own = rows[rows["implementation"] == OURS]
         if own.empty:
             continue
@@ -116,5 +114,13 @@ def behind(bench: pd.DataFrame, density: float = 0.05) -> pd.DataFrame:
     return long[(long["times ours"] < 1) & (long["density"] <= density)].reset_index(drop=True)
 
 
+def _environment(bench: pd.DataFrame) -> str:
+    """What the first measurement depended on."""
+    for row in bench.head(1).to_dict("records"):
+        known = {str(name): "unknown" if pd.isna(value) else value for name, value in row.items()}
+        return "{machine}, {threads} threads; {versions}; commit {commit}; {timer}.".format_map(known)
+    return "Nothing has been measured."
+
+
 def _read(path: Path) -> pd.DataFrame | None:
-    return pd.read_csv(path) if path.exists() else None
+    return read_measured(path) if path.exists() else None

@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from efcp import SparseMFAC, kernels, preconditioners
 from efcp.kernels import reference
 from efcp.perf.problems import Case
+from efcp.perf.tables import read_measured, timed
 
 __all__ = ["GPUS", "Gpu", "predict", "small_launches", "standing"]
 
@@ -75,7 +76,7 @@ GPUS = {
 def standing(bench: pd.DataFrame) -> pd.DataFrame:
     """Where operations stand: of each with a time, bytes, ms, the least ms that the measured bandwidth allows, and the
     ratio. Columns: operation, implementation, d, m, B, density, bytes, p50_ms, floor_ms, times floor."""
-    rows = bench[bench["status"] == "ok"]
+    rows = timed(bench)
     floor = rows["bytes"] / rows["bandwidth GB/s"] / 1e6
     kept = rows[["operation", "implementation", "d", "m", "B", "density", "dtype", "bytes", "p50_ms"]]
     return kept.assign(**{"floor_ms": floor, "times floor": rows["p50_ms"] / floor})
@@ -122,17 +123,17 @@ def predict(results: Path, d: int, window: int = 256) -> pd.DataFrame:
         FileNotFoundError: where there are no reports.
         ValueError: where nothing was counted for this window, or a kernel is missing.
     """
-    compiled, traffic = (pd.read_csv(results / name) for name in ("compile-report.csv", "traffic.csv"))
+    compiled, traffic = (read_measured(results / name) for name in ("compile-report.csv", "traffic.csv"))
     counted = traffic[(traffic["launch"] == "all") & (traffic["m"] == window)]
     if counted.empty:
         raise ValueError(f"window must be one of traffic.csv, {sorted(set(traffic['m']))}, got {window}")
     rows = []
     for name, gpu in GPUS.items():
-        reported = set(compiled["target"].astype(str))
+        reported = set(compiled["target"])
         target = next((t for t in gpu.targets if t in reported), None)
         if target is None:
             continue
-        kernels = compiled[compiled["target"].astype(str) == target]
+        kernels = compiled[compiled["target"] == target]
         for density in sorted(set(counted["density"])):
             case = Case(d, window, density)
             parts = [_operation(operation, case, gpu, kernels, traffic) for operation in OPERATIONS]
@@ -144,6 +145,9 @@ def predict(results: Path, d: int, window: int = 256) -> pd.DataFrame:
             parts.append({"operation": "Adam", "bytes": adam, "predicted_ms": milliseconds, "limit": "memory"})
             where = {"gpu": name, "density": density, "d": d, "m": window, "report": target, "how": "prediction"}
             rows += [{**where, **part} for part in parts]
+    if not rows:
+        targets = sorted({target for gpu in GPUS.values() for target in gpu.targets})
+        raise ValueError(f"compile-report.csv must have a target of {', '.join(targets)}, got none of these")
     return pd.DataFrame(rows)
 
 
@@ -152,8 +156,10 @@ def _operation(operation: str, case: Case, gpu: Gpu, kernels: pd.DataFrame, traf
     # all_finite knows no blocks: the report lists it once, with some block size.
     case_name = kernels["case"].str.replace(r"^B=\d+", "B=4096", regex=True)
     reported = (case_name if operation == "all_finite" else kernels["case"]) == REPORTED
-    own = kernels[(kernels["operation"] == operation) & reported & ~kernels["configuration"].str.contains("MOMENTUM")]
-    if own.empty:
+    with_momentum = kernels["configuration"].str.contains("MOMENTUM", na=False)
+    own = kernels[(kernels["operation"] == operation) & reported & ~with_momentum]
+    columns = ["kernel", "configuration", "warps", "KB in flight", "instructions"]
+    if own.empty or own[columns].isna().any(axis=None):
         raise ValueError(f"compile-report.csv must have {operation} for {REPORTED}, as compile_report --quick makes it")
     lanes = 64 if gpu.targets[0].startswith("gfx") else 32
     in_flight = own["KB in flight"].max() * 1024 * gpu.multiprocessors / LATENCY  # of the kernel that streams
@@ -164,8 +170,10 @@ def _operation(operation: str, case: Case, gpu: Gpu, kernels: pd.DataFrame, traf
             elements //= case.window  # the newest row alone
         each = kernel["an element"]
         if pd.isna(each):
-            size = int(re.findall(r"\bSIZE=(\d+)", kernel["configuration"])[0])
-            each = kernel["instructions"] / (size / (kernel["warps"] * lanes))
+            size = re.search(r"\bSIZE=(\d+)", kernel["configuration"])
+            if size is None:
+                raise ValueError(f"compile-report.csv must have the SIZE of {kernel['kernel']}")
+            each = kernel["instructions"] / (int(size[1]) / (kernel["warps"] * lanes))
         instructions += each * elements / (gpu.lanes * gpu.multiprocessors * gpu.clock)
     times = {
         "memory": moved / (REACHED * gpu.bandwidth) * 1e3,
@@ -173,9 +181,9 @@ def _operation(operation: str, case: Case, gpu: Gpu, kernels: pd.DataFrame, traf
         "instructions": instructions * 1e3,
     }
     limit = max(times, key=lambda name: times[name])
-    columns = {f"{name.replace(' ', '_')}_ms": t for name, t in times.items()}
+    each_limit = {f"{name.replace(' ', '_')}_ms": t for name, t in times.items()}
     total = times[limit] + len(own) * LAUNCH * 1e3
-    return {"operation": operation, "bytes": int(moved), **columns, "predicted_ms": total, "limit": limit}
+    return {"operation": operation, "bytes": int(moved), **each_limit, "predicted_ms": total, "limit": limit}
 
 
 def _times_floor(operation: str, case: Case, traffic: pd.DataFrame) -> float:
@@ -183,5 +191,8 @@ def _times_floor(operation: str, case: Case, traffic: pd.DataFrame) -> float:
         return 1.0
     rows = traffic[(traffic["operation"] == operation) & (traffic["launch"] == "all")]
     rows = rows[(rows["density"] == case.density) & (rows["support"] != "trained") & (rows["error"] != "bfloat16")]
+    rows = rows[rows["m"].notna() & rows["times floor"].notna()]
+    if rows.empty:
+        raise ValueError(f"traffic.csv must have {operation} at a density of {case.density:g}")
     best = rows.loc[(rows["m"] - case.window).abs().idxmin()]  # `compress_` does not depend on m
     return float(best["times floor"])

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 import efcp
+from efcp.perf.tables import timed
 
 __all__ = ["AXES", "exponents", "memory_curve", "series"]
 
@@ -31,7 +32,7 @@ def series(frame: pd.DataFrame, operation: str, axis: str) -> pd.DataFrame:
     Returns:
         The rows with a time, sorted by that column; none where it has one value only.
     """
-    rows = frame[(frame["operation"] == operation) & (frame["status"] == "ok")]
+    rows = timed(frame[frame["operation"] == operation])
     others = [column for column in CONSTANT if column != axis]
     lines = [(group[axis].nunique(), len(group), group) for _, group in rows.groupby(others, sort=True)]
     if not lines:

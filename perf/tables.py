@@ -1,10 +1,152 @@
 """CSV files, and tables for people."""
 
+import csv
+import io
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 
 import pandas as pd
 
-__all__ = ["markdown", "write_csv"]
+__all__ = [
+    "Kinds",
+    "check_filled",
+    "first_line",
+    "markdown",
+    "read_csv",
+    "read_measured",
+    "read_rows",
+    "timed",
+    "write_csv",
+]
+
+Kinds = Mapping[str, type]
+"""Columns, and whether each holds texts (str), numbers (float) or True and False (bool)."""
+
+
+TEXTS = {
+    *("operation", "implementation", "device", "dtype", "status", "bound", "timer", "machine", "versions", "commit"),
+    *("model", "optimizer", "values", "error", "how", "phase"),
+    *("target", "case", "kernel", "configuration", "support", "launch"),
+}
+"""The columns of all files of measurements that hold texts; others hold numbers."""
+_CASE = ("operation", "implementation", "device", "dtype", "d", "m", "B", "density", "status")
+NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "bench.csv": (
+        _CASE,
+        (
+            *("p20_ms", "p50_ms", "p80_ms", "bytes", "GB/s", "bound", "bandwidth GB/s", "of bandwidth"),
+            *("timer", "machine", "threads", "versions", "commit"),
+        ),
+    ),
+    "breakdown.csv": (("model", "status"), ("d", "device", "m", "density", "threads", "phase", "p50_ms")),
+    "memory.csv": (
+        ("model", "d", "optimizer", "how", "status"),
+        (
+            *("m", "density", "values", "error", "state bytes", "estimated bytes", "per parameter"),
+            *("resident bytes", "temporary bytes", "peak bytes"),
+        ),
+    ),
+    "compile-report.csv": (
+        ("target", "case", "operation"),
+        ("kernel", "configuration", "warps", "KB in flight", "an element", "instructions"),
+    ),
+    "traffic.csv": (("operation", "launch"), ("density", "m", "error", "support", "times floor")),
+}
+"""By file: columns that have no empty cells, and other columns, of all that is made from it."""
+
+
+def read_measured(path: Path, file: str | None = None) -> pd.DataFrame:
+    """A file of measurements.
+
+    Args:
+        path: of the file.
+        file: which of `NEEDED` it is; None where its name says so.
+
+    Raises:
+        FileNotFoundError, ValueError: as `read_csv`.
+    """
+    filled, others = NEEDED[file or path.name]
+    kinds = {column: str if column in TEXTS else float for column in (*filled, *others)}
+    return read_csv(path, kinds, filled=filled)
+
+
+def read_rows(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
+    """The rows of a CSV file, as texts.
+
+    Args:
+        path: of the file.
+        columns: that it must have; others may be there.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it has no header, lacks columns, or has a line that is not whole.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        text = path.read_bytes().decode("utf-8")
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
+    if not lines or not lines[0]:
+        raise ValueError(f"{path} is empty: it has not even the names of its columns")
+    header = lines[0]
+    if missing := [column for column in columns if column not in header]:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+    if not text.endswith("\n"):
+        raise ValueError(f"{path} ends within line {len(lines)}: it was cut off, delete that line")
+    for number, line in enumerate(lines, start=1):
+        if line and len(line) != len(header):
+            raise ValueError(f"{path}, line {number} has {len(line)} fields, and the header {len(header)}: delete it")
+    return [dict(zip(header, line, strict=True)) for line in lines[1:] if line]
+
+
+def read_csv(path: Path, kinds: Kinds, optional: Iterable[str] = (), filled: Iterable[str] = ()) -> pd.DataFrame:
+    """The rows of a CSV file, with dtypes that do not depend on which of its cells are empty.
+
+    Args:
+        path: of the file.
+        kinds: its columns; others are left as pandas reads them.
+        optional: columns that the file may lack.
+        filled: columns that have no empty cells.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it lacks columns, has a line that is not whole, or a cell that is empty or of another kind.
+    """
+    read_rows(path, [column for column in kinds if column not in set(optional)])
+    texts: dict[Hashable, type[str]] = {column: str for column, kind in kinds.items() if kind is str}
+    frame = pd.read_csv(path, dtype=texts, float_precision="round_trip")
+    for column, kind in kinds.items():
+        if column in frame and kind is not str:
+            values = frame[column] if kind is float else frame[column].dropna()
+            wrong = pd.to_numeric(values, errors="coerce").isna() & values.notna()
+            if kind is bool:
+                wrong = ~values.isin([True, False])
+            if wrong.any():
+                what, got = "a number" if kind is float else "True or False", values[wrong].iloc[0]
+                raise ValueError(f"{path}, line {first_line(wrong)}: {column} must be {what}, got {got!r}")
+            if kind is float and frame.empty:
+                frame[column] = frame[column].astype(float)
+    check_filled(frame, filled, path)
+    return frame
+
+
+def check_filled(frame: pd.DataFrame, columns: Iterable[str], path: Path) -> None:
+    """Raises ValueError where one of these columns of a file has an empty cell."""
+    for column in columns:
+        if (empty := frame[column].isna()).any():
+            raise ValueError(f"{path}, line {first_line(empty)} has no {column}")
+
+
+def first_line(chosen: "pd.Series[bool]") -> int:
+    """The line of a file, below its header, of the first row that is chosen; rows are numbered as `read_csv` does."""
+    return int(chosen.index[int(chosen.to_numpy().argmax())]) + 2
+
+
+def timed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a time, of bench.csv or breakdown.csv."""
+    return rows[(rows["status"] == "ok") & (rows["p50_ms"] > 0)]
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:

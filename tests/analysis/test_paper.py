@@ -54,6 +54,33 @@ error_feedback = [true, false]
 name = "Adam"
 grid = "adam"
 """
+MORE = """
+[[methods]]
+name = "low-rank M-FAC"
+grid = "m-fac"
+window = 4
+rank = [1, 2]
+power_iterations = [1, 2]
+[[methods]]
+name = "sparse M-FAC"
+grid = "m-fac"
+window = 10
+density = 0.2
+[[methods]]
+name = "sparse M-FAC"
+grid = "m-fac"
+window = 4
+density = 0.1
+block_size = 256
+[[methods]]
+name = "sparse M-FAC"
+grid = "m-fac"
+window = 4
+density = 0.1
+value_dtype = "float32"
+error_dtype = "bfloat16"
+"""
+"""Methods for every question that can be asked of results."""
 PROBE = Task("linear-probe", "fashion-mnist-features", (1280,), 64, 1, 16, l2=0.1, evaluations=2, diagnostics=2)
 TIMES = ["seconds", "cpu_seconds"]
 
@@ -261,7 +288,7 @@ def test_details_without_a_record_are_of_an_unfinished_run(finished: Path, tmp_p
     for name in ("runs.csv", "curves.csv", "diagnostics.csv"):
         lines = (finished / name).read_text().splitlines(keepends=True)
         (tmp_path / name).write_text("".join(lines[:-1] if name == "runs.csv" else lines))
-    records = RecordFile(tmp_path / "runs.csv", resume=True)
+    records = RecordFile(tmp_path / "runs.csv")
     assert len(records.rows) == 36
     for _, rows in records.details.values():
         assert set(rows) <= set(records.rows)
@@ -293,6 +320,39 @@ def test_an_experiment_without_data_does_not_stop_the_others(
     assert (tmp_path / "trial" / "table.md").is_file()
 
 
+def test_a_missing_package_is_explained_and_does_not_stop_the_others(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text(CONFIG, encoding="utf-8")
+
+    def without(run: Run, data: DataSet) -> Result:
+        if not (tmp_path / "other" / "table.md").exists():
+            (tmp_path / "other" / "table.md").touch()
+            raise ModuleNotFoundError("No module named 'transformers'", name="transformers")
+        return invented(run, data)
+
+    monkeypatch.setattr("efcp.analysis.running.train", without)
+    with pytest.raises(SystemExit) as error:
+        main([str(other), str(config), "--jobs", "1", "--out", str(tmp_path)])
+    assert error.value.code == 2
+    assert "error: other: transformers is missing: pip install 'efcp[paper]'\n" in capsys.readouterr().err
+    assert (tmp_path / "trial" / "table.md").is_file()
+
+
+def test_runs_that_a_configuration_has_no_more_are_not_dropped(
+    finished: Path, config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "trial").mkdir()
+    before = (finished / "runs.csv").read_bytes()
+    (tmp_path / "trial" / "runs.csv").write_bytes(before)
+    config.write_text(CONFIG.replace("density = [0.5, 0.1]", "density = [0.5]"), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main([str(config), "--jobs", "1", "--out", str(tmp_path)])
+    assert "holds runs with density 0.1, not 0.5: choose another --out" in capsys.readouterr().err
+    assert (tmp_path / "trial" / "runs.csv").read_bytes() == before
+
+
 def test_jobs_are_checked(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main([str(config), "--jobs", "0"])
@@ -317,33 +377,7 @@ def test_records_of_another_task_are_not_joined(
 def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with results of an experiment that every question can be asked of; nothing is trained."""
     monkeypatch.setattr("efcp.analysis.running.train", invented)
-    more = """
-[[methods]]
-name = "low-rank M-FAC"
-grid = "m-fac"
-window = 4
-rank = [1, 2]
-power_iterations = [1, 2]
-[[methods]]
-name = "sparse M-FAC"
-grid = "m-fac"
-window = 10
-density = 0.2
-[[methods]]
-name = "sparse M-FAC"
-grid = "m-fac"
-window = 4
-density = 0.1
-block_size = 256
-[[methods]]
-name = "sparse M-FAC"
-grid = "m-fac"
-window = 4
-density = 0.1
-value_dtype = "float32"
-error_dtype = "bfloat16"
-"""
-    (tmp_path / "whole.toml").write_text(CONFIG + more, encoding="utf-8")
+    (tmp_path / "whole.toml").write_text(CONFIG + MORE, encoding="utf-8")
     main([str(tmp_path / "whole.toml"), "--jobs", "1", "--out", str(tmp_path)])
     (tmp_path / "whole" / "optimum.csv").write_text("objective\n0.5\n")
     return tmp_path

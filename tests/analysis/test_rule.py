@@ -25,6 +25,8 @@ def write_runs(folder: Path, rate: float, method: str = "dense M-FAC") -> Path:
             "damping": damping,
             "lr": lr,
             "seed": 1000,
+            "steps": 9,
+            "diverged": False,
             "run": f"{damping}-{lr}-{phase}",
             "grad_norm": NORM,
             "val_accuracy": 90 - abs(math.log10(lr / (rate * (damping + NORM**2 / WINDOW)))),

@@ -1,7 +1,9 @@
 """The experiment from end to end, on images written here: what is recorded, and what decides."""
 
 import csv
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from efcp import memory_report
 from efcp.analysis.data import DataSet, Split, load_data
 from efcp.analysis.methods import Method, compared_methods
 from efcp.analysis.models import small_cnn
-from efcp.analysis.running import Trainer
+from efcp.analysis.running import Plan, RecordFile, Trainer
 from efcp.analysis.summary import POINT, choose, markdown, read_runs, remarks, summarise
 from efcp.analysis.tasks import Task
 from efcp.analysis.tradeoff import main
@@ -103,15 +105,95 @@ def test_resume_runs_only_what_is_missing(finished: Path, tmp_path: Path, monkey
         return train(run, data)
 
     monkeypatch.setattr("efcp.analysis.running.train", noted)
-    main(arguments(finished / "images", tmp_path, "--resume"))
+    main(arguments(finished / "images", tmp_path))
     assert {(run.phase, run.method.name) for run in trained} == {("tune", "Adam")}
     varying = ["seconds", "cpu_seconds", "step_ms", "optimizer_ms"]
     own, other = (pd.read_csv(folder / "runs.csv").drop(columns=varying) for folder in (tmp_path, finished))
     pd.testing.assert_frame_equal(own, other)
 
-    with pytest.raises(SystemExit):
-        main(arguments(finished / "images", tmp_path, "--resume", "--epochs", "1"))
-    assert pd.read_csv(tmp_path / "runs.csv").drop(columns=varying).equals(own)
+
+def test_a_second_start_changes_nothing(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(finished / "runs.csv", tmp_path)
+    monkeypatch.setattr("efcp.analysis.running.train", None)
+    monkeypatch.setattr("efcp.analysis.tradeoff.time_steps", None)
+    main(arguments(finished / "images", tmp_path))
+    assert "runs.csv holds 40 runs, which are kept" in capsys.readouterr().out
+    for name in ("runs.csv", "table.md", "tradeoff.png"):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_more_seeds_and_points_join_what_is_there(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(finished / "runs.csv", tmp_path)
+    trained: list[Run] = []
+
+    def noted(run: Run, data: DataSet) -> Result:
+        trained.append(run)
+        return train(run, data)
+
+    monkeypatch.setattr("efcp.analysis.running.train", noted)
+    before = set((finished / "runs.csv").read_text().splitlines())
+    main(arguments(finished / "images", tmp_path, "--seeds", "2", "--lrs", "0.01", "0.03", "0.1", "1e-9"))
+    assert {(run.phase, run.lr) for run in trained if run.phase == "tune"} == {("tune", 1e-9)}
+    assert 1 in {run.seed for run in trained if run.phase == "final"}
+    assert not {run.key for run in trained} & set(read_runs(finished / "runs.csv")["run"])
+    assert before < set((tmp_path / "runs.csv").read_text().splitlines())
+
+
+OTHER_SETTINGS = {
+    "--epochs 1": "holds runs with epochs 2, not 1",
+    "--window 5": "holds runs with window 4, not 5",
+    "--densities 0.2": "holds runs with density 0.1, not 0.01, 0.2",
+    "--lrs 0.01 0.03": "holds runs with lr 0.1, not 0.01, 0.03",
+    "--ranks 1": "holds runs with rank 2, not 1",
+}
+
+
+@pytest.mark.parametrize("other", OTHER_SETTINGS)
+def test_runs_of_other_settings_are_neither_joined_nor_overwritten(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    shutil.copy(finished / "runs.csv", tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(finished / "images", tmp_path, *other.split()))
+    assert caught.value.code == 2
+    found = capsys.readouterr().err
+    assert f"{tmp_path / 'runs.csv'} {OTHER_SETTINGS[other]}" in found
+    assert "choose another --out" in found
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
+    assert (tmp_path / "runs.csv").read_bytes() == (finished / "runs.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "is empty"), ("a,b\n1,2\n", "lacks the columns phase"), (",".join(COLUMNS) + "\ntune,Adam", "was cut off")],
+    ids=["empty", "another file", "cut off"],
+)
+def test_a_file_that_is_not_whole_is_not_overwritten(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "runs.csv").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments(finished / "images", tmp_path))
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "runs.csv").read_text() == text
+
+
+def test_a_run_that_no_plan_has_is_refused(finished: Path) -> None:
+    """Each of its values is one that the settings have, but not together."""
+    records = RecordFile(finished / "runs.csv")
+    methods = compared_methods(4, 3e-3, [0.1], [2], [1, 2])
+    size = {"train_size": 200, "epochs": 2, "batch_size": 20}
+    task = replace(TASK, input_shape=(1, 28, 28), **size)
+    plans = [Plan([Run("tune", task, m, lr, 1000) for lr in (0.01, 0.03, 0.1)], range(1)) for m in methods]
+    records.check(plans)
+    plans[1] = Plan(plans[1].tuning[1:], range(1))
+    with pytest.raises(ValueError, match=r"settings do not have, phase tune, method Adam, lr 0\.01, seed 1000"):
+        records.check(plans)
 
 
 # ---- what decides
@@ -247,14 +329,14 @@ def test_an_interruption_keeps_finished_runs(
     with pytest.raises(SystemExit) as caught:
         main(arguments(finished / "images", tmp_path))
     assert caught.value.code == 130
-    assert "--resume" in capsys.readouterr().err
+    assert "the same command goes on" in capsys.readouterr().err
     assert list(read_runs(tmp_path / "runs.csv")["phase"]) == ["tune"] * 3 + ["final"]
 
 
 def test_plot_only_needs_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--plot-only", "--out", str(tmp_path)])
-    assert "runs.csv does not exist" in capsys.readouterr().err
+    assert f"there is no file {tmp_path / 'runs.csv'}" in capsys.readouterr().err
     (tmp_path / "runs.csv").write_text("phase,method\n")
     with pytest.raises(SystemExit):
         main(["--plot-only", "--out", str(tmp_path)])

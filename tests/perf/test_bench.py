@@ -13,7 +13,9 @@ from efcp.kernels import cpu
 from efcp.perf import bench, implementations, timing
 from efcp.perf.implementations import OPERATIONS
 from efcp.perf.problems import DTYPES, Case, Problem, remove_ties_
+from efcp.perf.tables import write_csv
 from efcp.perf.timing import Timer
+from tests.perf.bench_rows import bench_rows
 
 EVERY = tuple(OPERATIONS)
 TINY = Case(8 * 256, 5, 0.1, block_size=256)
@@ -210,7 +212,26 @@ def test_without_kernels_nothing_is_measured(
     monkeypatch.setenv("EFCP_KERNELS", "reference")
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--out", str(tmp_path), "--device", "cpu"])
-    assert "there are no kernels for cpu: install efcp[cpu]" in capsys.readouterr().err
+    assert "there are no kernels for cpu: pip install 'efcp[cpu]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("only", [[], ["--only", "memory", "sweep"]], ids=["all", "only"])
+def test_measurements_are_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str], only: list[str]) -> None:
+    (tmp_path / "bench.csv").write_text("measured\n")
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--quick", "--device", "cpu", "--out", str(tmp_path), *only])
+    message = f"{tmp_path} holds bench.csv already: choose another --out, other parts with --only, or delete"
+    assert message in capsys.readouterr().err
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"bench.csv": "measured\n"}
+
+
+def test_a_part_joins_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_csv(bench_rows(), tmp_path / "bench.csv")
+    before = (tmp_path / "bench.csv").read_bytes()
+    monkeypatch.setattr(bench.breakdown, "MEASURED", ())
+    bench.main(["--only", "breakdown", "--device", "cpu", "--out", str(tmp_path)])
+    assert (tmp_path / "bench.csv").read_bytes() == before
+    assert (tmp_path / "breakdown.csv").exists()
 
 
 def test_one_command_makes_tables_and_plots(

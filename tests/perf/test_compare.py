@@ -72,7 +72,7 @@ def test_files_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFix
     good, other = tmp_path / "good.csv", tmp_path / "other.csv"
     bench_rows().to_csv(good, index=False)
     bench_rows().drop(columns=["p80_ms", "m"]).to_csv(other, index=False)
-    for path, message in ((other, "has no column m, p80_ms"), (tmp_path / "none.csv", "there is no file")):
+    for path, message in ((other, "lacks the columns m, p80_ms"), (tmp_path / "none.csv", "there is no file")):
         with pytest.raises(SystemExit, match="2"):
             main([str(good), str(path)])
         assert message in capsys.readouterr().err

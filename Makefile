@@ -13,7 +13,7 @@ FOLDERS := kernels perf analysis
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
-demo: $(INSTALLED)  ## install, and draw the memory-accuracy trade-off (about 3 minutes)
+demo: $(INSTALLED)  ## install, and draw the memory-accuracy trade-off (about 3 minutes; goes on from what is there)
 	$(BIN)/python -m efcp.analysis.tradeoff
 
 test: $(DEVELOPED)  ## install, and run the tests
@@ -30,7 +30,7 @@ lint: $(DEVELOPED) build/types  ## check style, formatting and types
 check-kernels: $(DEVELOPED)  ## compile Triton kernels for absent GPUs; fails on spills, narrow accesses, too little in flight
 	$(BIN)/python -m efcp.perf.compile_report --quick --check
 
-bench: $(DEVELOPED)  ## measure operations, steps and memory, into perf/results (about 10 minutes on a quiet machine)
+bench: $(DEVELOPED)  ## measure operations, steps and memory, into results/bench (about 10 minutes on a quiet machine)
 	$(BIN)/python -m efcp.perf.bench
 
 bench-quick: $(DEVELOPED)  ## the same on small sizes, into results/quick (a minute)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from efcp.checkpoint import check_content, check_numbers
 from efcp.checks import require
+from efcp.kernels import is_fake
 
 
 def allocate_gram(window: int, device: torch.device) -> dict[str, Any]:
@@ -104,6 +105,11 @@ class Gram:
     def squared_norm(self, weights: Tensor) -> Tensor:
         """‖Gᵀw‖² = wᵀSw, () float64: the squared norm of an update at the price of a few m² operations."""
         return torch.dot(weights, self.matrix @ weights).clamp(min=0)
+
+
+def host_can_look(tensor: Tensor) -> bool:
+    """Whether the host can read a number of a tensor without waiting for a device."""
+    return tensor.is_cpu and not is_fake(tensor)
 
 
 class Origin:

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efcp import kernels
+from efcp.gram import host_can_look
+from efcp.kernels import is_fake
 
 SKIPPED = 10  # steps in a row, from which on there is a warning
+NAMED = 5  # parameters in a warning
 
 
 class Lookout:
@@ -36,39 +38,40 @@ class Lookout:
         skipped, imprecise = (*counts, 0)[:2]
         if skipped >= SKIPPED and not self._warned_of_skipping:
             found = non_finite()
-            what = f"Inf or NaN in the gradients of {len(found)} parameters: {'; '.join(found[:10])}"
-            what += "; ..." if len(found) > 10 else ""
-            warnings.warn(
-                f"{skipped} steps in a row were skipped, "
-                + (what if found else "as the squares of gradients overflow, or did in an earlier step"),
-                stacklevel=4,
-            )
+            some = "; ".join(found[:NAMED]) + (f" and {len(found) - NAMED} others" if len(found) > NAMED else "")
+            why = f"Inf or NaN in the gradients of {some}" if found else "squares of gradients overflow, or did before"
+            warnings.warn(f"{skipped} steps in a row were skipped: {why}", stacklevel=5)
         self._warned_of_skipping = skipped >= SKIPPED
         if imprecise and not self._warned_of_rounding:
             warnings.warn(
                 "damping is too small for the precision of the parameters: a step along the newest gradient alone was "
                 "taken in place of one that rounding would have spoilt. Raise damping to 1e-6 of the squared norm of "
                 "the gradients or more, or use float64 parameters. Further steps of this kind are not reported.",
-                stacklevel=4,
+                stacklevel=5,
             )
             self._warned_of_rounding = True
 
     def _read(self, counters: list[Tensor]) -> list[int] | None:
         """The counters, or earlier values of them; None where there are none yet."""
         device = counters[0].device
-        if kernels.is_fake(counters[0]) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-            return None
-        if device.type == "cpu":
+        if host_can_look(counters[0]):
             return [int(counter) for counter in counters]
+        if is_fake(counters[0]) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            return None
         counts = None
         if self._copy is not None:
             if not self._copy[1].query():
                 return None
             counts = self._copy[0].tolist()
         together = torch.stack(counters)
-        arriving = torch.empty(together.shape, dtype=together.dtype, device="cpu", pin_memory=True)
+        arriving = pinned_like(together)
         arriving.copy_(together, non_blocking=True)
         arrived = torch.Event(device)
         arrived.record()
         self._copy = arriving, arrived
         return counts
+
+
+def pinned_like(tensor: Tensor) -> Tensor:
+    """A tensor on the host that an accelerator can copy to by itself."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from efcp import kernels
 from efcp.checks import is_number, require, require_integer, require_number
-from efcp.gram import Gram
+from efcp.gram import Gram, host_can_look
 from efcp.kernels.reference import missed
 
 
@@ -148,11 +148,6 @@ class MFAC(Preconditioner):
         invert_(R, gram.matrix, len(R) * self.damping)
         gram.state["inverse_column"].copy_(R.t() @ R.index_select(1, gram.following_slot).squeeze(1))
         gram.state["inverse_age"], gram.state["inverse_damping"] = 0, float(self.damping)
-
-
-def host_can_look(tensor: Tensor) -> bool:
-    """Whether the host can read a number of a tensor without waiting for a device."""
-    return tensor.is_cpu and not kernels.is_fake(tensor)
 
 
 def invert_(R: Tensor, S: Tensor, ridge: float) -> None:

@@ -12,7 +12,7 @@ row of the window, hence one row and column of S. State:
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,26 +117,30 @@ class Origin:
 
     A parameter that leaves, a state that is deleted, replaced or written by hand is noticed by this. PyTorch counts the
     versions; kernels write without counting.
+
+    Args:
+        windows: parameters, each with the tensors of its window.
     """
 
-    def __init__(self, windows: Mapping[Tensor, Sequence[Tensor]]) -> None:
-        """
-        Args:
-            windows: the tensors of each parameter's window.
-        """
-        self._seen = {param: [(weakref.ref(t), _version(t)) for t in tensors] for param, tensors in windows.items()}
+    def __init__(self, windows: Iterable[tuple[Tensor, Sequence[Tensor]]] = ()) -> None:
+        self._seen = {
+            id(param): (param, [weakref.ref(tensor) for tensor in tensors], _versions(tensors))
+            for param, tensors in windows
+        }
 
-    def changed(self, windows: Mapping[Tensor, Sequence[Tensor]]) -> list[Tensor]:
+    def changed(self, windows: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> list[Tensor]:
         """The parameters whose windows have come, gone or changed since."""
-        gone = [param for param in self._seen if param not in windows]
-        return gone + [param for param, tensors in windows.items() if not _same(self._seen.get(param, []), tensors)]
+        changed, gone = [], dict(self._seen)
+        for param, tensors in windows:
+            _, seen, versions = gone.pop(id(param), (param, [], []))
+            same = len(seen) == len(tensors) and versions == _versions(tensors)
+            if not (same and all(ref() is tensor for ref, tensor in zip(seen, tensors, strict=True))):
+                changed.append(param)
+        return changed + [param for param, _, _ in gone.values()]
 
 
-def _same(seen: list[tuple["weakref.ref[Tensor]", int]], tensors: Sequence[Tensor]) -> bool:
-    return len(seen) == len(tensors) and all(
-        ref() is tensor and version == _version(tensor) for (ref, version), tensor in zip(seen, tensors, strict=True)
-    )
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # inference tensors have none
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -93,7 +93,7 @@ class EFCP(Optimizer):
         refuse_zero_redundancy_optimizer()
         self.compressor, self.preconditioner = compressor, preconditioner
         self.shared: dict[str, Any] = {}
-        self._origin, self._lookout = Origin({}), Lookout()
+        self._origin, self._lookout = Origin(), Lookout()
         defaults = {
             "lr": lr,
             "window": window,
@@ -132,9 +132,10 @@ class EFCP(Optimizer):
         if all(p.grad is None for p in self._params()):
             return loss
 
-        changed = self._changed_windows()
+        windows = self._windows()
+        changed = self._origin.changed(windows)
         self._check_windows(changed)
-        adopted = self._adopt_shared(changed)
+        adopted = self._adopt_shared(windows, changed)
         sets = self._parameter_sets()
         gram = self._gram(max(s.rounding for s in sets))
         if (changed and not adopted) or gram.state["pending"]:
@@ -148,8 +149,9 @@ class EFCP(Optimizer):
         gram.replace(slot, self._dots(gram, sets, slot))
         weights = preconditioner.weights(gram, slot)
         gram.state["pending"] = False
-        self._origin = Origin(self._windows())
-        self._show_shared()
+        windows = self._windows()
+        self._origin = Origin(windows)
+        self._show_shared(windows)
         if max_update_norm is not None:
             weights = weights * (max_update_norm / gram.squared_norm(weights).sqrt()).clamp(max=1.0)
         weights = torch.where(finite, weights, 0.0)
@@ -241,7 +243,7 @@ class EFCP(Optimizer):
 
         States of parameters that are in no param group any more are left out.
         """
-        self._show_shared()
+        self._mark_changes()
         own = self.state
         gone = {p for p in own if isinstance(p, Tensor)} - set(self._params())
         self.state = defaultdict(dict, {p: state for p, state in own.items() if p not in gone})
@@ -251,7 +253,7 @@ class EFCP(Optimizer):
             self.state = own
 
     def __getstate__(self) -> dict[str, Any]:
-        self._show_shared()
+        self._mark_changes()
         own = ("compressor", "preconditioner", "shared")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -275,8 +277,9 @@ class EFCP(Optimizer):
             compressor = self._compressor_of(group)
             for p in group["params"]:
                 self._fill(self.state[p], p, group, compressor)
-        self._origin = Origin(self._windows())
-        self._show_shared()
+        windows = self._windows()
+        self._origin = Origin(windows)
+        self._show_shared(windows)
 
     # ---- what a step works on
 
@@ -358,13 +361,9 @@ class EFCP(Optimizer):
         """The inner products of all rows with row `slot`, summed over all parameters."""
         return reduce(torch.add, gram.on_its_device(s.dots(slot) for s in sets))
 
-    def _windows(self) -> dict[Tensor, list[Tensor]]:
-        """The tensors of each parameter's window, of the parameters that have one by now."""
-        return {m.param: [m.state[name] for name in m.compressor.row_names(m.param)] for m in self._members()}
-
-    def _changed_windows(self) -> list[Tensor]:
-        """The parameters whose windows were not written by the steps that the Gram matrix has followed."""
-        return self._origin.changed(self._windows())
+    def _windows(self) -> list[tuple[Tensor, list[Tensor]]]:
+        """The parameters that have a window by now, each with the tensors of it."""
+        return [(m.param, [m.state[name] for name in m.compressor.row_names(m.param)]) for m in self._members()]
 
     def _check_windows(self, changed: list[Tensor]) -> None:
         """Checks windows that somebody else has written, as a state that is loaded is checked."""
@@ -374,14 +373,15 @@ class EFCP(Optimizer):
                 own = {name: member.state[name] for name in names if name in member.state}
                 member.compressor.check(self._name(member.param), own, member.param)
 
-    def _adopt_shared(self, changed: list[Tensor]) -> bool:
+    def _adopt_shared(self, windows: list[tuple[Tensor, list[Tensor]]], changed: list[Tensor]) -> bool:
         """Takes over what is shown as shared where somebody has replaced all states, and says whether that is so.
 
         `ZeroRedundancyOptimizer` loads a state in this way, and Lightning moves it to a device.
         """
-        windows = self._windows()
-        shown = [self.state[p] for p in windows if "gram" in self.state[p]]
-        if not windows or len(changed) < len(windows) or len(shown) != 1 or shown[0]["gram"] is self.shared.get("gram"):
+        if not windows or len(changed) < len(windows):
+            return False
+        shown = [self.state[p] for p, _ in windows if "gram" in self.state[p]]
+        if len(shown) != 1 or shown[0]["gram"] is self.shared.get("gram"):
             return False
         expected = self._allocate_shared(torch.device("meta"))
         check_tensors("optimizer.state", shown[0], expected)
@@ -395,17 +395,21 @@ class EFCP(Optimizer):
         gram.recompute(lambda slot: self._dots(gram, sets, slot))
         self._agreed_preconditioner().refresh(gram)
 
-    def _show_shared(self) -> None:
+    def _show_shared(self, windows: list[tuple[Tensor, list[Tensor]]]) -> None:
         """Shows `shared` in the state of the first parameter that has a window, and in no other."""
-        if not self.shared:
-            return
-        self.shared["pending"] |= bool(self._changed_windows())
-        home = next(chain(self._windows(), self._params()))
+        home = windows[0][0] if windows else next(self._params())
         for param, state in self.state.items():
             if param is not home and isinstance(param, Tensor) and "gram" in state:
                 for name in self.shared:
                     state.pop(name, None)
         self.state[home].update(self.shared)
+
+    def _mark_changes(self) -> None:
+        """Makes `shared` say, where it is shown, whether S is that of the windows; before it is saved."""
+        if self.shared:
+            windows = self._windows()
+            self.shared["pending"] |= bool(self._origin.changed(windows))
+            self._show_shared(windows)
 
     def _name(self, param: Tensor) -> str:
         """What errors call a parameter."""

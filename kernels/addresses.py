@@ -46,7 +46,7 @@ def addresses(
     """
     if len(tensors) != len(numels):
         raise ValueError(f"{name} must hold {len(numels)} tensors, got {len(tensors)}")
-    found = []
+    on_cpu, found = device.type == "cpu", []
     for number, (tensor, numel) in enumerate(zip(tensors, numels, strict=True)):
         if tensor is None:
             found.append(0)
@@ -54,7 +54,7 @@ def addresses(
             tensor.dtype is dtype
             and tensor.numel() == numel
             and tensor.is_contiguous()
-            and tensor.device == device
+            and (tensor.is_cpu if on_cpu else tensor.device == device)
             and not tensor.is_neg()
             and has_plain_storage(type(tensor))
         ):
@@ -80,7 +80,8 @@ def group_addresses(
     values, _, layout = rows[0]
     window = values.shape[1]
     for r in rows:
-        if (r.blocks.block_size, r.blocks.density, r.values.shape[1]) != (layout.block_size, layout.density, window):
+        same = r.blocks.block_size == layout.block_size and r.blocks.density == layout.density
+        if not same or r.values.shape[1] != window:
             raise ValueError(f"rows must have the same window, block size and density, got {layout} and {r.blocks}")
     sizes = [r.blocks.count * window * r.blocks.kept for r in rows]
     numels = [r.blocks.numel for r in rows]

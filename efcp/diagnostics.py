@@ -1,11 +1,11 @@
-"""What a step did: lengths of the vectors in it, the rotation of the gradient, and how its entries were scaled.
+"""What a step did: how long its vectors are, how far it turned the gradient, and how it scaled the entries.
 
 With S the Gram matrix, w the weights of the newest update u = Gᵀw and t the slot of the newest row c:
 
     ‖c‖² = S_tt,  ‖u‖² = wᵀSw,  ⟨c, u⟩ = (Sw)_t
 
-so that only the norms of g and e cost more than m² operations. The quantiles of |u/g| (EFCP, arXiv 2306.06098, section
-6.3) need u itself. It is computed anew from the windows, one parameter at a time.
+so only the norms of g and e cost more than m² operations. The quantiles of |u/g| (EFCP, arXiv 2306.06098, section 6.3)
+need u itself. It is recomputed from the windows, one parameter at a time.
 """
 
 import math
@@ -22,7 +22,12 @@ QUANTILES = {"scaling_q25": 0.25, "scaling_q50": 0.5, "scaling_q75": 0.75}
 
 
 def norms_and_rotation(gram: Gram, members: Iterable[Member]) -> dict[str, float | None]:
-    """The norms of g, c, e and u, and cos(c, u); see `EFCP.diagnostics`."""
+    """The norms of g, c, e and u, and cos(c, u). `EFCP.diagnostics` says what each key means.
+
+    Args:
+        gram: the Gram matrix, with the weights of the newest update.
+        members: all parameters that have a window.
+    """
     members = list(members)
     S, weights = gram.matrix, gram.state["weights"]
     slot = (gram.state["step"] - 1) % len(S)
@@ -40,11 +45,15 @@ def norms_and_rotation(gram: Gram, members: Iterable[Member]) -> dict[str, float
 
 
 def scaling_quantiles(gram: Gram, members: Iterable[Member]) -> dict[str, float | None]:
-    """Quantiles of |u/g| over the entries with g ≠ 0; see `EFCP.diagnostics`.
+    """Quantiles of |u/g| over the entries with g ≠ 0. `EFCP.diagnostics` says what each key means.
 
-    Magnitudes are float32, whose bits order like the numbers. Counts of their upper 16 bits find the bin of each
-    quantile, counts of the lower 16 bits within that bin the quantile: exact, and each time with the ratios of one
-    parameter in memory.
+    They are exact, and only the ratios of one parameter are in memory at a time. Non-negative float32 numbers have the
+    order of their bits taken as integers. A first pass counts the upper 16 bits, and so finds the bin of each quantile.
+    A second pass counts the lower 16 bits within that bin, and so finds the quantile.
+
+    Args:
+        gram: the Gram matrix, with the weights of the newest update.
+        members: all parameters that have a window. Those without a gradient are left out.
     """
     members, weights = [m for m in members if m.param.grad is not None], gram.state["weights"]
     upper = _count(keys >> 16 for keys in _ratio_bits(members, weights))

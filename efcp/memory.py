@@ -14,12 +14,13 @@ from efcp.ready_made import SparseMFAC
 
 @dataclass(frozen=True)
 class MemoryReport:
-    """Bytes of an optimizer's state.
+    """Bytes of an optimizer's state. `print` shows it as a table.
 
     Attributes:
-        tensors: bytes by name of the tensors in `optimizer.state[p]`, or of lists of tensors, summed over parameters;
-            of what wrappers keep in `optimizer.state[name]`, by that name.
-        numel: elements of all parameters.
+        tensors: bytes by the name of a tensor in `optimizer.state[p]`, such as "values" or "error", summed over all
+            parameters. A list of tensors counts as one. What a wrapper keeps in `optimizer.state[name]` counts under
+            that name.
+        numel: the number of elements of all parameters.
     """
 
     tensors: dict[str, int]
@@ -43,7 +44,17 @@ class MemoryReport:
 
 
 def memory_report(optimizer: Optimizer) -> MemoryReport:
-    """The bytes of every tensor in an optimizer's state; of any `torch.optim.Optimizer`."""
+    """Measures the state of an optimizer.
+
+    >>> print(memory_report(optimizer))
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`, not only ours. State that does not exist yet is not counted: take a step
+            first, or ask `estimate_memory`.
+
+    Returns:
+        The bytes of every tensor in `optimizer.state`.
+    """
     tensors: dict[str, int] = {}
     for owner, state in optimizer.state.items():
         for name, value in _tensors(state):
@@ -55,18 +66,25 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
 def estimate_memory(
     model_or_numel: nn.Module | int | Iterable[Any], optimizer: type[EFCP] = SparseMFAC, **options: Any
 ) -> MemoryReport:
-    """The report that an optimizer would give once every parameter has had a gradient. Nothing is allocated.
+    """Says how much memory an optimizer's state will take, before anything is allocated.
 
+    It equals, to the byte, what `memory_report` says once every parameter has had a gradient.
+
+    >>> estimate_memory(model, SparseMFAC, window=64, density=0.01).total
     >>> estimate_memory(25_557_032, window=1024, density=0.01).per_parameter  # ResNet-50 as one float32 vector
 
     Args:
-        model_or_numel: a model, of which the parameters count that require gradients; or a number of float32 elements;
-            or what the optimizer takes for `params`: tensors, named tensors or param groups.
-        optimizer: the optimizer's class.
-        options: its other arguments.
+        model_or_numel: one of three: a model, whose parameters that require gradients count; a number of float32
+            elements; or what the optimizer takes for `params`, that is tensors, named tensors or param groups.
+        optimizer: the optimizer's class: `EFCP` or one derived from it.
+        options: what else the optimizer's constructor takes, such as `window` and `density`.
+
+    Returns:
+        Bytes by the name of a tensor, their sum, and that sum per parameter.
 
     Raises:
-        ValueError, TypeError: as the optimizer does.
+        ValueError: for values that the optimizer does not allow.
+        TypeError: for arguments that it does not have, and for parameters that are not real floating point.
     """
     if isinstance(model_or_numel, int):
         params: Iterable[Any] = [torch.empty(model_or_numel, device="meta")]

@@ -10,7 +10,45 @@ from efcp.windows import Identity, LowRank, TopK
 
 
 class SparseMFAC(EFCP):
-    """M-FAC over a window of sparse gradients. Arguments: see `EFCP`, `TopK` and `MFAC`."""
+    """M-FAC over a window of sparse gradients: the optimizer to begin with (EFCP, arXiv 2306.06098).
+
+    A step, with the gradient g:
+
+        c = Top-k(e + g),  e ← e + g − c    keeps the largest entries in each block of the gradient g
+        u = (λI + GᵀG/m)⁻¹ c                preconditions with the last m of these, the rows of G
+        θ ← (1 − lr · weight_decay) θ − lr · u
+
+    State, with the default dtypes and block size: 4 · window · density bytes for the window and 4 for the error e, per
+    parameter. `efcp.estimate_memory(model, SparseMFAC, window=64)` says what that comes to, momentum included.
+
+    Args:
+        params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: start from 1.3 / window. With
+            more damping it may be larger.
+        window: m, how many gradients are kept, ≥ 1. Memory grows with window · density. Fixed from the first step on.
+        density: the share of entries kept of each gradient, in (0, 1]: ceil(density · L) of a block of L entries. Fixed
+            from the first step on.
+        damping: λ > 0, in the units of a squared gradient. The larger it is, the more the step resembles SGD's. Start
+            from 1e-3, and try more first; below 1e-6 of the squared gradient norm, rounding spoils float32 steps.
+        block_size: entries of a block, an integer from 1 to 32768. Positions take one byte up to 256, two above. Fixed
+            from the first step on.
+        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
+            as large as each parameter.
+        weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
+            weight_decay.
+        max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
+            limit.
+        value_dtype: of the kept entries: torch.bfloat16 or torch.float32.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
+            parameters, and float32 for all others.
+        error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
+            keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
+        maximize: climb the objective instead of descending it.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
 
     def __init__(
         self,
@@ -43,7 +81,45 @@ class SparseMFAC(EFCP):
 
 
 class LowRankMFAC(EFCP):
-    """M-FAC over a window of low-rank gradients. Arguments: see `EFCP`, `LowRank` and `MFAC`."""
+    """M-FAC over a window of low-rank gradients (EFCP, arXiv 2306.06098; PowerSGD, arXiv 1905.13727).
+
+    A step, with the gradient g:
+
+        c = P Qᵀ ≈ e + g,  e ← e + g − c    keeps a rank-r approximation of each gradient matrix g
+        u = (λI + GᵀG/m)⁻¹ c                preconditions with the last m of these, the rows of G
+        θ ← (1 − lr · weight_decay) θ − lr · u
+
+    P and Q come from power iterations that start where those of the last step ended. State, of a matrix of R × C
+    entries with the default dtypes: 2 · window · rank · (R + C) bytes for the window, and 4 · R · C for the error e.
+    Vectors, and matrices whose factors would be no smaller, are kept whole: 4 · window bytes a float32 entry.
+
+    Args:
+        params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: start from 1.3 / window. With
+            more damping it may be larger.
+        window: m, how many gradients are kept, ≥ 1. Memory grows with window · rank. Fixed from the first step on.
+        rank: r, the rank of what is kept of a gradient matrix, ≥ 1. Fixed from the first step on.
+        power_iterations: of each step, ≥ 1. More come closer to the best approximation of that rank, and take no
+            memory. Fixed from the first step on.
+        damping: λ > 0, in the units of a squared gradient. The larger it is, the more the step resembles SGD's. Start
+            from 1e-3, and try more first; below 1e-6 of the squared gradient norm, rounding spoils float32 steps.
+        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
+            as large as each parameter.
+        weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
+            weight_decay.
+        max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
+            limit.
+        value_dtype: of the kept factors: torch.bfloat16 or torch.float32.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
+            parameters, and float32 for all others.
+        error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
+            keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
+        maximize: climb the objective instead of descending it.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
 
     def __init__(
         self,
@@ -76,7 +152,36 @@ class LowRankMFAC(EFCP):
 
 
 class DenseMFAC(EFCP):
-    """M-FAC over a window of whole gradients: m times the parameters in memory. Arguments: see `EFCP` and `MFAC`."""
+    """M-FAC over a window of whole gradients (arXiv 2107.03356): what the others approximate.
+
+    A step, with the gradient g:
+
+        c = g                               keeps the gradient g
+        u = (λI + GᵀG/m)⁻¹ c                preconditions with the last m of these, the rows of G
+        θ ← (1 − lr · weight_decay) θ − lr · u
+
+    State: `window` times the memory of the parameters.
+
+    Args:
+        params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: start from 1.3 / window. With
+            more damping it may be larger.
+        window: m, how many gradients are kept, ≥ 1. Each takes as much memory as the parameters. Fixed from the first
+            step on.
+        damping: λ > 0, in the units of a squared gradient. The larger it is, the more the step resembles SGD's. Start
+            from 1e-3, and try more first; below 1e-6 of the squared gradient norm, rounding spoils float32 steps.
+        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
+            as large as each parameter.
+        weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
+            weight_decay.
+        max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
+            limit.
+        maximize: climb the objective instead of descending it.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
 
     def __init__(
         self,
@@ -104,7 +209,49 @@ class DenseMFAC(EFCP):
 
 
 class SparseGGT(EFCP):
-    """Full-matrix Adagrad over a window of sparse gradients. Arguments: see `EFCP`, `TopK` and `GGT`."""
+    """Full-matrix Adagrad over a window of sparse gradients (GGT, arXiv 1806.02958; EFCP, arXiv 2306.06098).
+
+    A step, with the gradient g:
+
+        c = Top-k(e + g),  e ← e + g − c    keeps the largest entries in each block of the gradient g
+        u = [(GᵀG)^½ + εI]⁻¹ c              preconditions with the last m of these, the rows of G
+        θ ← (1 − lr · weight_decay) θ − lr · u
+
+    Updates u are never longer than 1. State, with the default dtypes and block size: 4 · window · density bytes for the
+    window and 4 for the error e, per parameter.
+
+    Args:
+        params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: updates u are never longer than
+            1. SparseGGT wanted 0.3 to 1 in our experiments (analysis/README.md).
+        window: m, how many gradients are kept, ≥ 1. Memory grows with window · density. Fixed from the first step on.
+        density: the share of entries kept of each gradient, in (0, 1]: ceil(density · L) of a block of L entries. Fixed
+            from the first step on.
+        eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
+        beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of the gradient g. Above 0
+            it takes a tensor as large as each parameter.
+        beta2: in (0, 1]: a row of the window counts beta2^age. 1 counts all rows alike.
+        refresh_every: steps from one eigendecomposition of the Gram matrix to the next, ≥ 1. The weights stay the same
+            up to rounding. It saves time for windows of some hundreds of rows. Fixed from the first step on.
+        block_size: entries of a block, an integer from 1 to 32768. Positions take one byte up to 256, two above. Fixed
+            from the first step on.
+        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
+            as large as each parameter.
+        weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
+            weight_decay.
+        max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
+            limit.
+        value_dtype: of the kept entries: torch.bfloat16 or torch.float32.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
+            parameters, and float32 for all others.
+        error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
+            keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
+        maximize: climb the objective instead of descending it.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
 
     def __init__(
         self,
@@ -141,7 +288,47 @@ class SparseGGT(EFCP):
 
 
 class LowRankGGT(EFCP):
-    """Full-matrix Adagrad over a window of low-rank gradients. Arguments: see `EFCP`, `LowRank` and `GGT`."""
+    """Full-matrix Adagrad over a window of low-rank gradients (GGT, arXiv 1806.02958; EFCP, arXiv 2306.06098).
+
+    A step, with the gradient g:
+
+        c = P Qᵀ ≈ e + g,  e ← e + g − c    keeps a rank-r approximation of each gradient matrix g
+        u = [(GᵀG)^½ + εI]⁻¹ c              preconditions with the last m of these, the rows of G
+        θ ← (1 − lr · weight_decay) θ − lr · u
+
+    Updates u are never longer than 1. State: as that of `LowRankMFAC`.
+
+    Args:
+        params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: updates u are never longer than
+            1. SparseGGT wanted 0.3 to 1 in our experiments (analysis/README.md).
+        window: m, how many gradients are kept, ≥ 1. Memory grows with window · rank. Fixed from the first step on.
+        rank: r, the rank of what is kept of a gradient matrix, ≥ 1. Fixed from the first step on.
+        power_iterations: of each step, ≥ 1. More come closer to the best approximation of that rank, and take no
+            memory. Fixed from the first step on.
+        eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
+        beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of the gradient g. Above 0
+            it takes a tensor as large as each parameter.
+        beta2: in (0, 1]: a row of the window counts beta2^age. 1 counts all rows alike.
+        refresh_every: steps from one eigendecomposition of the Gram matrix to the next, ≥ 1. The weights stay the same
+            up to rounding. It saves time for windows of some hundreds of rows. Fixed from the first step on.
+        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
+            as large as each parameter.
+        weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
+            weight_decay.
+        max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
+            limit.
+        value_dtype: of the kept factors: torch.bfloat16 or torch.float32.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
+            parameters, and float32 for all others.
+        error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
+            keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
+        maximize: climb the objective instead of descending it.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
 
     def __init__(
         self,
@@ -178,7 +365,40 @@ class LowRankGGT(EFCP):
 
 
 class DenseGGT(EFCP):
-    """Full-matrix Adagrad over a window of whole gradients. Arguments: see `EFCP` and `GGT`."""
+    """Full-matrix Adagrad over a window of whole gradients (GGT, arXiv 1806.02958).
+
+    A step, with the gradient g:
+
+        c = g                               keeps the gradient g
+        u = [(GᵀG)^½ + εI]⁻¹ c              preconditions with the last m of these, the rows of G
+        θ ← (1 − lr · weight_decay) θ − lr · u
+
+    Updates u are never longer than 1. State: `window` times the memory of the parameters.
+
+    Args:
+        params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: updates u are never longer than
+            1. SparseGGT wanted 0.3 to 1 in our experiments (analysis/README.md).
+        window: m, how many gradients are kept, ≥ 1. Each takes as much memory as the parameters. Fixed from the first
+            step on.
+        eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
+        beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of the gradient g. Above 0
+            it takes a tensor as large as each parameter.
+        beta2: in (0, 1]: a row of the window counts beta2^age. 1 counts all rows alike.
+        refresh_every: steps from one eigendecomposition of the Gram matrix to the next, ≥ 1. The weights stay the same
+            up to rounding. It saves time for windows of some hundreds of rows. Fixed from the first step on.
+        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
+            as large as each parameter.
+        weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
+            weight_decay.
+        max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
+            limit.
+        maximize: climb the objective instead of descending it.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
 
     def __init__(
         self,

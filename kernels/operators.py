@@ -3,6 +3,8 @@ call to one as a single node, whatever the backend does inside.
 
 Calling an operator costs tens of microseconds more than calling the backend, hence the functions of `efcp.kernels` use
 them only under a compiler. An operator takes no objects: `Rows` become lists of tensors, and the numbers of `Blocks`.
+
+Schemas are written out: PyTorch 2.6 cannot infer them from annotations such as `Sequence[Tensor | None]`.
 """
 
 from collections.abc import Sequence
@@ -28,7 +30,12 @@ def _packed(
     return [Rows(v, i, Blocks(n, block_size, density)) for v, i, n in zip(values, indices, numels, strict=True)]
 
 
-@custom_op("efcp::compress_", mutates_args=("errors", "values", "indices"))
+@custom_op(
+    "efcp::compress_",
+    mutates_args=("errors", "values", "indices"),
+    schema="(Tensor?[] grads, Tensor(a!)[] errors, Tensor(b!)[] values, Tensor(c!)[] indices, SymInt[] numels, "
+    "SymInt block_size, float density, Tensor slot, Tensor finite) -> ()",
+)
 def compress_(
     grads: Sequence[Tensor | None],
     errors: Sequence[Tensor],
@@ -44,7 +51,12 @@ def compress_(
     kernels._run("compress_", slot, grads, errors, rows, slot, finite)
 
 
-@custom_op("efcp::window_dots", mutates_args=())
+@custom_op(
+    "efcp::window_dots",
+    mutates_args=(),
+    schema="(Tensor[] values, Tensor[] indices, SymInt[] numels, SymInt block_size, float density, Tensor slot) "
+    "-> Tensor",
+)
 def window_dots(
     values: Sequence[Tensor],
     indices: Sequence[Tensor],
@@ -56,7 +68,12 @@ def window_dots(
     return kernels._run("window_dots", slot, _packed(values, indices, numels, block_size, density), slot)
 
 
-@custom_op("efcp::window_apply_", mutates_args=("targets", "momenta"))
+@custom_op(
+    "efcp::window_apply_",
+    mutates_args=("targets", "momenta"),
+    schema="(Tensor(a!)[] targets, Tensor(b!)[] momenta, Tensor[] values, Tensor[] indices, SymInt[] numels, "
+    "SymInt block_size, float density, Tensor weights, Tensor scale, Tensor step, Tensor decay) -> ()",
+)
 def window_apply_(
     targets: Sequence[Tensor],
     momenta: Sequence[Tensor],
@@ -74,7 +91,11 @@ def window_apply_(
     kernels._run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
 
 
-@custom_op("efcp::update_inverse_root_", mutates_args=("R", "column"))
+@custom_op(
+    "efcp::update_inverse_root_",
+    mutates_args=("R", "column"),
+    schema="(Tensor(a!) R, Tensor(b!) column, Tensor S, Tensor slot, float ridge) -> (Tensor, Tensor)",
+)
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     return kernels._run("update_inverse_root_", R, R, column, S, slot, ridge)
 

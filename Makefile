@@ -5,10 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 INSTALLED := $(VENV)/installed
 DEVELOPED := $(VENV)/developed
+DOCUMENTED := $(VENV)/documented
 PAPER := $(VENV)/paper
 FOLDERS := kernels perf analysis
+# Tests that need nothing but PyTorch, Numba and pytest, for other versions of these.
+CORE_TESTS := tests/efcp tests/contract/test_generic.py tests/contract/test_parameters.py tests/contract/test_training.py \
+	tests/kernels/test_reference.py tests/kernels/test_cpu.py tests/kernels/test_blocks.py
 
-.PHONY: help demo test test-slow lint check-kernels bench bench-quick compile-report traffic paper clean
+.PHONY: help demo test test-slow test-oldest test-newest docs lint check-kernels bench bench-quick compile-report traffic paper clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -21,6 +25,15 @@ test: $(DEVELOPED)  ## install, and run the tests
 
 test-slow: $(DEVELOPED)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-oldest: build/oldest/installed  ## run core tests with the oldest versions admitted (Python 3.10 to 3.13; downloads 3 GB)
+	build/oldest/bin/python -m pytest $(CORE_TESTS) -k 'not one-dimension'  # of lr: schedulers of PyTorch 2.6 refuse it
+
+test-newest: build/newest/installed  ## run core tests with the newest versions there are (downloads gigabytes)
+	build/newest/bin/python -m pytest $(CORE_TESTS)
+
+docs: $(DOCUMENTED)  ## build the site into build/docs; warnings are errors
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --doctree-dir build/doctrees --conf-dir docs . build/docs
 
 lint: $(DEVELOPED) build/types  ## check style, formatting and types
 	$(BIN)/ruff check .
@@ -57,6 +70,22 @@ $(INSTALLED): $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
 
 $(DEVELOPED): $(INSTALLED)
 	$(PIP) --editable '.[analysis,cpu,integrations,dev]'
+	touch $@
+
+$(DOCUMENTED): $(INSTALLED)
+	$(PIP) --editable '.[analysis,cpu,docs]'
+	touch $@
+
+# The root of the clone is on the path of tests, so the package itself need not be installed.
+build/oldest/installed: constraints-oldest.txt
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip --disable-pip-version-check install --quiet --requirement constraints-oldest.txt
+	touch $@
+
+build/newest/installed: pyproject.toml
+	$(PYTHON) -m venv build/newest
+	build/newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade \
+		torch numba pytest hypothesis expecttest
 	touch $@
 
 $(PAPER): $(INSTALLED)

@@ -214,7 +214,7 @@ class SparseGGT(EFCP):
     A step, with the gradient g:
 
         c = Top-k(e + g),  e ← e + g − c    keeps the largest entries in each block of the gradient g
-        u = [(GᵀG)^½ + εI]⁻¹ c              preconditions with the last m of these, the rows of G
+        u = [√(GᵀG) + εI]⁻¹ c               preconditions with the last m of these, the rows of G
         θ ← (1 − lr · weight_decay) θ − lr · u
 
     Updates u are never longer than 1. State, with the default dtypes and block size: 4 · window · density bytes for the
@@ -293,7 +293,7 @@ class LowRankGGT(EFCP):
     A step, with the gradient g:
 
         c = P Qᵀ ≈ e + g,  e ← e + g − c    keeps a rank-r approximation of each gradient matrix g
-        u = [(GᵀG)^½ + εI]⁻¹ c              preconditions with the last m of these, the rows of G
+        u = [√(GᵀG) + εI]⁻¹ c               preconditions with the last m of these, the rows of G
         θ ← (1 − lr · weight_decay) θ − lr · u
 
     Updates u are never longer than 1. State: as that of `LowRankMFAC`.
@@ -370,7 +370,7 @@ class DenseGGT(EFCP):
     A step, with the gradient g:
 
         c = g                               keeps the gradient g
-        u = [(GᵀG)^½ + εI]⁻¹ c              preconditions with the last m of these, the rows of G
+        u = [√(GᵀG) + εI]⁻¹ c               preconditions with the last m of these, the rows of G
         θ ← (1 − lr · weight_decay) θ − lr · u
 
     Updates u are never longer than 1. State: `window` times the memory of the parameters.

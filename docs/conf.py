@@ -67,17 +67,17 @@ def write_api(folder: Path = API) -> None:
     """Writes a page for each public name, and a list of all."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    overview = [
-        "# API",
-        "",
-        "Every public name, from `import efcp`. Arguments after `params` and `lr` are keywords only.",
-    ]
+    what = "Every public name, from `import efcp`. Arguments of optimizers after `params` and `lr` are keywords only."
+    overview = ["# API", "", what]
     for title, names in groups().items():
-        overview += ["", f"## {title}", "", "```{toctree}", *names, "```"]
+        overview += ["", f"## {title}", ""]
         for name in names:
+            summary = (getattr(efcp, name).__doc__ or "").split("\n\n")[0]
+            overview.append(f"- [`{name}`]({name}.md): {' '.join(summary.split())}")
             kind = "autoclass" if isinstance(getattr(efcp, name), type) else "autofunction"
             page = [f"# {name}", "", "```{eval-rst}", ".. currentmodule:: efcp", f".. {kind}:: {name}", "```", ""]
             (folder / f"{name}.md").write_text("\n".join(page), encoding="utf-8")
+    overview += ["", "```{toctree}", ":hidden:", "", *(name for names in groups().values() for name in names), "```"]
     (folder / "index.md").write_text("\n".join(overview) + "\n", encoding="utf-8")
 
 
@@ -99,6 +99,8 @@ def as_restructured_text(lines: list[str]) -> list[str]:
         if line.strip() and opens and blank_before:
             result[-2] += ":"
         elif line.strip() and opens:
+            if result[-2:-1] and result[-2].strip() == "Returns:":  # what stands before a colon would be a type there
+                result[-1] = result[-1][:-1] + "."
             result.append("")
             listed = indent
         parts = re.split(r"(`[^`]*`)", line)

@@ -66,7 +66,7 @@ def test_formulas_become_blocks(conf):
 
 def test_names_with_a_text_become_a_list(conf):
     text = ["Returns:", "    Numbers:", "        a, b: norms, that", "            go on."]
-    listed = ["Returns:", "    Numbers:", "", "        - **a, b**: norms, that", "          go on."]
+    listed = ["Returns:", "    Numbers.", "", "        - **a, b**: norms, that", "          go on."]
     assert conf.as_restructured_text(text) == listed
 
 

@@ -1,7 +1,8 @@
 """The site: Sphinx, with pages in Markdown, and the API from the docstrings. `make docs` builds it into build/docs.
 
 The source folder is the root of the repository, so pages may show and link whatever it holds (READMEs, plots, tables,
-examples), and the same links work in the repository. A page of the API is written for each name in `efcp.__all__`.
+examples), and the same links work in the repository. A page is written for each name in `efcp.__all__`, and for each
+script in examples/.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-API = ROOT / "docs" / "api"  # written here, not kept in git
+API, SCRIPTS = ROOT / "docs" / "api", ROOT / "docs" / "scripts"  # written here, not kept in git
 sys.path.insert(0, str(ROOT))
 
 import efcp  # noqa: E402  (this clone's)
@@ -42,7 +43,7 @@ pygments_style, pygments_dark_style = "friendly", "github-dark"
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
-suppress_warnings = ["myst.header"]  # tables.md and others begin where their text begins
+suppress_warnings = ["myst.header", "toc.empty_glob"]  # tables begin without a title; there may be no examples
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
@@ -79,6 +80,15 @@ def write_api(folder: Path = API) -> None:
             (folder / f"{name}.md").write_text("\n".join(page), encoding="utf-8")
     overview += ["", "```{toctree}", ":hidden:", "", *(name for names in groups().values() for name in names), "```"]
     (folder / "index.md").write_text("\n".join(overview) + "\n", encoding="utf-8")
+
+
+def write_scripts(folder: Path = SCRIPTS) -> None:
+    """Writes a page for each script in examples/, which shows it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for script in sorted((ROOT / "examples").glob("[!_]*.py")):
+        shown = f"```{{literalinclude}} ../../examples/{script.name}\n:language: python\n```\n"
+        (folder / f"{script.stem}.md").write_text(f"# examples/{script.name}\n\n{shown}", encoding="utf-8")
 
 
 def as_restructured_text(lines: list[str]) -> list[str]:
@@ -142,6 +152,7 @@ def _write_front(app: Any, exception: Exception | None) -> None:
 def setup(app: Any) -> None:
     app.connect("source-read", _add_title)
     app.connect("builder-inited", lambda _: write_api())
+    app.connect("builder-inited", lambda _: write_scripts())
     app.connect("autodoc-process-docstring", _process_docstring, priority=400)  # before napoleon
     app.connect("autodoc-skip-member", _skip_member)
     app.connect("build-finished", _write_front)

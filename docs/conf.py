@@ -43,7 +43,7 @@ pygments_style, pygments_dark_style = "friendly", "github-dark"
 
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
-suppress_warnings = ["myst.header", "toc.empty_glob"]  # tables begin without a title; there may be no examples
+suppress_warnings = ["myst.header"]  # tables.md and others begin where their text begins
 
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
@@ -83,10 +83,13 @@ def write_api(folder: Path = API) -> None:
 
 
 def write_scripts(folder: Path = SCRIPTS) -> None:
-    """Writes a page for each script in examples/, which shows it."""
+    """Writes a page for each script in examples/, which shows it, and a list of these pages."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    for script in sorted((ROOT / "examples").glob("[!_]*.py")):
+    scripts = sorted((ROOT / "examples").glob("[!_]*.py"))
+    listed = ["# All scripts", "", "```{toctree}", ":maxdepth: 1", "", *(script.stem for script in scripts), "```", ""]
+    (folder / "index.md").write_text("\n".join(listed), encoding="utf-8")
+    for script in scripts:
         shown = f"```{{literalinclude}} ../../examples/{script.name}\n:language: python\n```\n"
         (folder / f"{script.stem}.md").write_text(f"# examples/{script.name}\n\n{shown}", encoding="utf-8")
 

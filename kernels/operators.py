@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from efcp import kernels  # which imports this module, to call it
+from efcp.kernels import dispatch
 from efcp.kernels.blocks import Blocks, Rows
 
 
@@ -41,7 +41,7 @@ def compress_(
     finite: Tensor,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    kernels._run("compress_", slot, grads, errors, rows, slot, finite)
+    dispatch.run("compress_", slot, grads, errors, rows, slot, finite)
 
 
 @custom_op("efcp::window_dots", mutates_args=())
@@ -53,7 +53,7 @@ def window_dots(
     density: float,
     slot: Tensor,
 ) -> Tensor:
-    return kernels._run("window_dots", slot, _packed(values, indices, numels, block_size, density), slot)
+    return dispatch.run("window_dots", slot, _packed(values, indices, numels, block_size, density), slot)
 
 
 @custom_op("efcp::window_apply_", mutates_args=("targets", "momenta"))
@@ -71,12 +71,12 @@ def window_apply_(
     decay: Tensor,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    kernels._run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
+    dispatch.run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
 
 
 @custom_op("efcp::update_inverse_root_", mutates_args=("R", "column"))
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    return kernels._run("update_inverse_root_", R, R, column, S, slot, ridge)
+    return dispatch.run("update_inverse_root_", R, R, column, S, slot, ridge)
 
 
 @compress_.register_fake

@@ -54,7 +54,8 @@ import triton
 import triton.language as tl
 from tqdm import tqdm
 
-from efcp.kernels import Blocks, Rows, triton_ops
+from efcp.kernels import Blocks, Rows
+from efcp.kernels import triton as triton_ops
 from efcp.perf.code import Access, Line, accesses, read_code, source_lines, stream_lines
 from efcp.perf.command import ending, workers
 from efcp.perf.occupancy import LIMITS, resident_programs

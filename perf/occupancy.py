@@ -15,8 +15,8 @@ Scalar registers of AMD are left out: only more than 100 of them would cost a wa
 
 from dataclasses import dataclass
 
-from efcp.kernels.triton_ops import LEAST_SHARED, SHARED
-from efcp.kernels.triton_ops.tuning import DRIVER_SHARED
+from efcp.kernels.triton import LEAST_SHARED, SHARED
+from efcp.kernels.triton.tuning import DRIVER_SHARED
 
 __all__ = ["LIMITS", "Limits", "resident_programs"]
 

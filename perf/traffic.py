@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 from efcp import SparseMFAC
 from efcp.analysis.data import DataSet, load_data
-from efcp.kernels import Blocks, Rows, triton_ops
+from efcp.kernels import Blocks, Rows
+from efcp.kernels import triton as triton_ops
 from efcp.perf.gpusim import Access, simulate
 
 __all__ = ["Overlap", "Window", "count", "measure", "overlap", "random_window", "trained_window"]

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from efcp.kernels import Blocks, Rows
-from efcp.kernels.triton_ops import portable
+from efcp.kernels.triton import portable
 from efcp.perf.offline import GPUTarget, compile_for
 
 TARGETS = {

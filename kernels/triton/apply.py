@@ -20,15 +20,15 @@ from triton.experimental.gluon import language as gl
 
 from efcp.kernels.blocks import Blocks, Rows, kept
 from efcp.kernels.reference import accumulation_dtype
-from efcp.kernels.triton_ops.group import (
+from efcp.kernels.triton.launch import (
     DTYPES,
-    Group,
+    Launch,
     at_most_registers,
     find_block,
-    group,
+    launch_of,
     triton_accumulation_dtype,
 )
-from efcp.kernels.triton_ops.tuning import Configuration, choose, most_in_flight
+from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
 
 find_block = gluon.jit(find_block.fn)
 ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
@@ -168,14 +168,14 @@ def window_apply_(
     candidates: Sequence[Configuration],
 ) -> None:
     """With one of some configurations."""
-    table = group(rows, targets=targets, momenta=momenta)
+    table = launch_of(rows, targets=targets, momenta=momenta)
     if table.blocks == 0:
         return
     weights = weights.to(accumulation_dtype(targets[0].dtype))
     values, indices, blocks = rows[0]
     dtype, momentum_dtype = targets[0].dtype, momenta[0].dtype if momenta else None
 
-    def launch(table: Group, configuration: Configuration) -> None:
+    def launch(table: Launch, configuration: Configuration) -> None:
         with torch.cuda.device_of(weights):
             _apply_kernel[(table.blocks,)](
                 table.parameters, table.owners, weights, scale, step, decay, values.shape[1],
@@ -189,6 +189,6 @@ def window_apply_(
     def trial(window: Rows) -> Callable[[Configuration], None]:
         target = torch.zeros(window.blocks.numel, dtype=dtype, device=weights.device)
         momentum = [torch.zeros_like(target, dtype=momentum_dtype)] if momenta else []
-        return lambda configuration: launch(group([window], targets=[target], momenta=momentum), configuration)
+        return lambda configuration: launch(launch_of([window], targets=[target], momenta=momentum), configuration)
 
     launch(table, choose("window_apply_", rows, (dtype, momentum_dtype), candidates, trial))

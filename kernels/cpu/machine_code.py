@@ -1,4 +1,4 @@
-"""Machine code of the CPU kernels: compiled by Numba, and kept on disk for the next process.
+"""Machine code of the kernels: compiled by Numba, and kept on disk for the next process.
 
 A kernel is loaded from the cache, else compiled and saved there. Where the cache fails, the kernel is compiled for this
 process only, and one warning says why. Where compiling fails, `BackendError` says why, and the definition runs.
@@ -13,16 +13,17 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numba
-from numba import cfunc, config
+from numba import cfunc, config, njit, types
 
-from efcp.kernels import BackendError
+from efcp.kernels.dispatch import BackendError
 
-__all__ = ["compiled"]
+__all__ = ["Kernel", "cached_kernel", "compiled", "jit"]
 
 if vars(config)["DISABLE_JIT"]:
     raise ImportError("the environment variable NUMBA_DISABLE_JIT forbids Numba to compile")
@@ -30,6 +31,43 @@ if vars(config)["DISABLE_JIT"]:
 CHECKSUM_BYTES = sha256().digest_size
 
 _has_warned = False
+
+
+class Kernel(Protocol):
+    """Compiled code that takes the address of a call (see `launch.py`)."""
+
+    address: int
+    ctypes: Callable[[int], None]  # releases the GIL
+
+
+def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Compiles a part of a kernel."""
+    return njit(nogil=True, error_model="numpy", **options)(function)
+
+
+def cached_kernel(*constants: object) -> Callable[[Callable[[int], None]], Kernel]:
+    """Compiles what Python calls, or loads its machine code from disk.
+
+    Constants that a kernel is compiled for become part of its name, which is that of a symbol in the machine code: two
+    of one name could end up with each other's code. The cache also compares what a kernel refers to in the function
+    around it: that must be numbers and types, since any other object is a new one in each process.
+
+    Raises:
+        BackendError: if it cannot be compiled.
+    """
+
+    def kernel(function: Callable[[int], None]) -> Kernel:
+        function.__qualname__ = "-".join(map(str, [function.__name__, *constants]))
+        return compiled(function, (types.int64,), types.void, error_model="numpy")
+
+    return kernel
+
+
+@cache
+def _sources() -> str:
+    """A hash of the files in this folder, any of which a kernel may be made of."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
 
 
 def _warn_once(trouble: str, error: Exception) -> None:
@@ -80,8 +118,8 @@ class CodeCache:
 
     def _path(self, signature: Any, codegen: Any) -> Path:
         implementation = self._numba._impl
-        processor_and_function = self._numba._index_key(signature, codegen)
-        key = repr((numba.__version__, implementation.locator.get_source_stamp(), processor_and_function))
+        sources = implementation.locator.get_source_stamp(), _sources()
+        key = repr((numba.__version__, *sources, self._numba._index_key(signature, codegen)))
         name = f"{implementation.filename_base}-{sha256(key.encode()).hexdigest()[:32]}.code"
         return Path(self._numba.cache_path, name)
 

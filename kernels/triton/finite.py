@@ -10,7 +10,7 @@ from torch import Tensor
 from efcp.kernels.addresses import addresses
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.reference import accumulation_dtype
-from efcp.kernels.triton_ops.group import DTYPES, find_block, tables, triton_accumulation_dtype
+from efcp.kernels.triton.launch import DTYPES, find_block, tables, triton_accumulation_dtype
 
 SIZE = 8192  # elements of a program
 NUM_WARPS = 8

@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| `group.py`, `tuning.py` | many parameters in one launch; the choice of its configuration |
+| `launch.py`, `tuning.py` | many parameters in one launch; the choice of its configuration |
 | `compress.py`, `finite.py` | `compress_` and `all_finite`, for any GPU |
 | `dots.py`, `apply.py` | `window_dots` and `window_apply_` with sums in shared memory, in Gluon: NVIDIA, Triton ≥ 3.8 |
 | `portable.py` | the same two for all others |
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from efcp.kernels.blocks import Rows
 from efcp.kernels.reference import update_inverse_root_
-from efcp.kernels.triton_ops import portable
-from efcp.kernels.triton_ops.compress import compress_
-from efcp.kernels.triton_ops.finite import all_finite
+from efcp.kernels.triton import portable
+from efcp.kernels.triton.compress import compress_
+from efcp.kernels.triton.finite import all_finite
 
 try:
-    from efcp.kernels.triton_ops import apply, dots
+    from efcp.kernels.triton import apply, dots
 
     HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
 except ImportError:  # a version of Triton without Gluon

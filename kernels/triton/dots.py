@@ -21,8 +21,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from efcp.kernels.blocks import Blocks, Rows, kept
-from efcp.kernels.triton_ops.group import DTYPES, Group, at_most_registers, find_block, group
-from efcp.kernels.triton_ops.tuning import Configuration, choose, most_in_flight
+from efcp.kernels.triton.launch import DTYPES, Launch, at_most_registers, find_block, launch_of
+from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
 
 find_block = gluon.jit(find_block.fn)
 ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
@@ -203,11 +203,11 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
 
 def window_dots(rows: Sequence[Rows], slot: Tensor, candidates: Sequence[Configuration]) -> Tensor:
     """With one of some configurations."""
-    table = group(rows)
+    table = launch_of(rows)
     values, indices, blocks = rows[0]
     row = kept(blocks.block_size, blocks.density)
 
-    def launch(table: Group, configuration: Configuration) -> Tensor:
+    def launch(table: Launch, configuration: Configuration) -> Tensor:
         # More blocks for each where the sums that a program leaves would be many bytes compared with the window.
         per_program = max(triton.cdiv(table.blocks, PROGRAMS), min(16, triton.cdiv(128, row)))
         programs = triton.cdiv(table.blocks, per_program)
@@ -223,6 +223,6 @@ def window_dots(rows: Sequence[Rows], slot: Tensor, candidates: Sequence[Configu
         return partial
 
     def trial(window: Rows) -> Callable[[Configuration], object]:
-        return lambda configuration: launch(group([window]), configuration)
+        return lambda configuration: launch(launch_of([window]), configuration)
 
     return launch(table, choose("window_dots", rows, (), candidates, trial)).sum(0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from efcp.kernels.blocks import Rows, kept
 from efcp.kernels.reference import accumulation_dtype
-from efcp.kernels.triton_ops.group import DTYPES, at_most_registers, find_block, group, triton_accumulation_dtype
+from efcp.kernels.triton.launch import DTYPES, at_most_registers, find_block, launch_of, triton_accumulation_dtype
 
 TILE = 2048  # entries of the window in flight in a program
 PROGRAMS = 1056  # at most, a few for each multiprocessor
@@ -57,7 +57,7 @@ def _portable_dots_kernel(parameters, owners, newest, partial, window, blocks, P
 
 
 def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
-    table = group(rows)
+    table = launch_of(rows)
     values, indices, blocks = rows[0]
     window, size = values.shape[1], blocks.block_size
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
@@ -128,7 +128,7 @@ def window_apply_(
     step: Tensor,
     decay: Tensor,
 ) -> None:
-    table = group(rows, targets=targets, momenta=momenta)
+    table = launch_of(rows, targets=targets, momenta=momenta)
     if table.blocks == 0:
         return
     values, indices, blocks = rows[0]

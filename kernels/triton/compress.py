@@ -14,16 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from efcp.kernels.blocks import Rows
-from efcp.kernels.triton_ops.group import (
+from efcp.kernels.triton.launch import (
     DTYPES,
-    Group,
+    Launch,
     at_most_registers,
     find_block,
-    group,
+    launch_of,
     triton_accumulation_dtype,
     warp_size,
 )
-from efcp.kernels.triton_ops.tuning import Configuration, choose
+from efcp.kernels.triton.tuning import Configuration, choose
 
 
 def configurations(size: int, bytes: int, width: int, warp: int) -> list[Configuration]:
@@ -178,7 +178,7 @@ def _compress_kernel(parameters, owners, slot, finite, window,
 def compress_(
     grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
-    table = group(rows, grads=grads, errors=errors)
+    table = launch_of(rows, grads=grads, errors=errors)
     if table.blocks == 0:
         return
     dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
@@ -187,7 +187,7 @@ def compress_(
     accumulated = triton_accumulation_dtype(dtype)
     width = 16 // min(dtype.itemsize, (error_dtype or dtype).itemsize)  # elements of an access of 128 bits
 
-    def launch(table: Group, configuration: Configuration) -> None:
+    def launch(table: Launch, configuration: Configuration) -> None:
         with torch.cuda.device_of(slot):
             _compress_kernel[(table.blocks,)](
                 table.parameters, table.owners, slot, finite.view(torch.uint8), values.shape[1],
@@ -199,7 +199,7 @@ def compress_(
     def trial(window: Rows) -> Callable[[Configuration], None]:
         grad = torch.randn(window.blocks.numel, device=slot.device).to(dtype)
         error = [torch.zeros_like(grad, dtype=error_dtype)] if errors else []
-        return lambda configuration: launch(group([window], grads=[grad], errors=error), configuration)
+        return lambda configuration: launch(launch_of([window], grads=[grad], errors=error), configuration)
 
     candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, warp_size())
     launch(table, choose("compress_", rows, (dtype, error_dtype), candidates, trial))

@@ -38,8 +38,8 @@ DTYPES = {
 }
 
 
-class Group(NamedTuple):
-    """The tables of a group, on its device."""
+class Launch(NamedTuple):
+    """What a launch is told of its parameters, on its device."""
 
     parameters: Tensor
     owners: Tensor
@@ -49,8 +49,8 @@ class Group(NamedTuple):
         return len(self.owners)
 
 
-def group(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> Group:
-    """The group of parameters with these windows and up to two other tensors each, x and y in the table.
+def launch_of(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> Launch:
+    """The launch for parameters with these windows and up to two other tensors each, x and y in the table.
 
     Args:
         rows: values, indices and layouts.
@@ -63,8 +63,8 @@ def group(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> Group:
 
 
 @lru_cache(maxsize=256)
-def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks], ...]) -> Group:
-    """The group of parameters with these addresses and layouts; made once, as most stay from step to step."""
+def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks], ...]) -> Launch:
+    """The launch for parameters with these addresses and layouts; made once, as most stay from step to step."""
     parameters, owners = [], []
     for number, (*addresses, blocks) in enumerate(entries):
         aligned = all(address % 16 == 0 for address in addresses)
@@ -74,7 +74,7 @@ def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks
         owner = torch.arange(blocks.count, device="cpu") | number << (BLOCK_BITS.value + 1)
         owner[-1:] |= 1 << BLOCK_BITS.value
         owners.append(owner)
-    return Group(_on(device, torch.tensor(parameters, device="cpu")), _on(device, torch.cat(owners)))
+    return Launch(_on(device, torch.tensor(parameters, device="cpu")), _on(device, torch.cat(owners)))
 
 
 _captured: list[Tensor] = []  # a graph of CUDA copies from these again at each replay, so they stay

@@ -107,7 +107,7 @@ class Gram:
         return torch.dot(weights, self.matrix @ weights).clamp(min=0)
 
 
-def host_can_look(tensor: Tensor) -> bool:
+def is_on_cpu(tensor: Tensor) -> bool:
     """Whether the host can read a number of a tensor without waiting for a device."""
     return tensor.is_cpu and not is_fake(tensor)
 

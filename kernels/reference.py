@@ -126,10 +126,10 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
     row = row * schur.rsqrt()
     R.index_copy_(0, slot, row.unsqueeze(0))
     column.copy_(others + row * row.index_select(0, following))
-    return x, missed(x, S, slot, ridge)
+    return x, column_residual(x, S, slot, ridge)
 
 
-def missed(x: Tensor, S: Tensor, slot: Tensor, ridge: float) -> Tensor:
-    """By how much x is not column `slot` of the inverse: e_t − (ridge · I + S) x, (m,)."""
+def column_residual(x: Tensor, S: Tensor, slot: Tensor, ridge: float) -> Tensor:
+    """The residual e_t − (ridge · I + S) x, (m,): zero where x is column `slot` of the inverse."""
     unit = torch.zeros_like(x).index_fill_(0, slot, 1.0)
     return torch.addmv(unit, S, x, alpha=-1).sub_(x, alpha=ridge)

@@ -136,31 +136,31 @@ def _border_kernel() -> Kernel:
 @cache
 def _residual_kernel() -> Kernel:
     @cached_kernel()
-    def missed(call: int) -> None:
+    def subtract(call: int) -> None:
         """The pass over S."""
-        pieces, gram, slot, x_at, miss, window, ridge = pieces_and_arguments(call, 6)
+        pieces, gram, slot, x_at, residual, window, ridge = pieces_and_arguments(call, 6)
         t, x = load_i64(slot, 0), _float64s(x_at, 0, window)
         first, last = take_share(call)
         while first < last:
             for i in range(first * window // pieces, last * window // pieces):
                 product = _dot(_float64s(gram, i * window, window), x, window) + load_f64(ridge, 0) * x[i]
-                store_f64(miss, i, np.float64(i == t) - product)
+                store_f64(residual, i, np.float64(i == t) - product)
             first, last = take_share(call)
 
-    return missed
+    return subtract
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
     window = len(R)
     pieces = -(-window // PIECE_ROWS)
-    x, miss = (torch.empty(window, dtype=torch.float64, device=CPU) for _ in range(2))
+    x, residual = (torch.empty(window, dtype=torch.float64, device=CPU) for _ in range(2))
     vectors = torch.empty(SUMS_OF_PIECES + 2 * pieces, window, dtype=torch.float64, device=CPU)
     scratch, number = vectors.data_ptr(), array("d", [ridge])
     root, gram = (addresses(n, [M], torch.float64, CPU, [window**2])[0] for n, M in (("R", R), ("S", S)))
     (column_at,), at = addresses("column", [column], torch.float64, CPU, [window]), slot_address(slot, window)
-    reflect, border, missed = _reflect_kernel(), _border_kernel(), _residual_kernel()  # all, before R changes
+    reflect, border, subtract = _reflect_kernel(), _border_kernel(), _residual_kernel()  # all, before R changes
     ridge_at, work = number.buffer_info()[0], window * window
     run(reflect, (root, column_at, gram, at, scratch, window), pieces, work)
     run(border, (root, column_at, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
-    run(missed, (gram, at, x.data_ptr(), miss.data_ptr(), window, ridge_at), pieces, work)
-    return x, miss
+    run(subtract, (gram, at, x.data_ptr(), residual.data_ptr(), window, ridge_at), pieces, work)
+    return x, residual

@@ -16,6 +16,7 @@ import triton
 from torch import Tensor
 
 from efcp.kernels.blocks import Rows
+from efcp.kernels.gpus import architecture
 from efcp.kernels.reference import update_inverse_root_
 from efcp.kernels.triton import portable
 from efcp.kernels.triton.compress import compress_
@@ -30,18 +31,13 @@ except ImportError:  # a version of Triton without Gluon
 
 __all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "window_dots"]
 
-# Shared memory of a program at most, in bytes, by compute capability (CUDA C++ Programming Guide, table of technical
-# specifications); others have at least as much as the least of these.
-SHARED = {80: 163 << 10, 87: 163 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10}
-LEAST_SHARED = 99 << 10
-
 
 def _shared_memory() -> int:
     """Bytes of shared memory that a Gluon program may take on the current GPU, 0 where there can be none."""
     if not HAS_GLUON or triton.knobs.runtime.interpret:
         return 0
     target = triton.runtime.driver.active.get_current_target()
-    return SHARED.get(target.arch, LEAST_SHARED) if target.backend == "cuda" and target.arch >= 80 else 0
+    return architecture(target.arch).program_shared if target.backend == "cuda" and target.arch >= 80 else 0
 
 
 def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:

@@ -18,11 +18,12 @@ import triton
 from torch import Tensor
 
 from efcp.kernels.blocks import Blocks, Rows
+from efcp.kernels.gpus import architecture
 
 Configuration = dict[str, int]  # constants and options of a launch
 NUMEL = 1 << 22  # elements of the parameter that configurations are tried on
 IN_FLIGHT = 32 << 10  # bytes on their way to a multiprocessor at a time, at least; fewer leave its memory idle
-DRIVER_SHARED = 1 << 10  # bytes of shared memory that a program costs besides its own
+RESERVED = architecture(90).reserved  # bytes of shared memory that a program costs besides its own
 
 
 def most_in_flight(candidates: Sequence[tuple[Configuration, int, int]], shared: int) -> list[Configuration]:
@@ -33,7 +34,7 @@ def most_in_flight(candidates: Sequence[tuple[Configuration, int, int]], shared:
         shared: bytes of shared memory that a program may take, almost all that a multiprocessor has.
     """
     fit = [
-        (min((shared + DRIVER_SHARED) // (taken + DRIVER_SHARED) * flying, IN_FLIGHT), configuration)
+        (min((shared + RESERVED) // (taken + RESERVED) * flying, IN_FLIGHT), configuration)
         for configuration, taken, flying in candidates
         if taken <= shared
     ]

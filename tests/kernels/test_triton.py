@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from efcp.kernels import Blocks, Rows, reference
-from efcp.perf.gpusim import SimulationError, why_unavailable
+from efcp.perf.gpu.gpusim import SimulationError, why_unavailable
 from tests.kernels.kernel_cases import (
     BFLOAT16,
     FINITE,
@@ -37,7 +37,7 @@ if reason := why_unavailable():
 from efcp.kernels import triton as triton_ops
 from efcp.kernels.triton import apply, compress, dots, portable
 from efcp.kernels.triton.launch import launch_of
-from efcp.perf.gpusim import simulate
+from efcp.perf.gpu.gpusim import simulate
 
 # A case with another block size, dtype or architecture costs compilations, one with another input next to nothing.
 CASES = [

@@ -7,7 +7,7 @@ from itertools import chain
 import pytest
 import torch
 
-from efcp.perf.gpusim import simulate, why_unavailable
+from efcp.perf.gpu.gpusim import simulate, why_unavailable
 from tests.kernels.kernel_cases import Case, check_apply, check_compress, check_dots
 
 if reason := why_unavailable():

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from efcp.kernels import Blocks, Rows
 from efcp.kernels.triton import portable
-from efcp.perf.offline import GPUTarget, compile_for
+from efcp.perf.gpu.offline import GPUTarget, compile_for
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),

@@ -1,6 +1,6 @@
 """What the Triton kernels ask of global memory, counted by gpusim, and held against the least that they could.
 
-    python -m efcp.perf.traffic    # perf/results/traffic.csv and .md; some minutes
+    python -m efcp.perf.gpu.traffic    # results/gpu/traffic.csv and .md; some minutes
 
 One parameter of 256 blocks of 4096 elements in float32, with error in float32 (`compress_` also in bfloat16), values in
 bfloat16, and indices in int16. Rows of the CSV are launches, and their sum for each operation, `all`. The floor:
@@ -24,7 +24,7 @@ no cache. Atomics are in `bytes stored`. What PyTorch does besides, such as fill
 if __name__ == "__main__":  # before the imports, of which one may fail
     from efcp.perf.command import run
 
-    run("efcp.perf.traffic")
+    run("efcp.perf.gpu.traffic")
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -41,13 +41,13 @@ from efcp import SparseMFAC
 from efcp.analysis.data import DataSet, load_data
 from efcp.kernels import Blocks, Rows
 from efcp.kernels import triton as triton_ops
-from efcp.perf.gpusim import Access, simulate
+from efcp.perf.gpu.gpusim import Access, simulate
 
 __all__ = ["Overlap", "Window", "count", "measure", "overlap", "random_window", "trained_window"]
 
 BLOCK_SIZE, BLOCKS = 4096, 256
 BATCH = 64
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("results/gpu")
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def measure(arch: int, densities: Iterable[float], windows: Sequence[int]) -> pd
 def markdown(frame: pd.DataFrame, arch: int) -> str:
     """A table for each operation, with the sums over its launches."""
     text = [f"# Traffic to global memory, sm_{arch}", ""]
-    text += ["Made by `python -m efcp.perf.traffic`, whose head explains the columns. In MiB.", ""]
+    text += ["Made by `python -m efcp.perf.gpu.traffic`, whose head explains the columns. In MiB.", ""]
     for operation, rows in frame[frame["launch"] == "all"].groupby("operation", sort=True):
         shown = rows.drop(columns=["operation", "launch"]).dropna(axis="columns", how="all")
         for column in ("bytes loaded", "bytes stored", "bytes", "floor"):
@@ -192,7 +192,7 @@ def markdown(frame: pd.DataFrame, arch: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="efcp.perf.traffic", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="efcp.perf.gpu.traffic", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--csv", type=Path, default=RESULTS / "traffic.csv", help="where to write all launches")
     parser.add_argument("--markdown", type=Path, default=RESULTS / "traffic.md", help="where to write the sums")
     parser.add_argument("--arch", type=int, default=90, help="compute capability without the dot")

@@ -1,7 +1,7 @@
 """Compile every shipped configuration of the Triton kernels for GPUs that are not here, and tell what came of it.
 
-    python -m efcp.perf.compile_report            # perf/results/compile-report.csv and .md
-    python -m efcp.perf.compile_report --check    # exit status 1 if a kernel is not as it should be
+    python -m efcp.perf.gpu.report            # results/gpu/compile-report.csv and .md
+    python -m efcp.perf.gpu.report --check    # exit status 1 if a kernel is not as it should be
 
 Operations and targets are shared out among processes (`--processes`). Without `--quick`, what is done is kept until all
 is, in a folder for temporary files, so that the report goes on from there if it was interrupted.
@@ -32,7 +32,7 @@ On sm_80 and sm_90, fewer than 32 KB in flight count as a problem.
 if __name__ == "__main__":  # before the imports, of which one may fail
     from efcp.perf.command import run
 
-    run("efcp.perf.compile_report")
+    run("efcp.perf.gpu.report")
 
 import argparse
 import hashlib
@@ -56,10 +56,11 @@ from tqdm import tqdm
 
 from efcp.kernels import Blocks, Rows
 from efcp.kernels import triton as triton_ops
-from efcp.perf.code import Access, Line, accesses, read_code, source_lines, stream_lines
+from efcp.kernels.gpus import ARCHITECTURES
 from efcp.perf.command import ending, workers
-from efcp.perf.occupancy import LIMITS, resident_programs
-from efcp.perf.offline import Compiled, GPUTarget, compile_for
+from efcp.perf.gpu.code import Access, Line, accesses, read_code, source_lines, stream_lines
+from efcp.perf.gpu.occupancy import resident_programs
+from efcp.perf.gpu.offline import Compiled, GPUTarget, compile_for
 
 __all__ = ["Case", "Part", "Result", "compile_cases", "make_part", "problems", "unreached"]
 
@@ -86,7 +87,7 @@ KB_IN_FLIGHT = 32  # at least, on these:
 BUSY = (80, 90)
 # The sums of large blocks leave shared memory for too few programs.
 FILLING, SHARED_OF_MANY = "_apply_kernel", 32 << 10
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path("results/gpu")
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def problems(kernel: Compiled, exempt: frozenset[str] = EXEMPT) -> list[str]:
     """What is wrong with a kernel: spilled registers, memory of a thread, too much of anything, narrow streams.
 
     Args:
-        kernel: compiled for a target with `LIMITS`.
+        kernel: compiled for one of `ARCHITECTURES`.
         exempt: names of kernels that need not stream.
 
     Returns:
@@ -189,7 +190,7 @@ def unreached(reached: Iterable[tuple[str, int]]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="efcp.perf.compile_report", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="efcp.perf.gpu.report", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--csv", type=Path, default=RESULTS / "compile-report.csv", help="where to write all columns")
     parser.add_argument("--markdown", type=Path, default=RESULTS / "compile-report.md", help="where to write tables")
     parser.add_argument("--quick", action="store_true", help="some configurations, two targets")
@@ -286,7 +287,7 @@ def markdown(frame: pd.DataFrame, quick: bool) -> str:
     text = [
         "# Compiled kernels",
         "",
-        f"Made by `python -m efcp.perf.compile_report{' --quick' * quick}`, whose head explains the columns.",
+        f"Made by `python -m efcp.perf.gpu.report{' --quick' * quick}`, whose head explains the columns.",
         "",
     ]
     for operation, rows in frame.groupby("operation", sort=False):
@@ -392,7 +393,7 @@ def _row(result: Result) -> dict[str, object]:
         "stack": kernel.stack,
         "shared": kernel.shared,
         "programs": programs,
-        "occupancy": f"{programs * kernel.num_warps / LIMITS[kernel.target.arch].warps:.0%}",
+        "occupancy": f"{programs * kernel.num_warps / ARCHITECTURES[kernel.target.arch].warps:.0%}",
         "KB in flight": flying,
         "loads": _widths(found, "load", marked),
         "stores": _widths(found, "store", marked),

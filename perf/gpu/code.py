@@ -13,7 +13,7 @@ from pathlib import Path
 
 import triton
 
-from efcp.perf.offline import Compiled
+from efcp.perf.gpu.offline import Compiled
 
 __all__ = ["Access", "Code", "Line", "accesses", "read_code", "source_lines", "stream_lines"]
 

@@ -35,7 +35,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
-from efcp.kernels.addresses import addresses, group_addresses
+from efcp.kernels.addresses import addresses, check_inverse_root, check_weights, gradient_addresses, group_addresses
 from efcp.kernels.blocks import Rows
 from efcp.kernels.machine_code import compiled
 from efcp.kernels.reference import accumulation_dtype
@@ -1439,9 +1439,10 @@ def _coded(name: str, tensor: Tensor) -> torch.dtype:
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:
-    dtype, numels = _coded("grads", grads[0]), [grad.numel() for grad in grads]
+    found = gradient_addresses(grads, CPU)
+    dtype, numels = grads[0].dtype, [grad.numel() for grad in grads]
     ends = list(accumulate(-(-numel // CHUNK) for numel in numels))
-    table = array("q", [*ends, *numels, *addresses("grads", grads, dtype, CPU, numels)])
+    table = array("q", [*ends, *numels, *found])
     pieces = max(1, min(ends[-1], PIECES))
     sums = array("d", bytes(8 * (pieces + 1)))
     arguments = (table.buffer_info()[0], len(grads), CODES[dtype], sums.buffer_info()[0], ends[-1])
@@ -1492,10 +1493,10 @@ def window_apply_(
     group = _group(rows, targets=targets, momenta=momenta)
     dtype, (values, indices, _) = _coded("targets", targets[0]), rows[0]
     window = values.shape[1]
-    weights = weights.contiguous()
+    weights = check_weights(values, weights, window)
     arguments = (
         *group.arguments, CODES[dtype], CODES[_coded("momenta", momenta[0])] if momenta else NONE,
-        *addresses("weights", [weights], _coded("weights", weights), CPU, [window]), CODES[weights.dtype],
+        weights.data_ptr(), CODES[weights.dtype],
         _scalar("scale", scale), CODES[scale.dtype], _scalar("step", step), CODES[step.dtype],
         _scalar("decay", decay), CODES[decay.dtype], window,
     )  # fmt: skip
@@ -1504,6 +1505,7 @@ def window_apply_(
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    check_inverse_root(R, column, S, slot)
     window = len(R)
     pieces = -(-window // PIECE_ROWS)
     x, miss = (torch.empty(window, dtype=torch.float64, device=CPU) for _ in range(2))

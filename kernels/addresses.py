@@ -94,8 +94,9 @@ def group_addresses(
     if not rows:
         raise ValueError("rows must hold those of at least one parameter, got none")
     values, _, layout = rows[0]
-    if values.dim() != 3:
-        raise ValueError(f"values must be of shape (blocks, window, kept), got {tuple(values.shape)}")
+    for r in rows:
+        if r.values.dim() != 3:
+            raise ValueError(f"values must be of shape (blocks, window, kept), got {tuple(r.values.shape)}")
     window = values.shape[1]
     for r in rows:
         if (r.blocks.block_size, r.blocks.density, r.values.shape[1]) != (layout.block_size, layout.density, window):

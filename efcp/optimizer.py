@@ -40,7 +40,7 @@ from efcp.diagnostics import norms_and_rotation, scaling_quantiles
 from efcp.gram import Gram, Origin, allocate_gram, check_gram
 from efcp.lookout import Lookout
 from efcp.options import check_keys
-from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state
+from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state, new_tensors_are_fake
 from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
@@ -459,12 +459,13 @@ class EFCP(Optimizer):
 
     def _check_tensors(self) -> None:
         """Checks all gradients and states before a step changes anything."""
+        fake = new_tensors_are_fake()
         for group in self.param_groups:
             compressor = self._compressor_of(group)
             for p in group["params"]:
                 name, state = partial(self._name, p), self.state.get(p, {})
                 if p.grad is not None:
-                    check_gradient(name, p)
+                    check_gradient(name, p, fake)
                 if "numel" in state:
                     check_state(name, p, state, compressor)
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 
 from efcp import kernels
@@ -22,27 +23,50 @@ def check_parameter(name: Callable[[], str], param: Tensor) -> None:
         name: gives the name of the parameter, for errors.
 
     Raises:
-        TypeError: for a dtype that is not real floating point, and for tensors without plain storage, such as DTensor.
+        TypeError: for a dtype that is not real floating point, for sparse and nested tensors, and for tensors without
+            plain storage, such as DTensor.
         ValueError: for elements that share memory with each other, as those of `Tensor.expand` do.
     """
+    if param.layout != torch.strided or param.is_nested:
+        kind = "nested" if param.is_nested else param.layout
+        raise TypeError(f"params must be dense, got {kind} for {name()}")
     if not _is_plain(param):
         raise TypeError(f"params must be tensors with memory of their own, got a {type(param).__name__} for {name()}")
     if param.dtype not in DTYPES:
         raise TypeError(f"params must be of dtype {_names(DTYPES)}, got {param.dtype} for {name()}")
-    if not isinstance(param, UninitializedParameter):
-        _check_memory(name, param)
+    if not isinstance(param, UninitializedParameter) and not param.is_contiguous() and _overlaps(param):
+        strides, shape = param.stride(), tuple(param.shape)
+        raise ValueError(
+            f"params must have an address for each element, got shape {shape} with strides {strides} for {name()}"
+        )
 
 
-def check_gradient(name: Callable[[], str], param: Tensor) -> None:
+def new_tensors_are_fake() -> bool:
+    """Whether a FakeTensorMode is active. A compiler that traces a step has one of its own."""
+    return not torch.compiler.is_compiling() and isinstance(torch.empty(0, device="cpu"), FakeTensor)
+
+
+def check_gradient(name: Callable[[], str], param: Tensor, fake: bool) -> None:
     """Raises an error unless a parameter can be stepped along its gradient, which is not None.
+
+    Args:
+        name: gives the name of the parameter, for errors.
+        fake: what `new_tensors_are_fake` says, for a step makes new tensors.
 
     Raises:
         RuntimeError: for a sparse gradient.
-        TypeError: for a gradient that is not real floating point, or has no plain storage, or is fake where the
-            parameter is not.
+        TypeError: for a gradient that is not real floating point, or has no plain storage; where only some of
+            gradient, parameter and new tensors are fake; and for a parameter that has become what `check_parameter`
+            refuses.
         ValueError: for a gradient of another shape or device than the parameter, and for a parameter that has come to
             overlap itself or to be an inference tensor.
     """
+    check_parameter(name, param)
+    if isinstance(param, FakeTensor) != fake and not torch.compiler.is_compiling():
+        raise TypeError(
+            f"params must be fake tensors in a step under FakeTensorMode, and in no other, got a "
+            f"{type(param).__name__} for {name()}"
+        )
     grad = param.grad
     assert grad is not None
     if grad.layout != torch.strided:
@@ -64,7 +88,6 @@ def check_gradient(name: Callable[[], str], param: Tensor) -> None:
         )
     if param.is_inference():
         raise ValueError(f"params must not be inference tensors, which cannot be updated, got one for {name()}")
-    _check_memory(name, param)
 
 
 def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any], compressor: Compressor) -> None:
@@ -100,14 +123,6 @@ def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any], c
                 f"the state of a parameter must be fake if and only if it is: {name()} is a {type(param).__name__}, "
                 f"its {key} a {type(own).__name__}; make another optimizer for steps under FakeTensorMode"
             )
-
-
-def _check_memory(name: Callable[[], str], param: Tensor) -> None:
-    if not param.is_contiguous() and _overlaps(param):
-        strides, shape = param.stride(), tuple(param.shape)
-        raise ValueError(
-            f"params must have an address for each element, got shape {shape} with strides {strides} for {name()}"
-        )
 
 
 def _overlaps(tensor: Tensor) -> bool:

@@ -35,7 +35,7 @@ from numba.core.registry import cpu_target
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
-from efcp.kernels.addresses import addresses, check_inverse_root, check_weights, gradient_addresses, group_addresses
+from efcp.kernels.addresses import addresses, check_weights, gradient_addresses, group_addresses
 from efcp.kernels.blocks import Rows
 from efcp.kernels.machine_code import compiled
 from efcp.kernels.reference import accumulation_dtype
@@ -1505,7 +1505,6 @@ def window_apply_(
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    check_inverse_root(R, column, S, slot)
     window = len(R)
     pieces = -(-window // PIECE_ROWS)
     x, miss = (torch.empty(window, dtype=torch.float64, device=CPU) for _ in range(2))

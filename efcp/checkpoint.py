@@ -145,7 +145,8 @@ def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> di
     for name in COUNTERS:
         value = state.get(name)
         if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
-            state[name] = torch.as_tensor(value).to(torch.int64)
+            counter = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+            state[name] = counter.to(torch.int64)
     return state
 
 

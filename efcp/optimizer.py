@@ -40,7 +40,7 @@ from efcp.diagnostics import norms_and_rotation, scaling_quantiles
 from efcp.gram import Gram, Origin, allocate_gram, check_gram
 from efcp.lookout import Lookout
 from efcp.options import check_keys
-from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state
+from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state, new_tensors_are_fake
 from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
@@ -119,15 +119,17 @@ class EFCP(Optimizer):
 
         Raises:
             RuntimeError: for sparse gradients, and within ZeRO of DeepSpeed.
-            ValueError: where param groups disagree on an option that they must share.
-            In both cases nothing has been changed.
+            TypeError: for gradients without memory of their own, or of a dtype that is not real floating point.
+            ValueError: where param groups disagree on an option that they must share, for gradients of another shape
+                or device than their parameter, and for state of a parameter of another size or shape.
+            In all cases nothing has been changed.
         """
         refuse_deepspeed_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        self._check_tensors()
         max_update_norm, preconditioner = self._agreed("max_update_norm"), self._agreed_preconditioner()
         if all(p.grad is None for p in self._params()):
             return loss
@@ -318,7 +320,6 @@ class EFCP(Optimizer):
             for p in group["params"]:
                 if p.grad is not None or compressor.row_names(p)[0] in self.state.get(p, {}):
                     self._fill(self.state[p], p, group, compressor)
-                    check_state(partial(self._name, p), p, self.state[p], compressor.row_names(p))
                     alike[p.device, p.dtype, self._dtypes(p)].append(p)
             sets += [ParameterSet(group, compressor, some, [self.state[p] for p in some]) for some in alike.values()]
         return sets
@@ -343,18 +344,21 @@ class EFCP(Optimizer):
     def _allocate_shared(self, device: torch.device) -> dict[str, Any]:
         """New state that all parameters share."""
         window = self._agreed("window")
-        own = self._agreed_preconditioner().allocate(window, device)
-        return {**allocate_gram(window, device), **own, "version": VERSION}
+        with torch.inference_mode(False):
+            own = self._agreed_preconditioner().allocate(window, device)
+            return {**allocate_gram(window, device), **own, "version": VERSION}
 
     @staticmethod
     def _fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
         """Adds to the state of a parameter what is missing."""
         if compressor.row_names(param)[0] not in state:
-            state.update(compressor.allocate(param, group["window"]))
+            with torch.inference_mode(False):  # else no later step outside inference mode could update it
+                state.update(compressor.allocate(param, group["window"]))
             state["numel"] = param.numel()
         for name, decay in (("momentum", group["momentum"]), ("average", group["beta1"])):
             if decay > 0 and name not in state:
-                state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
+                with torch.inference_mode(False):
+                    state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
 
     @staticmethod
     def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor) -> Tensor:
@@ -457,10 +461,17 @@ class EFCP(Optimizer):
         for p in params:
             check_parameter(partial(self._name, p), p)
 
-    def _check_gradients(self) -> None:
-        for p in self._params():
-            if p.grad is not None:
-                check_gradient(partial(self._name, p), p)
+    def _check_tensors(self) -> None:
+        """Checks all gradients and states before a step changes anything."""
+        fake = new_tensors_are_fake()
+        for group in self.param_groups:
+            compressor = self._compressor_of(group)
+            for p in group["params"]:
+                name, state = partial(self._name, p), self.state.get(p, {})
+                if p.grad is not None:
+                    check_gradient(name, p, fake)
+                if "numel" in state:
+                    check_state(name, p, state, compressor)
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict, if it fits the optimizer, made so that loading does not cast it."""

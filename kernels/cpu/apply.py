@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import addresses
+from efcp.kernels.addresses import check_weights
 from efcp.kernels.blocks import Rows
 from efcp.kernels.cpu.convert import blend_block, index_at, number_at, value_at
 from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, NONE, SIZES, coded
-from efcp.kernels.cpu.launch import CPU, launch_of, run, scalar_address, table_row, take_share
+from efcp.kernels.cpu.launch import launch_of, run, scalar_address, table_row, take_share
 from efcp.kernels.cpu.llvm import EIGHT, eight_terms, eight_terms_of_rows, pieces_and_arguments, prefetch
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel
 
@@ -109,10 +109,10 @@ def window_apply_(
     launch = launch_of(rows, targets=targets, momenta=momenta)
     dtype, (values, indices, _) = coded("targets", targets[0]), rows[0]
     window = values.shape[1]
-    weights = weights.contiguous()
+    weights = check_weights(values, weights, window)
     arguments = (
         *launch.arguments, CODES[dtype], CODES[coded("momenta", momenta[0])] if momenta else NONE,
-        *addresses("weights", [weights], coded("weights", weights), CPU, [window]), CODES[weights.dtype],
+        weights.data_ptr(), CODES[weights.dtype],
         scalar_address("scale", scale), CODES[scale.dtype], scalar_address("step", step), CODES[step.dtype],
         scalar_address("decay", decay), CODES[decay.dtype], window,
     )  # fmt: skip

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import addresses
+from efcp.kernels.addresses import gradient_addresses
 from efcp.kernels.cpu.convert import bfloat16_to_float32, float16_to_float32
-from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, FLOAT32, FLOAT64, coded
+from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, FLOAT32, FLOAT64
 from efcp.kernels.cpu.launch import CPU, PIECES, run, take_share
 from efcp.kernels.cpu.llvm import load_f32, load_f64, load_i64, load_u16, pieces_and_arguments, store_f64
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
@@ -79,9 +79,10 @@ def _squares_kernel() -> Kernel:
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:
-    dtype, numels = coded("grads", grads[0]), [grad.numel() for grad in grads]
+    found = gradient_addresses(grads, CPU)
+    dtype, numels = grads[0].dtype, [grad.numel() for grad in grads]
     ends = list(accumulate(-(-numel // CHUNK) for numel in numels))
-    table = array("q", [*ends, *numels, *addresses("grads", grads, dtype, CPU, numels)])
+    table = array("q", [*ends, *numels, *found])
     pieces = max(1, min(ends[-1], PIECES))
     sums = array("d", bytes(8 * (pieces + 1)))
     arguments = (table.buffer_info()[0], len(grads), CODES[dtype], sums.buffer_info()[0], ends[-1])

@@ -56,6 +56,8 @@ def window_apply_(
     step: Tensor,
     decay: Tensor,
 ) -> None:
+    if len(targets) != len(rows):
+        raise ValueError(f"targets must hold {len(rows)} tensors, got {len(targets)}")
     values, _, blocks = rows[0]
     if HAS_GLUON and (candidates := apply.configurations(targets[0].dtype, values, blocks, _shared_memory())):
         apply.window_apply_(targets, momenta, rows, weights, scale, step, decay, candidates)

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from efcp.kernels.addresses import check_numbers, check_weights
 from efcp.kernels.blocks import Blocks, Rows, kept
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import (
@@ -169,6 +170,8 @@ def window_apply_(
 ) -> None:
     """With one of some configurations."""
     table = launch_of(rows, targets=targets, momenta=momenta)
+    weights = check_weights(rows[0].values, weights, rows[0].values.shape[1])
+    check_numbers(rows[0].values, scale=scale, step=step, decay=decay)
     if table.blocks == 0:
         return
     weights = weights.to(accumulation_dtype(targets[0].dtype))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from efcp.kernels.addresses import check_numbers
 from efcp.kernels.blocks import Rows
 from efcp.kernels.triton.launch import (
     DTYPES,
@@ -179,6 +180,7 @@ def compress_(
     grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
     table = launch_of(rows, grads=grads, errors=errors)
+    check_numbers(rows[0].values, slot=slot, finite=finite)
     if table.blocks == 0:
         return
     dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)

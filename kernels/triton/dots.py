@@ -20,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from efcp.kernels.addresses import check_numbers
 from efcp.kernels.blocks import Blocks, Rows, kept
 from efcp.kernels.triton.launch import DTYPES, Launch, at_most_registers, find_block, launch_of
 from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
@@ -205,6 +206,7 @@ def window_dots(rows: Sequence[Rows], slot: Tensor, candidates: Sequence[Configu
     """With one of some configurations."""
     table = launch_of(rows)
     values, indices, blocks = rows[0]
+    check_numbers(values, slot=slot)
     row = kept(blocks.block_size, blocks.density)
 
     def launch(table: Launch, configuration: Configuration) -> Tensor:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efcp.kernels.addresses import addresses
+from efcp.kernels.addresses import gradient_addresses
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import DTYPES, find_block, tables, triton_accumulation_dtype
@@ -33,9 +33,9 @@ def _squares_kernel(parameters, owners, squares, GRAD: tl.constexpr, DTYPE: tl.c
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:
+    found = gradient_addresses(grads)
     dtype, device = grads[0].dtype, grads[0].device
     numels = [grad.numel() for grad in grads]
-    found = addresses("grads", grads, dtype, device, numels)
     table = tables(device, tuple((at, 0, 0, 0, Blocks(n, SIZE, 1.0)) for at, n in zip(found, numels, strict=True)))
     squares = torch.empty(table.blocks, dtype=accumulation_dtype(dtype), device=device)
     if table.blocks > 0:

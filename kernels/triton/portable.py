@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from efcp.kernels.addresses import check_numbers, check_weights
 from efcp.kernels.blocks import Rows, kept
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import DTYPES, at_most_registers, find_block, launch_of, triton_accumulation_dtype
@@ -59,6 +60,7 @@ def _portable_dots_kernel(parameters, owners, newest, partial, window, blocks, P
 def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     table = launch_of(rows)
     values, indices, blocks = rows[0]
+    check_numbers(values, slot=slot)
     window, size = values.shape[1], blocks.block_size
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
     tile_rows = TILE // columns
@@ -129,6 +131,8 @@ def window_apply_(
     decay: Tensor,
 ) -> None:
     table = launch_of(rows, targets=targets, momenta=momenta)
+    weights = check_weights(rows[0].values, weights, rows[0].values.shape[1])
+    check_numbers(rows[0].values, scale=scale, step=step, decay=decay)
     if table.blocks == 0:
         return
     values, indices, blocks = rows[0]

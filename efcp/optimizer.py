@@ -128,6 +128,8 @@ class EFCP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
+        if not self.param_groups:
+            return loss
         max_update_norm, preconditioner = self._agreed("max_update_norm"), self._agreed_preconditioner()
         if all(p.grad is None for p in self._params()):
             return loss
@@ -135,10 +137,11 @@ class EFCP(Optimizer):
         changed = self._changed_windows()
         self._check_windows(changed)
         adopted = self._adopt_shared(changed)
+        shared = self._gram().state  # before windows that belong to it
         sets = self._parameter_sets()
-        gram = self._gram(max(s.rounding for s in sets))
-        if (changed and not adopted) or gram.state["pending"]:
-            self._mend(gram, sets)
+        gram = Gram(shared, max(s.rounding for s in sets))
+        if changed or gram.state["pending"]:
+            self._mend(gram, sets, adopted)
 
         finite = reduce(torch.logical_and, gram.on_its_device(s.gradients_are_finite() for s in sets))
         gram.state["pending"] = True
@@ -296,7 +299,7 @@ class EFCP(Optimizer):
     def _compressor_of(self, group: dict[str, Any]) -> Compressor:
         return type(self.compressor)(**{name: group[name] for name in self.compressor.options})
 
-    def _gram(self, rounding: float = 0.0) -> Gram:
+    def _gram(self) -> Gram:
         """The Gram matrix, on the device of the first parameter."""
         window, device = self._agreed("window"), next(self._params()).device
         if not self.shared:
@@ -305,7 +308,7 @@ class EFCP(Optimizer):
             if isinstance(value, Tensor) and value.device != device:
                 self.shared[name] = value.to(device)
         require(len(self.shared["gram"]) == window, "window", f"stay what it was, {len(self.shared['gram'])}", window)
-        return Gram(self.shared, rounding)
+        return Gram(self.shared)
 
     def _parameter_sets(self) -> list[ParameterSet]:
         """The parameters that have a window; those with a first gradient get theirs."""
@@ -347,8 +350,7 @@ class EFCP(Optimizer):
     def _fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
         """Adds to the state of a parameter what is missing."""
         if compressor.row_names(param)[0] not in state:
-            state.update(compressor.allocate(param, group["window"]))
-            state["numel"] = param.numel()
+            state.update({**compressor.allocate(param, group["window"]), "numel": param.numel()})  # all or nothing
         for name, decay in (("momentum", group["momentum"]), ("average", group["beta1"])):
             if decay > 0 and name not in state:
                 state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
@@ -368,8 +370,9 @@ class EFCP(Optimizer):
 
     def _check_windows(self, changed: list[Tensor]) -> None:
         """Checks windows that somebody else has written, as a state that is loaded is checked."""
+        written = set(changed)
         for member in self._members() if changed else ():
-            if any(member.param is p for p in changed):
+            if member.param in written:
                 names = (*member.compressor.row_names(member.param), "error")
                 own = {name: member.state[name] for name in names if name in member.state}
                 member.compressor.check(self._name(member.param), own, member.param)
@@ -389,23 +392,31 @@ class EFCP(Optimizer):
         self.shared = {name: shown[0][name] for name in expected}
         return True
 
-    def _mend(self, gram: Gram, sets: list[ParameterSet]) -> None:
-        """Computes the Gram matrix, and what is derived from it, from the windows that are there."""
+    def _mend(self, gram: Gram, sets: list[ParameterSet], adopted: bool) -> None:
+        """Computes the Gram matrix, and what is derived from it, from the windows that are there.
+
+        Where a matrix has been adopted with these windows it stays, bit for bit, unless it is of other windows.
+        """
+        shown = gram.matrix.clone() if adopted and not gram.state["pending"] else None
         gram.state["pending"] = True
         gram.recompute(lambda slot: self._dots(gram, sets, slot))
-        self._agreed_preconditioner().refresh(gram)
+        if shown is not None and gram.agrees_with(shown):
+            gram.matrix.copy_(shown)
+        else:
+            self._agreed_preconditioner().refresh(gram)
 
     def _show_shared(self) -> None:
         """Shows `shared` in the state of the first parameter that has a window, and in no other."""
         if not self.shared:
             return
         self.shared["pending"] |= bool(self._changed_windows())
-        home = next(chain(self._windows(), self._params()))
+        home = next(chain(self._windows(), self._params()), None)
         for param, state in self.state.items():
             if param is not home and isinstance(param, Tensor) and "gram" in state:
-                for name in self.shared:
+                for name in sorted(self.shared, key="gram".__eq__):  # by which it is known, last
                     state.pop(name, None)
-        self.state[home].update(self.shared)
+        if home is not None:
+            self.state[home].update(self.shared)
 
     def _name(self, param: Tensor) -> str:
         """What errors call a parameter."""

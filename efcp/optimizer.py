@@ -13,6 +13,7 @@ parameter that has a window, so that all that saves, copies or moves states carr
 """
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
@@ -28,10 +29,11 @@ from efcp.checkpoint import (
     Exact,
     check_fixed,
     check_kind,
-    check_names,
     check_same,
     check_structure,
     check_tensors,
+    check_version,
+    other_names,
     upgraded,
     with_defaults,
 )
@@ -233,11 +235,21 @@ class EFCP(Optimizer):
             ValueError: for a state of another window, compressor, preconditioner or model, and for a damaged one; it
                 says what is wrong, and nothing has been changed.
         """
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._checked(loaded))  # after those of users
+        names = ""
+
+        def check(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            nonlocal names
+            checked = self._checked(loaded)
+            names = other_names(loaded["param_groups"], self.param_groups)
+            return checked
+
+        handle = self.register_load_state_dict_pre_hook(check)  # after those of users
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        if names:
+            warnings.warn(names, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer, with `shared` in the state of the first parameter that has a window.
@@ -476,6 +488,7 @@ class EFCP(Optimizer):
         groups, states = [], dict[Any, dict[str, Any]]()
         shared = self._allocate_shared(torch.device("meta"))
         params = {key for group in state_dict["param_groups"] for key in group["params"]}
+        check_version(saved for key, saved in state_dict["state"].items() if key in params)
         homes = [key for key, saved in state_dict["state"].items() if key in params and "gram" in saved]
         for number, (saved_group, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=True)):
             where = f"param_groups[{number}]"
@@ -486,7 +499,6 @@ class EFCP(Optimizer):
             self._check_keys(saved_group, where)
             loaded = with_defaults(saved_group, group, self._class_defaults())
             check_fixed(where, loaded, group, ["window", *compressor.options, *self.preconditioner.fixed])
-            check_names(where, loaded, group)
             groups.append(loaded)
             for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
                 here = f"{where}, parameter {position}"

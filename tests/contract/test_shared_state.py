@@ -33,9 +33,7 @@ class Task:
     def __init__(self, cls, **options):
         generator = torch.Generator().manual_seed(0)
         self.generator, self.frozen = torch.Generator().manual_seed(1), []
-        groups = [
-            [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes] for shapes in self.SHAPES
-        ]
+        groups = [[nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes] for shapes in self.SHAPES]
         own = {"momentum": 0.5}
         if cls.__name__ in ("DenseGGT", "LowRankGGT"):
             own |= {"beta1": 0.5, "beta2": 0.9, "refresh_every": 2}

@@ -398,7 +398,7 @@ class Stop(BaseException):
 
 
 class Calls:
-    """The calls that the package, but for its kernels, makes of Python and of C, while a profiler; raises `Stop` at one of them."""
+    """A profiler that lists the calls that the package, but for its kernels, makes; it can raise `Stop` at one."""
 
     def __init__(self, stop_at=None):
         self.sites, self.stop_at = [], stop_at

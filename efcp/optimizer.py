@@ -382,12 +382,14 @@ class EFCP(Optimizer):
 
     def _check_windows(self, changed: list[Tensor]) -> None:
         """Checks windows that somebody else has written, as a state that is loaded is checked."""
-        written = set(changed)
-        for member in self._members() if changed else ():
+        if not changed:
+            return
+        written, called = set(changed), dict(self._names())
+        for member in self._members():
             if member.param in written:
                 names = (*member.compressor.row_names(member.param), "error")
                 own = {name: member.state[name] for name in names if name in member.state}
-                member.compressor.check(self._name(member.param), own, member.param)
+                member.compressor.check(called[member.param], own, member.param)
 
     def _adopt_shared(self, changed: list[Tensor]) -> bool:
         """Takes over what is shown as shared where somebody has replaced all states, and says whether that is so.
@@ -432,16 +434,19 @@ class EFCP(Optimizer):
 
     def _name(self, param: Tensor) -> str:
         """What errors call a parameter."""
+        return next((name for p, name in self._names() if p is param), "a parameter of no param group")
+
+    def _names(self) -> Iterator[tuple[Tensor, str]]:
+        """What errors call each parameter."""
         for number, group in enumerate(self.param_groups):
+            names = dict(enumerate(group.get("param_names", ())))  # fewer where users have added to params
             for position, p in enumerate(group["params"]):
-                if p is param:
-                    name = f" ({group['param_names'][position]})" if "param_names" in group else ""
-                    return f"param_groups[{number}], parameter {position}{name}"
-        return "a parameter of no param group"
+                name = f" ({names[position]})" if position in names else ""
+                yield p, f"param_groups[{number}], parameter {position}{name}"
 
     def _non_finite(self) -> list[str]:
         """The names of parameters with an Inf or NaN in the gradient. Waits for the device."""
-        return [self._name(p) for p in self._params() if p.grad is not None and not p.grad.isfinite().all()]
+        return [name for p, name in self._names() if p.grad is not None and not p.grad.isfinite().all()]
 
     # ---- checks
 

@@ -99,9 +99,8 @@ def test_param_groups_hold_plain_values(cls, options):
     for dtypes in ({}, given, {name: getattr(torch, value) for name, value in given.items()}):
         problem = Regression(cls, options | dtypes)
         problem.step()
-        problem.optimizer.add_param_group(
-            {"params": [torch.nn.Parameter(torch.zeros(3))], **{n: v for n, v in options.items() if n != "lr"}, **dtypes}
-        )
+        added = {name: value for name, value in {**options, **dtypes}.items() if name != "lr"}
+        problem.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], **added})
         for group in (*problem.optimizer.param_groups, *problem.optimizer.state_dict()["param_groups"]):
             values = {name: value for name, value in group.items() if name != "params"}
             assert all(isinstance(value, (bool, int, float, str, type(None))) for value in values.values())

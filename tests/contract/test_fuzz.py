@@ -57,6 +57,7 @@ class Training(RuleBasedStateMachine):
     def take_steps(self, kinds, times):
         for _ in range(times):
             self.step(kinds * 8)
+            self.gram_is_that_of_the_window()
 
     @precondition(lambda self: len(self.optimizer.param_groups) < 4)
     @rule(shape=st.sampled_from(SHAPES), lr=st.floats(0, 0.1), in_front=st.booleans())

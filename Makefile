@@ -41,7 +41,7 @@ lint: $(DEVELOPED) build/types  ## check style, formatting and types
 	$(BIN)/mypy -p efcp
 
 check-kernels: $(DEVELOPED)  ## compile Triton kernels for absent GPUs; fails on spills, narrow accesses, too little in flight
-	$(BIN)/python -m efcp.perf.compile_report --quick --check
+	$(BIN)/python -m efcp.perf.gpu.report --quick --check
 
 bench: $(DEVELOPED)  ## measure operations, steps and memory, into results/bench (about 10 minutes on a quiet machine)
 	$(BIN)/python -m efcp.perf.bench
@@ -50,10 +50,10 @@ bench-quick: $(DEVELOPED)  ## the same on small sizes, into results/quick (a min
 	$(BIN)/python -m efcp.perf.bench --quick
 
 compile-report: $(DEVELOPED)  ## compile all configurations, into perf/results/compile-report.md (about 10 minutes)
-	$(BIN)/python -m efcp.perf.compile_report
+	$(BIN)/python -m efcp.perf.gpu.report --csv perf/results/compile-report.csv --markdown perf/results/compile-report.md
 
 traffic: $(DEVELOPED)  ## count what the kernels ask of memory, into perf/results/traffic.md (about 3 minutes)
-	$(BIN)/python -m efcp.perf.traffic
+	$(BIN)/python -m efcp.perf.gpu.traffic --csv perf/results/traffic.csv --markdown perf/results/traffic.md
 
 paper: $(PAPER)  ## run the experiments of analysis/experiments, or what is left of them (hours; needs EFCP_DATA)
 	$(BIN)/python -m efcp.analysis.paper

@@ -12,7 +12,6 @@ Versions of the state, in `version` of what all parameters share:
 """
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from efcp.checks import plain
 
 VERSION = 1  # of the states that are written
+NAMED = 3  # in a warning
 COUNTERS = ("step", "skipped_steps", "skipped_in_a_row", "imprecise_steps")
 SINCE_VERSION_1 = ("skipped_in_a_row", "imprecise_steps", "pending", "version")
 WINDOWS_OF_VERSION_0 = {"values", "left", "rows"}
@@ -85,6 +85,18 @@ def check_structure(state_dict: dict[str, Any]) -> None:
         raise ValueError(f"state_dict: there is state of {len(unknown)} parameters that are in no param group")
 
 
+def check_version(states: Iterable[dict[str, Any]]) -> None:
+    """Raises ValueError where one of the parameters' states is of a version that is not known here."""
+    for state in states:
+        version = state.get("version", 0)
+        if not isinstance(version, int) or version < 0:
+            raise ValueError(f"state_dict: version must be an integer ≥ 0, got {version!r}; the state is damaged")
+        if version > VERSION:
+            raise ValueError(
+                f"state_dict: it was saved by a later release: its version is {version}, here it is {VERSION}"
+            )
+
+
 def check_kind(where: str, saved: dict[str, Any], part: HasOptions) -> None:
     """Checks that a saved param group has an option of a compressor or preconditioner, if that has any."""
     if part.options and not part.options.keys() & saved.keys():
@@ -95,11 +107,11 @@ def check_kind(where: str, saved: dict[str, Any], part: HasOptions) -> None:
 def with_defaults(saved: dict[str, Any], own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """A saved param group, completed: options that it lacks have their defaults, other entries the optimizer's values.
 
-    Dtypes become names, as they are written now.
+    Dtypes become names, as they are written now. Names of parameters stay the optimizer's, where it knows any.
     """
     completed = {**own, **defaults, **saved}
-    if "param_names" not in saved:
-        completed.pop("param_names", None)  # PyTorch adds them
+    if "param_names" in own:
+        completed["param_names"] = own["param_names"]
     return {name: plain(value) if name in defaults else value for name, value in completed.items()}
 
 
@@ -109,15 +121,16 @@ def check_fixed(where: str, saved: dict[str, Any], own: dict[str, Any], fixed: I
         check_same(where, name, saved[name], plain(own[name]))
 
 
-def check_names(where: str, saved: dict[str, Any], own: dict[str, Any]) -> None:
-    """Warns where parameters have other names in the state than in the optimizer."""
-    pairs = zip(saved.get("param_names", ()), own.get("param_names", ()), strict=False)
-    if different := [pair for pair in pairs if pair[0] != pair[1]]:
-        (theirs, ours), others = different[0], f" and {len(different) - 1} more" if len(different) > 1 else ""
-        warnings.warn(
-            f"{where}: parameters are matched by their order, but the state of {theirs!r} goes to {ours!r}{others}",
-            stacklevel=6,
-        )
+def other_names(saved: list[dict[str, Any]], own: list[dict[str, Any]]) -> str:
+    """Says which parameters have other names in saved param groups than in the optimizer's; empty where none have."""
+    groups = ((g.get("param_names", ()), h.get("param_names", ())) for g, h in zip(saved, own, strict=True))
+    pairs = (pair for theirs, ours in groups for pair in zip(theirs, ours, strict=False))
+    different = [f"{theirs!r} goes to {ours!r}" for theirs, ours in pairs if theirs != ours]
+    if not different:
+        return ""
+    others = f" and so on, {len(different)} in all" if len(different) > NAMED else ""
+    what = ", that of ".join(different[:NAMED])
+    return f"param_groups: parameters are matched by their order, but of the saved states that of {what}{others}"
 
 
 def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> dict[str, Any]:
@@ -127,14 +140,8 @@ def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> di
         saved: the state, which stays as it is.
         shared: what it should hold for all parameters; empty where another one holds that.
         param: the parameter.
-
-    Raises:
-        ValueError: for a state of a later version.
     """
     state = dict(saved)
-    if state.get("version", 0) > VERSION:
-        version = state["version"]
-        raise ValueError(f"state_dict: it was saved by a later release: its version is {version}, here it is {VERSION}")
     if not WINDOWS_OF_VERSION_0.isdisjoint(state):
         state.setdefault("numel", param.numel())
     if shared and "version" not in state:
@@ -145,7 +152,9 @@ def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> di
     for name in COUNTERS:
         value = state.get(name)
         if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):
-            state[name] = torch.as_tensor(value).to(torch.int64)
+            given = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+            counter = given.to(torch.int64)
+            state[name] = counter if counter == given else value
     return state
 
 

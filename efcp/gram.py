@@ -23,6 +23,8 @@ from efcp.checkpoint import check_content, check_numbers
 from efcp.checks import require
 from efcp.kernels import is_fake
 
+ROUNDING = 1e-9  # of the inner product of two rows, in their lengths: sums in another order differ by less
+
 
 def allocate_gram(window: int, device: torch.device) -> dict[str, Any]:
     """The state of a Gram matrix of a window of zero rows."""
@@ -38,7 +40,9 @@ def allocate_gram(window: int, device: torch.device) -> dict[str, Any]:
 def check_gram(where: str, state: dict[str, Any]) -> None:
     """Raises ValueError unless a saved state of the right names, shapes and dtypes makes sense."""
     check_numbers(where, state)
-    check_content(where, "gram", torch.equal(state["gram"], state["gram"].t()), "be symmetric")
+    # A step that broke off can have written a row and not its column; the next one computes all.
+    symmetric = state["pending"] or torch.equal(state["gram"], state["gram"].t())
+    check_content(where, "gram", symmetric, "be symmetric")
     counted = 0 <= int(state["skipped_in_a_row"]) <= int(state["skipped_steps"]) <= int(state["step"])
     check_content(where, "step", counted, "not be negative, nor less than skipped_steps")
 
@@ -79,7 +83,8 @@ class Gram:
         slot, state = self.following_slot, self.state
         state["step"] += 1
         state["skipped_steps"] += ~finite
-        state["skipped_in_a_row"].add_(1).mul_(~finite)
+        in_a_row = state["skipped_in_a_row"]
+        in_a_row.copy_((in_a_row + 1) * ~finite)  # at once: never more than skipped_steps, wherever a step breaks off
         return slot
 
     def replace(self, slot: Tensor, dots: Tensor) -> None:
@@ -102,12 +107,17 @@ class Gram:
             slot = (self.following_slot + age) % len(self.matrix)
             self.replace(slot, dots(slot))
 
+    def agrees_with(self, other: Tensor) -> bool:
+        """Whether S is another Gram matrix, (m, m) float64, up to rounding. Waits for the device."""
+        lengths = self.matrix.diagonal().sqrt()
+        return bool(((self.matrix - other).abs() <= ROUNDING * torch.outer(lengths, lengths)).all())
+
     def squared_norm(self, weights: Tensor) -> Tensor:
         """‖Gᵀw‖² = wᵀSw, () float64: the squared norm of an update at the price of a few m² operations."""
         return torch.dot(weights, self.matrix @ weights).clamp(min=0)
 
 
-def host_can_look(tensor: Tensor) -> bool:
+def is_on_cpu(tensor: Tensor) -> bool:
     """Whether the host can read a number of a tensor without waiting for a device."""
     return tensor.is_cpu and not is_fake(tensor)
 

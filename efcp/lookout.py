@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efcp.gram import host_can_look
+from efcp.gram import is_on_cpu
 from efcp.kernels import is_fake
 
 SKIPPED = 10  # steps in a row, from which on there is a warning
@@ -54,7 +54,7 @@ class Lookout:
     def _read(self, counters: list[Tensor]) -> list[int] | None:
         """The counters, or earlier values of them; None where there are none yet."""
         device = counters[0].device
-        if host_can_look(counters[0]):
+        if is_on_cpu(counters[0]):
             return [int(counter) for counter in counters]
         if is_fake(counters[0]) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
             return None

@@ -13,6 +13,7 @@ parameter that has a window, so that all that saves, copies or moves states carr
 """
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial, reduce
@@ -28,10 +29,11 @@ from efcp.checkpoint import (
     Exact,
     check_fixed,
     check_kind,
-    check_names,
     check_same,
     check_structure,
     check_tensors,
+    check_version,
+    other_names,
     upgraded,
     with_defaults,
 )
@@ -40,7 +42,7 @@ from efcp.diagnostics import norms_and_rotation, scaling_quantiles
 from efcp.gram import Gram, Origin, allocate_gram, check_gram
 from efcp.lookout import Lookout
 from efcp.options import check_keys
-from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state
+from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state, new_tensors_are_fake
 from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
 from efcp.preconditioners import MFAC, Preconditioner
 from efcp.windows import Compressor, TopK
@@ -119,15 +121,19 @@ class EFCP(Optimizer):
 
         Raises:
             RuntimeError: for sparse gradients, and within ZeRO of DeepSpeed.
-            ValueError: where param groups disagree on an option that they must share.
-            In both cases nothing has been changed.
+            TypeError: for gradients without memory of their own, or of a dtype that is not real floating point.
+            ValueError: where param groups disagree on an option that they must share, for gradients of another shape
+                or device than their parameter, and for state of a parameter of another size or shape.
+            In all cases nothing has been changed.
         """
         refuse_deepspeed_step()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        if not self.param_groups:
+            return loss
+        self._check_tensors()
         max_update_norm, preconditioner = self._agreed("max_update_norm"), self._agreed_preconditioner()
         if all(p.grad is None for p in self._params()):
             return loss
@@ -136,10 +142,11 @@ class EFCP(Optimizer):
         changed = self._origin.changed(windows)
         self._check_windows(changed)
         adopted = self._adopt_shared(windows, changed)
+        shared = self._gram().state  # before windows that belong to it
         sets = self._parameter_sets()
-        gram = self._gram(max(s.rounding for s in sets))
-        if (changed and not adopted) or gram.state["pending"]:
-            self._mend(gram, sets)
+        gram = Gram(shared, max(s.rounding for s in sets))
+        if changed or gram.state["pending"]:
+            self._mend(gram, sets, adopted)
 
         finite = reduce(torch.logical_and, gram.on_its_device(s.gradients_are_finite() for s in sets))
         gram.state["pending"] = True
@@ -232,11 +239,21 @@ class EFCP(Optimizer):
             ValueError: for a state of another window, compressor, preconditioner or model, and for a damaged one; it
                 says what is wrong, and nothing has been changed.
         """
-        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: self._checked(loaded))  # after those of users
+        names = ""
+
+        def check(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
+            nonlocal names
+            checked = self._checked(loaded)
+            names = other_names(loaded["param_groups"], self.param_groups)
+            return checked
+
+        handle = self.register_load_state_dict_pre_hook(check)  # after those of users
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        if names:
+            warnings.warn(names, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer, with `shared` in the state of the first parameter that has a window.
@@ -299,7 +316,7 @@ class EFCP(Optimizer):
     def _compressor_of(self, group: dict[str, Any]) -> Compressor:
         return type(self.compressor)(**{name: group[name] for name in self.compressor.options})
 
-    def _gram(self, rounding: float = 0.0) -> Gram:
+    def _gram(self) -> Gram:
         """The Gram matrix, on the device of the first parameter."""
         window, device = self._agreed("window"), next(self._params()).device
         if not self.shared:
@@ -308,7 +325,7 @@ class EFCP(Optimizer):
             if isinstance(value, Tensor) and value.device != device:
                 self.shared[name] = value.to(device)
         require(len(self.shared["gram"]) == window, "window", f"stay what it was, {len(self.shared['gram'])}", window)
-        return Gram(self.shared, rounding)
+        return Gram(self.shared)
 
     def _parameter_sets(self) -> list[ParameterSet]:
         """The parameters that have a window; those with a first gradient get theirs."""
@@ -318,7 +335,6 @@ class EFCP(Optimizer):
             for p in group["params"]:
                 if p.grad is not None or compressor.row_names(p)[0] in self.state.get(p, {}):
                     self._fill(self.state[p], p, group, compressor)
-                    check_state(partial(self._name, p), p, self.state[p], compressor.row_names(p))
                     alike[p.device, p.dtype, self._dtypes(p)].append(p)
             sets += [ParameterSet(group, compressor, some, [self.state[p] for p in some]) for some in alike.values()]
         return sets
@@ -343,18 +359,21 @@ class EFCP(Optimizer):
     def _allocate_shared(self, device: torch.device) -> dict[str, Any]:
         """New state that all parameters share."""
         window = self._agreed("window")
-        own = self._agreed_preconditioner().allocate(window, device)
-        return {**allocate_gram(window, device), **own, "version": VERSION}
+        with torch.inference_mode(False):
+            own = self._agreed_preconditioner().allocate(window, device)
+            return {**allocate_gram(window, device), **own, "version": VERSION}
 
     @staticmethod
     def _fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
         """Adds to the state of a parameter what is missing."""
         if compressor.row_names(param)[0] not in state:
-            state.update(compressor.allocate(param, group["window"]))
-            state["numel"] = param.numel()
+            with torch.inference_mode(False):  # else no later step outside inference mode could update it
+                made = compressor.allocate(param, group["window"])
+            state.update({**made, "numel": param.numel()})  # all or nothing
         for name, decay in (("momentum", group["momentum"]), ("average", group["beta1"])):
             if decay > 0 and name not in state:
-                state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
+                with torch.inference_mode(False):
+                    state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
 
     @staticmethod
     def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor) -> Tensor:
@@ -367,11 +386,14 @@ class EFCP(Optimizer):
 
     def _check_windows(self, changed: list[Tensor]) -> None:
         """Checks windows that somebody else has written, as a state that is loaded is checked."""
-        for member in self._members() if changed else ():
-            if any(member.param is p for p in changed):
+        if not changed:
+            return
+        written, called = set(changed), dict(self._names())
+        for member in self._members():
+            if member.param in written:
                 names = (*member.compressor.row_names(member.param), "error")
                 own = {name: member.state[name] for name in names if name in member.state}
-                member.compressor.check(self._name(member.param), own, member.param)
+                member.compressor.check(called[member.param], own, member.param)
 
     def _adopt_shared(self, windows: list[tuple[Tensor, list[Tensor]]], changed: list[Tensor]) -> bool:
         """Takes over what is shown as shared where somebody has replaced all states, and says whether that is so.
@@ -389,20 +411,28 @@ class EFCP(Optimizer):
         self.shared = {name: shown[0][name] for name in expected}
         return True
 
-    def _mend(self, gram: Gram, sets: list[ParameterSet]) -> None:
-        """Computes the Gram matrix, and what is derived from it, from the windows that are there."""
+    def _mend(self, gram: Gram, sets: list[ParameterSet], adopted: bool) -> None:
+        """Computes the Gram matrix, and what is derived from it, from the windows that are there.
+
+        Where a matrix has been adopted with these windows it stays, bit for bit, unless it is of other windows.
+        """
+        shown = gram.matrix.clone() if adopted and not gram.state["pending"] else None
         gram.state["pending"] = True
         gram.recompute(lambda slot: self._dots(gram, sets, slot))
-        self._agreed_preconditioner().refresh(gram)
+        if shown is not None and gram.agrees_with(shown):
+            gram.matrix.copy_(shown)
+        else:
+            self._agreed_preconditioner().refresh(gram)
 
     def _show_shared(self, windows: list[tuple[Tensor, list[Tensor]]]) -> None:
         """Shows `shared` in the state of the first parameter that has a window, and in no other."""
-        home = windows[0][0] if windows else next(self._params())
+        home = windows[0][0] if windows else next(self._params(), None)
         for param, state in self.state.items():
             if param is not home and isinstance(param, Tensor) and "gram" in state:
-                for name in self.shared:
+                for name in sorted(self.shared, key="gram".__eq__):  # by which it is known, last
                     state.pop(name, None)
-        self.state[home].update(self.shared)
+        if home is not None:
+            self.state[home].update(self.shared)
 
     def _mark_changes(self) -> None:
         """Makes `shared` say, where it is shown, whether S is that of the windows; before it is saved."""
@@ -413,16 +443,19 @@ class EFCP(Optimizer):
 
     def _name(self, param: Tensor) -> str:
         """What errors call a parameter."""
+        return next((name for p, name in self._names() if p is param), "a parameter of no param group")
+
+    def _names(self) -> Iterator[tuple[Tensor, str]]:
+        """What errors call each parameter."""
         for number, group in enumerate(self.param_groups):
+            names = dict(enumerate(group.get("param_names", ())))  # fewer where users have added to params
             for position, p in enumerate(group["params"]):
-                if p is param:
-                    name = f" ({group['param_names'][position]})" if "param_names" in group else ""
-                    return f"param_groups[{number}], parameter {position}{name}"
-        return "a parameter of no param group"
+                name = f" ({names[position]})" if position in names else ""
+                yield p, f"param_groups[{number}], parameter {position}{name}"
 
     def _non_finite(self) -> list[str]:
         """The names of parameters with an Inf or NaN in the gradient. Waits for the device."""
-        return [self._name(p) for p in self._params() if p.grad is not None and not p.grad.isfinite().all()]
+        return [name for p, name in self._names() if p.grad is not None and not p.grad.isfinite().all()]
 
     # ---- checks
 
@@ -457,10 +490,17 @@ class EFCP(Optimizer):
         for p in params:
             check_parameter(partial(self._name, p), p)
 
-    def _check_gradients(self) -> None:
-        for p in self._params():
-            if p.grad is not None:
-                check_gradient(partial(self._name, p), p)
+    def _check_tensors(self) -> None:
+        """Checks all gradients and states before a step changes anything."""
+        fake = new_tensors_are_fake()
+        for group in self.param_groups:
+            compressor = self._compressor_of(group)
+            for p in group["params"]:
+                name, state = partial(self._name, p), self.state.get(p, {})
+                if p.grad is not None:
+                    check_gradient(name, p, fake)
+                if "numel" in state:
+                    check_state(name, p, state, compressor)
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict, if it fits the optimizer, made so that loading does not cast it."""
@@ -469,6 +509,7 @@ class EFCP(Optimizer):
         groups, states = [], dict[Any, dict[str, Any]]()
         shared = self._allocate_shared(torch.device("meta"))
         params = {key for group in state_dict["param_groups"] for key in group["params"]}
+        check_version(saved for key, saved in state_dict["state"].items() if key in params)
         homes = [key for key, saved in state_dict["state"].items() if key in params and "gram" in saved]
         for number, (saved_group, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=True)):
             where = f"param_groups[{number}]"
@@ -479,7 +520,6 @@ class EFCP(Optimizer):
             self._check_keys(saved_group, where)
             loaded = with_defaults(saved_group, group, self._class_defaults())
             check_fixed(where, loaded, group, ["window", *compressor.options, *self.preconditioner.fixed])
-            check_names(where, loaded, group)
             groups.append(loaded)
             for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
                 here = f"{where}, parameter {position}"

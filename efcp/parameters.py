@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 
 from efcp import kernels
@@ -13,7 +14,6 @@ from efcp.checks import require
 from efcp.windows import Compressor, Window
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTERNAL_OVERLAP = 1  # what `torch._debug_has_internal_overlap` says of a tensor that surely overlaps itself
 
 
 def check_parameter(name: Callable[[], str], param: Tensor) -> None:
@@ -23,32 +23,61 @@ def check_parameter(name: Callable[[], str], param: Tensor) -> None:
         name: gives the name of the parameter, for errors.
 
     Raises:
-        TypeError: for a dtype that is not real floating point, and for tensors without plain storage, such as DTensor.
+        TypeError: for a dtype that is not real floating point, for sparse and nested tensors, and for tensors without
+            plain storage, such as DTensor.
         ValueError: for elements that share memory with each other, as those of `Tensor.expand` do.
     """
+    if param.layout != torch.strided or param.is_nested:
+        kind = "nested" if param.is_nested else param.layout
+        raise TypeError(f"params must be dense, got {kind} for {name()}")
     if not _is_plain(param):
         raise TypeError(f"params must be tensors with memory of their own, got a {type(param).__name__} for {name()}")
     if param.dtype not in DTYPES:
         raise TypeError(f"params must be of dtype {_names(DTYPES)}, got {param.dtype} for {name()}")
-    if not isinstance(param, UninitializedParameter):
-        _check_memory(name, param)
+    if not isinstance(param, UninitializedParameter) and not param.is_contiguous() and _overlaps(param):
+        strides, shape = param.stride(), tuple(param.shape)
+        raise ValueError(
+            f"params must have an address for each element, got shape {shape} with strides {strides} for {name()}"
+        )
 
 
-def check_gradient(name: Callable[[], str], param: Tensor) -> None:
+def new_tensors_are_fake() -> bool:
+    """Whether a FakeTensorMode is active. A compiler that traces a step has one of its own."""
+    return not torch.compiler.is_compiling() and isinstance(torch.empty(0, device="cpu"), FakeTensor)
+
+
+def check_gradient(name: Callable[[], str], param: Tensor, fake: bool) -> None:
     """Raises an error unless a parameter can be stepped along its gradient, which is not None.
+
+    Args:
+        name: gives the name of the parameter, for errors.
+        fake: what `new_tensors_are_fake` says, for a step makes new tensors.
 
     Raises:
         RuntimeError: for a sparse gradient.
-        TypeError: for a gradient that is not real floating point, or has no plain storage.
+        TypeError: for a gradient that is not real floating point, or has no plain storage; where only some of
+            gradient, parameter and new tensors are fake; and for a parameter that has become what `check_parameter`
+            refuses.
         ValueError: for a gradient of another shape or device than the parameter, and for a parameter that has come to
             overlap itself or to be an inference tensor.
     """
+    check_parameter(name, param)
+    if isinstance(param, FakeTensor) != fake and not torch.compiler.is_compiling():
+        raise TypeError(
+            f"params must be fake tensors in a step under FakeTensorMode, and in no other, got a "
+            f"{type(param).__name__} for {name()}"
+        )
     grad = param.grad
     assert grad is not None
     if grad.layout != torch.strided:
         raise RuntimeError(f"gradients must be dense, got {grad.layout} for {name()}")
     if not _is_plain(grad):
         raise TypeError(f"gradients must be tensors with memory of their own, got a {type(grad).__name__} for {name()}")
+    if kernels.is_fake(grad) != kernels.is_fake(param):
+        raise TypeError(
+            f"gradients must be fake if and only if their parameter is, got a {type(grad).__name__} for {name()}, a "
+            f"{type(param).__name__}"
+        )
     if grad.dtype not in DTYPES:
         raise TypeError(f"gradients must be of dtype {_names(DTYPES)}, got {grad.dtype} for {name()}")
     if grad.shape != param.shape or grad.device != param.device:
@@ -59,30 +88,59 @@ def check_gradient(name: Callable[[], str], param: Tensor) -> None:
         )
     if param.is_inference():
         raise ValueError(f"params must not be inference tensors, which cannot be updated, got one for {name()}")
-    _check_memory(name, param)
 
 
-def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any], row_names: tuple[str, ...]) -> None:
-    """Raises ValueError unless the state of a parameter that has a window is one for its size and device."""
-    if state["numel"] != param.numel():
+def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any], compressor: Compressor) -> None:
+    """Raises an error unless the state of a parameter that has a window is one for its size, shape and device.
+
+    Raises:
+        ValueError: for the state of a parameter of another size or shape, or on another device.
+        TypeError: for real state of a fake parameter, and the reverse.
+    """
+    numel = param.numel()
+    if state["numel"] != numel:
         raise ValueError(
-            f"the state of a parameter must be for its size: {name()} has {param.numel()} elements, its state is for "
+            f"the state of a parameter must be for its size: {name()} has {numel} elements, its state is for "
             f"{state['numel']}; delete optimizer.state[p] where a parameter is replaced by one of another size"
         )
-    for key in (*row_names, "error", "momentum", "average"):
-        if key in state and state[key].device != param.device:
+    compressor.check_shape(name, state, param)
+    for key in (*compressor.row_names(param), "error", "momentum", "average"):
+        if key not in state:
+            continue
+        own = state[key]
+        if key in ("error", "momentum", "average") and own.numel() != numel:
+            raise ValueError(
+                f"the state of a parameter must be for its size: {name()} has {numel} elements, its {key} "
+                f"{own.numel()}; delete optimizer.state[p] where a parameter is replaced by one of another size"
+            )
+        if own.device != param.device:
             raise ValueError(
                 f"the state of a parameter must be on its device: {name()} is on {param.device}, its {key} on "
-                f"{state[key].device}; load a state dict after moving a model"
+                f"{own.device}; load a state dict after moving a model"
+            )
+        if kernels.is_fake(own) != kernels.is_fake(param):
+            raise TypeError(
+                f"the state of a parameter must be fake if and only if it is: {name()} is a {type(param).__name__}, "
+                f"its {key} a {type(own).__name__}; make another optimizer for steps under FakeTensorMode"
             )
 
 
-def _check_memory(name: Callable[[], str], param: Tensor) -> None:
-    if not param.is_contiguous() and torch._debug_has_internal_overlap(param) == INTERNAL_OVERLAP:
-        strides, shape = param.stride(), tuple(param.shape)
-        raise ValueError(
-            f"params must have an address for each element, got shape {shape} with strides {strides} for {name()}"
-        )
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether two elements share an address."""
+    reach = 0  # the last address that the dimensions so far lead to
+    nested = True  # whether each dimension strides over all that those of smaller strides lead to
+    dimensions = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    for stride, size in dimensions:
+        nested = nested and stride > reach
+        reach += stride * (size - 1)
+    if nested or tensor.numel() < 2:
+        return False
+    if tensor.numel() > reach + 1:
+        return True
+    addresses = torch.zeros(1, dtype=torch.int64, device="cpu")
+    for stride, size in dimensions:
+        addresses = (addresses[:, None] + stride * torch.arange(size, device="cpu")).flatten()
+    return len(addresses.unique()) < len(addresses)
 
 
 def _is_plain(tensor: Tensor) -> bool:

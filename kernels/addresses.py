@@ -6,7 +6,6 @@ or wrong numbers, without a word. Hence an address is given out only for a tenso
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,8 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from efcp.kernels.blocks import Rows
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAY_LACK = ("grads",)  # arguments that may hold None
+MAY_BE_EMPTY = ("errors", "momenta")  # arguments that may hold nothing, for parameters that have no such tensors
 
-@lru_cache(maxsize=64)
+
 def has_plain_storage(kind: type[Tensor]) -> bool:
     """Whether tensors of a class keep their elements in memory of their own, as `Tensor` and `Parameter` do.
 
@@ -30,7 +32,14 @@ def is_fake(tensor: Tensor) -> bool:
 
 
 def addresses(
-    name: str, tensors: Sequence[Tensor | None], dtype: torch.dtype, device: torch.device, numels: Sequence[int]
+    name: str,
+    tensors: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    device: torch.device,
+    numels: Sequence[int],
+    *,
+    may_lack: bool = False,
+    fake: bool = False,
 ) -> list[int]:
     """The addresses of the first elements of tensors, for compiled code to read and write; 0 for None.
 
@@ -39,45 +48,55 @@ def addresses(
         tensors: each contiguous, with plain storage and without a negative bit.
         dtype, device: what all tensors must have.
         numels: how many elements each tensor must have.
+        may_lack: whether None may stand in place of a tensor.
+        fake: whether tensors must be fake instead of having plain storage; their addresses are 0.
 
     Raises:
-        TypeError: for tensors without plain storage.
+        TypeError: for tensors without plain storage, and for what is no tensor.
         ValueError: for tensors that break another rule, or another number of them than of `numels`.
     """
     if len(tensors) != len(numels):
         raise ValueError(f"{name} must hold {len(numels)} tensors, got {len(tensors)}")
     on_cpu, found = device.type == "cpu", []
     for number, (tensor, numel) in enumerate(zip(tensors, numels, strict=True)):
-        if tensor is None:
+        if tensor is None and may_lack:
             found.append(0)
         elif (
-            tensor.dtype is dtype
+            isinstance(tensor, Tensor)
+            and tensor.dtype is dtype
             and tensor.numel() == numel
             and tensor.is_contiguous()
             and (tensor.is_cpu if on_cpu else tensor.device == device)
             and not tensor.is_neg()
-            and has_plain_storage(type(tensor))
+            and (is_fake(tensor) if fake else has_plain_storage(type(tensor)))
         ):
-            found.append(tensor.data_ptr())
+            found.append(0 if fake else tensor.data_ptr())
         else:
-            raise _refusal(f"{name}[{number}]" if len(numels) > 1 else name, tensor, dtype, device, numel)
+            raise _refusal(f"{name}[{number}]" if len(numels) > 1 else name, tensor, dtype, device, numel, fake)
     return found
 
 
 def group_addresses(
-    rows: Sequence[Rows], device: torch.device, **others: Sequence[Tensor | None]
+    rows: Sequence[Rows], device: torch.device, fake: bool = False, /, **others: Sequence[Tensor | None]
 ) -> tuple[list[int], ...]:
     """Addresses of values, of indices, and of other tensors with an entry for each of a parameter's, of all parameters.
 
     Args:
         rows: of each parameter; the same window, block size, density and dtype in all.
         device: what all tensors must be on.
-        others: by the names of arguments: of each parameter (n,) or None, of one dtype; or empty, which gives zeros.
+        fake: as in `addresses`.
+        others: by the names of arguments: of each parameter (n,), of one dtype. Those of MAY_LACK may hold None in
+            place of tensors; those of MAY_BE_EMPTY may be empty, which gives zeros.
 
     Raises:
         TypeError, ValueError: as `addresses`, and for rows that do not belong together.
     """
+    if not rows:
+        raise ValueError("rows must hold those of at least one parameter, got none")
     values, _, layout = rows[0]
+    for r in rows:
+        if r.values.dim() != 3:
+            raise ValueError(f"values must be of shape (blocks, window, kept), got {tuple(r.values.shape)}")
     window = values.shape[1]
     for r in rows:
         same = r.blocks.block_size == layout.block_size and r.blocks.density == layout.density
@@ -85,25 +104,89 @@ def group_addresses(
             raise ValueError(f"rows must have the same window, block size and density, got {layout} and {r.blocks}")
     sizes = [r.blocks.count * window * r.blocks.kept for r in rows]
     numels = [r.blocks.numel for r in rows]
+    values_dtype = floating("values", values)
     found = [
-        addresses("values", [r.values for r in rows], values.dtype, device, sizes),
-        addresses("indices", [r.indices for r in rows], layout.index_dtype, device, sizes),
+        addresses("values", [r.values for r in rows], values_dtype, device, sizes, fake=fake),
+        addresses("indices", [r.indices for r in rows], layout.index_dtype, device, sizes, fake=fake),
     ]
     for name, tensors in others.items():
-        dtype = next((tensor.dtype for tensor in tensors if tensor is not None), torch.float32)
-        found.append(addresses(name, tensors, dtype, device, numels) if len(tensors) else [0] * len(rows))
+        if len(tensors) or name not in MAY_BE_EMPTY:
+            dtype = next((floating(name, tensor) for tensor in tensors if tensor is not None), torch.float32)
+            found.append(addresses(name, tensors, dtype, device, numels, may_lack=name in MAY_LACK, fake=fake))
+        else:
+            found.append([0] * len(rows))
     return tuple(found)
 
 
-def check_group(rows: Sequence[Rows], device: torch.device, **others: Sequence[Tensor | None]) -> None:
-    """Raises what `group_addresses` raises, for code that needs no addresses. Tensors may be fake."""
-    if not is_fake(rows[0].values):
-        group_addresses(rows, device, **others)
+def check_group(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> None:
+    """Raises what `group_addresses` raises, for code that needs no addresses. Tensors may all be fake."""
+    device, fake = (rows[0].values.device, is_fake(rows[0].values)) if rows else (torch.device("cpu"), False)
+    group_addresses(rows, device, fake, **others)
 
 
-def _refusal(name: str, tensor: Tensor, dtype: torch.dtype, device: torch.device, numel: int) -> Exception:
+def check_numbers(like: Tensor, **tensors: Tensor) -> None:
+    """Raises what `addresses` raises unless tensors have one element each, and the device of `like`; fake if it is.
+
+    Args:
+        tensors: by the names of arguments: `slot` int64, `finite` bool, all others floating point.
+    """
+    for name, tensor in tensors.items():
+        dtype = {"slot": torch.int64, "finite": torch.bool}.get(name) or floating(name, tensor)
+        addresses(name, [tensor], dtype, like.device, [1], fake=is_fake(like))
+
+
+def check_weights(like: Tensor, weights: Tensor, window: int) -> Tensor:
+    """The weights, contiguous. Raises what `addresses` raises unless they are (window,), as `like` in all else."""
+    weights = weights.contiguous()
+    addresses("weights", [weights], floating("weights", weights), like.device, [window], fake=is_fake(like))
+    return weights
+
+
+def gradient_addresses(grads: Sequence[Tensor], device: torch.device | None = None) -> list[int]:
+    """Addresses of gradients of any sizes, of one floating point dtype and on one device; 0 where they are fake.
+
+    Args:
+        device: on which they must be; that of the first where None is given.
+
+    Raises:
+        TypeError, ValueError: as `addresses`.
+    """
+    if not grads:
+        raise ValueError("grads must hold at least one tensor, got none")
+    dtype, device = floating("grads", grads[0]), device or grads[0].device
+    numels = [grad.numel() if isinstance(grad, Tensor) else 0 for grad in grads]
+    return addresses("grads", grads, dtype, device, numels, fake=is_fake(grads[0]))
+
+
+def check_inverse_root(R: Tensor, column: Tensor, S: Tensor, slot: Tensor) -> None:
+    """Raises what `addresses` raises unless these are what `update_inverse_root_` takes."""
+    if not (isinstance(R, Tensor) and R.dim() == 2):
+        raise ValueError(f"R must be a matrix, got {_shape(R)}")
+    window, fake = len(R), is_fake(R)
+    for name, tensor, numel in (("R", R, window**2), ("column", column, window), ("S", S, window**2)):
+        addresses(name, [tensor], torch.float64, R.device, [numel], fake=fake)
+    check_numbers(R, slot=slot)
+
+
+def floating(name: str, tensor: Tensor) -> torch.dtype:
+    """The dtype of a tensor. Raises TypeError unless it is real floating point, of 16 bits or more."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
+        raise TypeError(f"{name} must be of dtype {names}, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    return tensor.dtype
+
+
+def _shape(tensor: object) -> object:
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+
+
+def _refusal(name: str, tensor: object, dtype: torch.dtype, device: torch.device, numel: int, fake: bool) -> Exception:
     """What is wrong with a tensor that is given no address."""
-    if not has_plain_storage(type(tensor)):
+    if not isinstance(tensor, Tensor):
+        return TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}")
+    if fake and not is_fake(tensor):
+        return TypeError(f"{name} must be fake, as other tensors are, got a {type(tensor).__name__} on {tensor.device}")
+    if not fake and not has_plain_storage(type(tensor)):
         return TypeError(f"{name} must have memory of its own, got a {type(tensor).__name__}")
     own = f"{tensor.numel()} elements of {tensor.dtype} on {tensor.device}, strides {tensor.stride()}"
     if tensor.is_neg():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from efcp import kernels  # which imports this module, to call it
+from efcp.kernels import dispatch
 from efcp.kernels.blocks import Blocks, Rows
 
 
@@ -48,7 +48,7 @@ def compress_(
     finite: Tensor,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    kernels._run("compress_", slot, grads, errors, rows, slot, finite)
+    dispatch.run("compress_", slot, grads, errors, rows, slot, finite)
 
 
 @custom_op(
@@ -65,7 +65,7 @@ def window_dots(
     density: float,
     slot: Tensor,
 ) -> Tensor:
-    return kernels._run("window_dots", slot, _packed(values, indices, numels, block_size, density), slot)
+    return dispatch.run("window_dots", slot, _packed(values, indices, numels, block_size, density), slot)
 
 
 @custom_op(
@@ -88,7 +88,7 @@ def window_apply_(
     decay: Tensor,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    kernels._run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
+    dispatch.run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
 
 
 @custom_op(
@@ -97,7 +97,7 @@ def window_apply_(
     schema="(Tensor(a!) R, Tensor(b!) column, Tensor S, Tensor slot, float ridge) -> (Tensor, Tensor)",
 )
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    return kernels._run("update_inverse_root_", R, R, column, S, slot, ridge)
+    return dispatch.run("update_inverse_root_", R, R, column, S, slot, ridge)
 
 
 @compress_.register_fake

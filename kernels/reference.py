@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import check_group
+from efcp.kernels.addresses import check_group, check_inverse_root, check_numbers, check_weights, gradient_addresses
 from efcp.kernels.blocks import Rows
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
@@ -39,6 +39,8 @@ def largest(a: Tensor, k: int) -> Tensor:
 
 
 def all_finite(grads: Sequence[Tensor]) -> Tensor:
+    if not torch.compiler.is_compiling():  # this is the one operation that is compiled as it stands here
+        gradient_addresses(grads)
     norms = torch._foreach_norm(list(grads), 2, accumulation_dtype(grads[0].dtype))
     return torch.stack(norms).square().sum().isfinite()
 
@@ -46,7 +48,8 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
 def compress_(
     grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
-    check_group(rows, slot.device, grads=grads, errors=errors)
+    check_group(rows, grads=grads, errors=errors)
+    check_numbers(rows[0].values, slot=slot, finite=finite)
     for number, (grad, (values, indices, blocks)) in enumerate(zip(grads, rows, strict=True)):
         for part in blocks.parts(PART):
             if grad is None:
@@ -69,7 +72,8 @@ def compress_(
 
 
 def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
-    check_group(rows, slot.device)
+    check_group(rows)
+    check_numbers(rows[0].values, slot=slot)
     window, device = rows[0].values.shape[1], slot.device
     dots = torch.zeros(window, dtype=torch.float64, device=device)
     for values, indices, blocks in rows:
@@ -91,7 +95,10 @@ def window_apply_(
     step: Tensor,
     decay: Tensor,
 ) -> None:
-    check_group(rows, weights.device, targets=targets, momenta=momenta)
+    check_group(rows, targets=targets, momenta=momenta)
+    values = rows[0].values
+    check_weights(values, weights, values.shape[1])
+    check_numbers(values, scale=scale, step=step, decay=decay)
     dtype = accumulation_dtype(targets[0].dtype)
     weights, scale, step, decay = (x.to(dtype) for x in (weights, scale, step, decay))
     for number, (target, (values, indices, blocks)) in enumerate(zip(targets, rows, strict=True)):
@@ -109,6 +116,7 @@ def window_apply_(
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    check_inverse_root(R, column, S, slot)
     v = R.index_select(1, slot).squeeze(1)
     shift = torch.copysign(torch.linalg.vector_norm(v), v.index_select(0, slot))
     v.index_add_(0, slot, shift)  # v reflects column t to a multiple of e_t
@@ -126,10 +134,10 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
     row = row * schur.rsqrt()
     R.index_copy_(0, slot, row.unsqueeze(0))
     column.copy_(others + row * row.index_select(0, following))
-    return x, missed(x, S, slot, ridge)
+    return x, column_residual(x, S, slot, ridge)
 
 
-def missed(x: Tensor, S: Tensor, slot: Tensor, ridge: float) -> Tensor:
-    """By how much x is not column `slot` of the inverse: e_t − (ridge · I + S) x, (m,)."""
+def column_residual(x: Tensor, S: Tensor, slot: Tensor, ridge: float) -> Tensor:
+    """The residual e_t − (ridge · I + S) x, (m,): zero where x is column `slot` of the inverse."""
     unit = torch.zeros_like(x).index_fill_(0, slot, 1.0)
     return torch.addmv(unit, S, x, alpha=-1).sub_(x, alpha=ridge)

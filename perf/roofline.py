@@ -20,7 +20,6 @@ where there are none of it. None of this has been held against a GPU: see GPU.md
 """
 
 import re
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,12 +29,14 @@ import pandas as pd
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efcp import SparseMFAC, kernels, preconditioners
+from efcp import SparseMFAC, kernels
 from efcp.kernels import reference
+from efcp.kernels.gpus import PRODUCTS, Product
 from efcp.perf.problems import Case
 from efcp.perf.tables import read_measured, timed
+from efcp.preconditioners import mfac
 
-__all__ = ["GPUS", "Gpu", "predict", "small_launches", "standing"]
+__all__ = ["predict", "small_launches", "standing"]
 
 REACHED = 0.9  # of the datasheet's bandwidth; copies on an H100 reach 3.0 of 3.35 TB/s
 LATENCY = 800e-9  # seconds, of memory under load
@@ -43,34 +44,6 @@ LAUNCH = 2.5e-6  # seconds
 OPERATIONS = ("all_finite", "compress_", "window_dots", "window_apply_")
 REPORTED = "B=4096 1% fp32/fp32/bf16 m=256"  # the case whose configurations are looked up
 ADAM_TENSORS = 7
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What a datasheet says.
-
-    Args:
-        targets: of compile-report.csv, the first that is there.
-        bandwidth: bytes a second.
-        multiprocessors: or compute units.
-        clock: Hz, boost.
-        lanes: threads of which an instruction is issued in a cycle, on a multiprocessor.
-        source: where the figures are from.
-    """
-
-    targets: tuple[str, ...]
-    bandwidth: float
-    multiprocessors: int
-    clock: float
-    lanes: int
-    source: str
-
-
-GPUS = {
-    "A100 SXM 80 GB": Gpu(("80", "90"), 2.039e12, 108, 1.41e9, 128, "NVIDIA A100 datasheet and GA100 whitepaper"),
-    "H100 SXM": Gpu(("90",), 3.35e12, 132, 1.98e9, 128, "NVIDIA H100 datasheet and GH100 whitepaper"),
-    "MI300X": Gpu(("gfx942",), 5.3e12, 304, 2.1e9, 64, "AMD Instinct MI300X datasheet and CDNA 3 whitepaper"),
-}
 
 
 def standing(bench: pd.DataFrame) -> pd.DataFrame:
@@ -102,7 +75,7 @@ def small_launches() -> int:
     optimizer = SparseMFAC([param], window=8)
     optimizer.step()
     algebra = patch.object(kernels, "update_inverse_root_", reference.update_inverse_root_)
-    with algebra, patch.object(preconditioners, "host_can_look", lambda _: False), Counting():
+    with algebra, patch.object(mfac, "is_on_cpu", lambda _: False), Counting():
         optimizer.step()
     return calls
 
@@ -128,7 +101,7 @@ def predict(results: Path, d: int, window: int = 256) -> pd.DataFrame:
     if counted.empty:
         raise ValueError(f"window must be one of traffic.csv, {sorted(set(traffic['m']))}, got {window}")
     rows = []
-    for name, gpu in GPUS.items():
+    for name, gpu in PRODUCTS.items():
         reported = set(compiled["target"])
         target = next((t for t in gpu.targets if t in reported), None)
         if target is None:
@@ -146,12 +119,14 @@ def predict(results: Path, d: int, window: int = 256) -> pd.DataFrame:
             where = {"gpu": name, "density": density, "d": d, "m": window, "report": target, "how": "prediction"}
             rows += [{**where, **part} for part in parts]
     if not rows:
-        targets = sorted({target for gpu in GPUS.values() for target in gpu.targets})
+        targets = sorted({target for gpu in PRODUCTS.values() for target in gpu.targets})
         raise ValueError(f"compile-report.csv must have a target of {', '.join(targets)}, got none of these")
     return pd.DataFrame(rows)
 
 
-def _operation(operation: str, case: Case, gpu: Gpu, kernels: pd.DataFrame, traffic: pd.DataFrame) -> dict[str, Any]:
+def _operation(
+    operation: str, case: Case, gpu: Product, kernels: pd.DataFrame, traffic: pd.DataFrame
+) -> dict[str, Any]:
     moved = case.floors[operation] * _times_floor(operation, case, traffic)
     # all_finite knows no blocks: the report lists it once, with some block size.
     case_name = kernels["case"].str.replace(r"^B=\d+", "B=4096", regex=True)

@@ -8,7 +8,7 @@ A new compressor is a file beside this one with both classes.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from typing import Any
@@ -149,6 +149,13 @@ class Compressor(ABC):
     @abstractmethod
     def row_names(self, param: Tensor) -> tuple[str, ...]:
         """The names of the tensors that hold the rows, in the state of a parameter that has a window."""
+
+    def check_shape(self, name: Callable[[], str], state: dict[str, Any], param: Tensor) -> None:  # noqa: B027
+        """Raises ValueError unless a state is one for the shape of a parameter; their numbers of elements are the same.
+
+        Args:
+            name: gives the name of the parameter, for errors.
+        """
 
     def check(self, where: str, state: dict[str, Any], param: Tensor) -> None:
         """Raises ValueError unless a parameter's saved state, of the right names, shapes and dtypes, makes sense.

@@ -12,8 +12,9 @@ Vectors and scalars, and matrices so small that their factors would be no smalle
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,19 @@ class LowRank(Compressor):
         if self.error_feedback:
             state["error"] = torch.zeros(param.numel(), dtype=self.error_dtype or dtype, device=device)
         return state
+
+    def check_shape(self, name: Callable[[], str], state: dict[str, Any], param: Tensor) -> None:
+        whole = param.numel(), 1
+        own = _matrix_shape(param) if param.dim() >= 2 else whole
+        kept = (state["left"].shape[2], state["right"].shape[2]) if "left" in state else whole
+        if "left" in state and kept == own:
+            require(self._factors(param), "rank", "stay what it was", self.rank)
+        elif "left" in state or self._factors(param):
+            raise ValueError(
+                f"the state of a parameter must be for its shape: {name()} is taken as {own[0]} × {own[1]}, its state "
+                f"is for {kept[0]} × {kept[1]}; delete optimizer.state[p] where a parameter is replaced by one of "
+                "another shape"
+            )
 
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
         return Separate([self._bind(state, param) for state, param in zip(states, params, strict=True)])

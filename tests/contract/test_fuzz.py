@@ -1,7 +1,11 @@
-"""Any sequence of what users do leaves state that is finite, and a Gram matrix that is that of the window."""
+"""Any sequence of what users do leaves state that is finite, and a Gram matrix that is that of the window.
+
+Where users edit groups, parameters or states, it is that of the window again with the next step.
+"""
 
 import copy
 import io
+from collections import defaultdict
 
 import hypothesis.strategies as st
 import torch
@@ -26,12 +30,11 @@ class Training(RuleBasedStateMachine):
         self.params = [self.parameter(shape) for shape in SHAPES[:2]]
         self.optimizer = cls(self.params, **self.options)
         self.steps = self.skipped = 0
-        self.had_gradients = set()
+        self.edited = False
 
     def parameter(self, shape):
         return torch.nn.Parameter(torch.randn(shape, generator=self.generator))
 
-    @rule(kinds=st.lists(KINDS, min_size=4, max_size=8))
     def step(self, kinds):
         before = [p.detach().clone() for p in self.params]
         for p, kind in zip(self.params, kinds * 4, strict=False):
@@ -45,17 +48,74 @@ class Training(RuleBasedStateMachine):
         bad = any(p.grad.square().sum().isfinite().logical_not() for p in given)
         self.steps += bool(given)
         self.skipped += bad
-        self.had_gradients |= {i for i, p in enumerate(self.params) if p.grad is not None}
+        self.edited &= not given
+        assert all("numel" in self.optimizer.state[p] for p in given)
         for p, value in zip(self.params, before, strict=True):
             assert torch.equal(p, value) or not (bad or p.grad is None)
 
+    @rule(kinds=st.lists(KINDS, min_size=1, max_size=4), times=st.integers(1, 5))
+    def take_steps(self, kinds, times):
+        for _ in range(times):
+            self.step(kinds * 8)
+            self.gram_is_that_of_the_window()
+
     @precondition(lambda self: len(self.optimizer.param_groups) < 4)
-    @rule(shape=st.sampled_from(SHAPES), lr=st.floats(0, 0.1))
-    def add_group(self, shape, lr):
+    @rule(shape=st.sampled_from(SHAPES), lr=st.floats(0, 0.1), in_front=st.booleans())
+    def add_group(self, shape, lr, in_front):
         p = self.parameter(shape)
-        self.params.append(p)
         shared = {name: self.options[name] for name in ("damping", "eps") if name in self.options}
         self.optimizer.add_param_group({"params": [p], "lr": lr, **shared})
+        if in_front:
+            self.optimizer.param_groups.insert(0, self.optimizer.param_groups.pop())
+        self.list_params()
+
+    @precondition(lambda self: len(self.params) > 1)
+    @rule(position=st.integers(0, 3), keep_state=st.booleans())
+    def remove_parameter(self, position, keep_state):
+        group, p = list(self.members())[position % len(self.params)]
+        position = next(i for i, other in enumerate(group["params"]) if other is p)
+        del group["params"][position]
+        if not group["params"]:
+            self.optimizer.param_groups = [other for other in self.optimizer.param_groups if other is not group]
+        if not keep_state:
+            self.optimizer.state.pop(p, None)
+        self.list_params()
+        self.edited = True
+
+    @rule()
+    def reverse_groups(self):
+        self.optimizer.param_groups.reverse()
+        self.list_params()
+
+    @rule(position=st.integers(0, 3), whole=st.booleans())
+    def delete_state(self, position, whole):
+        p = self.params[position % len(self.params)]
+        if whole:
+            self.optimizer.state.pop(p, None)
+        else:
+            self.optimizer.state[p].clear()
+        self.edited = True
+
+    @rule()
+    def delete_all_states(self):
+        self.optimizer.state = defaultdict(dict)
+        self.edited = True
+
+    @rule(position=st.integers(0, 3), factor=st.sampled_from([0.0, 0.5]), in_place=st.booleans())
+    def shrink_state(self, position, factor, in_place):
+        for p in self.params[position % len(self.params) :]:
+            for name, value in self.optimizer.state.get(p, {}).items():
+                if name in ("values", "rows", "left", "right", "error", "momentum"):
+                    self.optimizer.state[p][name] = value.mul_(factor) if in_place else value * factor
+        self.edited = True
+
+    @rule()
+    def clone_states(self):
+        for state in self.optimizer.state.values():
+            state.update({name: value.clone() for name, value in state.items() if torch.is_tensor(value)})
+
+    def list_params(self):
+        self.params = [p for _, p in self.members()]
 
     @rule(fresh=st.booleans())
     def save_and_load(self, fresh):
@@ -102,9 +162,10 @@ class Training(RuleBasedStateMachine):
 
     @invariant()
     def gram_is_that_of_the_window(self):
-        if not self.steps:
+        if not self.steps or self.edited:
             return
-        rows = torch.cat([window_rows(self.optimizer, self.params[i]) for i in sorted(self.had_gradients)], dim=1)
+        windowed = [p for p in self.params if "numel" in self.optimizer.state.get(p, {})]
+        rows = torch.cat([window_rows(self.optimizer, p) for p in windowed], dim=1)
         expected = rows @ rows.t()
         gram = self.optimizer.shared["gram"]
         scale = expected.diagonal().sqrt()
@@ -112,8 +173,10 @@ class Training(RuleBasedStateMachine):
 
     @invariant()
     def memory_is_as_estimated(self):
-        if len(self.had_gradients) < len(self.params):
+        if self.edited or any("numel" not in self.optimizer.state.get(p, {}) for p in self.params):
             return
+        if len(self.optimizer.state) > len(self.params):
+            return  # states of parameters that have left
         if any(group["momentum"] == 0 and "momentum" in self.optimizer.state[p] for group, p in self.members()):
             return  # momentum that was switched off keeps its tensor
         if any(group["momentum"] > 0 and "momentum" not in self.optimizer.state[p] for group, p in self.members()):
@@ -128,5 +191,5 @@ class Training(RuleBasedStateMachine):
 
 TestTraining = Training.TestCase
 TestTraining.settings = settings(
-    max_examples=25, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+    max_examples=60, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
 )

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from efcp import SparseMFAC
 from efcp.kernels import use_backend
-from efcp.perf.gpusim import simulate, why_unavailable
+from efcp.perf.gpu.gpusim import simulate, why_unavailable
 
 if reason := why_unavailable():
     pytest.skip(reason, allow_module_level=True)

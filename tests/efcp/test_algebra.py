@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efcp import EFCP, GGT, MFAC, DenseMFAC, Identity, SparseMFAC, TopK, preconditioners
+from efcp import EFCP, GGT, MFAC, DenseMFAC, Identity, SparseMFAC, TopK
+from efcp.preconditioners import mfac
 from tests.efcp.problems import Problem, newest_slot, window_rows
 
 
@@ -219,7 +220,7 @@ def test_weights_do_not_depend_on_where_the_host_looks_at_them(scale, monkeypatc
         for problem in (looking, blind):
             with monkeypatch.context() as patch:
                 if problem is blind:
-                    patch.setattr(preconditioners, "host_can_look", lambda tensor: False)
+                    patch.setattr(mfac, "is_on_cpu", lambda tensor: False)
                 problem.set_gradients()
                 for p in problem.params:
                     p.grad = torch.full_like(p, scale) if scale > 1 else p.grad

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from efcp import EFCP, GGT, DenseGGT, Identity, LowRank, TopK
 from efcp.gram import Gram, allocate_gram
-from efcp.preconditioners import floor, weights_with_border
+from efcp.preconditioners.ggt import floor, weights_with_border
 from tests.efcp.problems import Problem, newest_slot, window_rows
 from tests.efcp.test_algebra import dense_update
 from tests.efcp.test_step import Operations

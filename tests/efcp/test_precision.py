@@ -208,7 +208,7 @@ def test_counters_on_an_accelerator_are_read_only_once_they_have_arrived(monkeyp
         def query(self):
             return Event.arrived
 
-    monkeypatch.setattr(lookout, "host_can_look", lambda tensor: False)
+    monkeypatch.setattr(lookout, "is_on_cpu", lambda tensor: False)
     monkeypatch.setattr(lookout, "pinned_like", torch.empty_like)
     monkeypatch.setattr(torch, "Event", Event)
     watch, counter = lookout.Lookout(), torch.tensor(12)

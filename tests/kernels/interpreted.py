@@ -13,7 +13,7 @@ import torch
 from triton import language as tl
 from triton.runtime import interpreter
 
-from efcp.kernels import triton_ops
+from efcp.kernels import triton as triton_ops
 from tests.kernels.kernel_cases import (
     BFLOAT16,
     FLOAT32,

@@ -41,6 +41,7 @@ pytest.importorskip("numba")
 import numpy as np
 
 from efcp.kernels import cpu
+from efcp.kernels.cpu import apply, compress, dots, dtypes, finite, inverse_root, launch, llvm, machine_code
 
 # A new pair of a dtype of values and an index size costs a compilation (two with a float64 gradient); all else is free.
 CASES = [
@@ -220,16 +221,16 @@ def test_dots_of_rows_at_the_same_positions(stride: int) -> None:
 
 def test_few_entries_are_looked_at_that_do_not_meet_the_newest_row() -> None:
     generator = torch.Generator().manual_seed(0)
-    newest = torch.randperm(4096, generator=generator)[: cpu.FEW]
-    indices = torch.randint(4096, (cpu.PORTION,), dtype=torch.int16, generator=generator)
-    found, tables = np.zeros(cpu.PORTION + 4, np.uint64), np.zeros(cpu.TABLES, np.uint8)
+    newest = torch.randperm(4096, generator=generator)[: dots.FEW]
+    indices = torch.randint(4096, (dots.PORTION,), dtype=torch.int16, generator=generator)
+    found, tables = np.zeros(dots.PORTION + 4, np.uint64), np.zeros(dots.TABLES, np.uint8)
     for position in newest.tolist():
-        cpu._include(tables, 4, position)
+        dots._include(tables, 4, position)
     address, entries = tables.ctypes.data, len(indices)
-    count = cpu._may_meet(2, indices.data_ptr(), 0, entries, entries, address, 4, indices.data_ptr(), 2, found)
+    count = dots._may_overlap(2, indices.data_ptr(), 0, entries, entries, address, 4, indices.data_ptr(), 2, found)
     meeting = set(torch.isin(indices.long(), newest).nonzero().flatten().tolist())
     assert meeting <= set(found[:count].tolist())
-    if cpu.LOOKS_UP_BYTES:
+    if llvm.LOOKS_UP_BYTES:
         assert count - len(meeting) < entries / 10
     else:
         assert count == entries
@@ -237,14 +238,16 @@ def test_few_entries_are_looked_at_that_do_not_meet_the_newest_row() -> None:
 
 OTHER_PROCESSOR = """
 import numpy as np, torch
-from efcp.kernels import cpu, reference
+from efcp.kernels import reference
+from efcp.kernels.cpu import dots, llvm
 from tests.kernels.kernel_cases import Case
 
 rows, slot = Case(8192, 4096, 0.01, window=70).random_window(), torch.tensor([1])
-torch.testing.assert_close(cpu.window_dots([rows], slot), reference.window_dots([rows], slot))
-found, tables = np.zeros(104, np.uint64), np.zeros(cpu.TABLES, np.uint8)
-count = cpu._may_meet(2, rows.indices.data_ptr(), 0, 100, 100, tables.ctypes.data, 4, rows.values.data_ptr(), 2, found)
-print(cpu.LOOKS_UP_BYTES, count, (found[:100] == np.arange(100)).all())
+torch.testing.assert_close(dots.window_dots([rows], slot), reference.window_dots([rows], slot))
+found, tables = np.zeros(104, np.uint64), np.zeros(dots.TABLES, np.uint8)
+values, indices = rows.values.data_ptr(), rows.indices.data_ptr()
+count = dots._may_overlap(2, indices, 0, 100, 100, tables.ctypes.data, 4, values, 2, found)
+print(llvm.LOOKS_UP_BYTES, count, (found[:100] == np.arange(100)).all())
 """
 
 
@@ -330,18 +333,20 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.fixture(params=["OpenMP", "Python"])
 def kind_of_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "OpenMP" and cpu._team is None:
+    if request.param == "OpenMP" and launch._team is None:
         pytest.skip("this PyTorch has no OpenMP team that can be called")
     if request.param == "Python":
-        monkeypatch.setattr(cpu, "_team", None)
+        monkeypatch.setattr(launch, "_team", None)
         monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    cpu._pool.cache_clear()
+    launch._pool.cache_clear()
     yield request.param
-    cpu._pool.cache_clear()
+    launch._pool.cache_clear()
 
 
 def test_pytorch_for_linux_has_a_team() -> None:
-    assert sys.platform != "linux" or "backend: OpenMP" not in torch.__config__.parallel_info() or cpu._team is not None
+    assert (
+        sys.platform != "linux" or "backend: OpenMP" not in torch.__config__.parallel_info() or launch._team is not None
+    )
 
 
 @pytest.mark.parametrize("case", [LARGE, Case(100003, 256, 0.1, window=4), Case(4097, 4096, 0.01)], ids=str)
@@ -349,7 +354,7 @@ def test_pytorch_for_linux_has_a_team() -> None:
 def test_the_number_of_threads_does_not_change_a_bit(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(1)
     expected = run_all(case)
-    monkeypatch.setattr(cpu, "PARALLEL", 0)
+    monkeypatch.setattr(launch, "PARALLEL", 0)
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
         assert_same(run_all(case), expected)
@@ -367,7 +372,7 @@ def test_the_number_of_threads_does_not_change_a_bit_of_the_inverse_root(monkeyp
         return update
 
     torch.set_num_threads(1)
-    monkeypatch.setattr(cpu, "PARALLEL", 0)
+    monkeypatch.setattr(launch, "PARALLEL", 0)
     expected = after_replacing_rows(on_threads(1), 300)
     for threads in (2, 3, 8):
         for actual, one_thread in zip(after_replacing_rows(on_threads(threads), 300), expected, strict=True):
@@ -408,7 +413,7 @@ def test_as_many_threads_work_as_pytorch_is_set_to(threads: int, kind_of_threads
         time.sleep(0.001)
         pieces.extend(share)
 
-    cpu._run(PythonKernel(work), (), 100, cpu.PARALLEL)
+    launch.run(PythonKernel(work), (), 100, launch.PARALLEL)
     assert len(workers) == threads
     assert threading.get_ident() in workers
     assert any(thread.name.startswith("efcp") for thread in threading.enumerate() if thread.ident in workers) is (
@@ -421,7 +426,7 @@ def test_as_many_threads_work_as_pytorch_is_set_to(threads: int, kind_of_threads
 def test_a_small_operation_runs_in_the_caller() -> None:
     workers = []
     kernel = PythonKernel(lambda share: workers.append((threading.get_ident(), share)))
-    cpu._run(kernel, (), 100, cpu.PARALLEL - 1)
+    launch.run(kernel, (), 100, launch.PARALLEL - 1)
     assert workers == [(threading.get_ident(), range(100))]
 
 
@@ -432,36 +437,36 @@ def test_an_operation_for_which_no_thread_finds_memory_is_an_error(threads: int)
     torch.set_num_threads(threads)
     slot = torch.tensor([0])
     with pytest.raises(MemoryError, match=r"^no thread could allocate its scratch$"):
-        cpu._run(cpu._dots_kernel(cpu.BFLOAT16, 2), (0, 0, 1 << 60, 0, 0, slot.data_ptr(), 1), 2, cpu.PARALLEL)
+        launch.run(dots._dots_kernel(dtypes.BFLOAT16, 2), (0, 0, 1 << 60, 0, 0, slot.data_ptr(), 1), 2, launch.PARALLEL)
 
 
-@pytest.mark.skipif(cpu._team is None, reason="this PyTorch has no OpenMP team that can be called")
+@pytest.mark.skipif(launch._team is None, reason="this PyTorch has no OpenMP team that can be called")
 def test_a_team_keeps_its_size_where_it_is_larger_than_needed() -> None:
     torch.set_num_threads(3)
     kernel = PythonKernel(lambda share: None)
-    cpu._run(kernel, (), 2, cpu.PARALLEL)
+    launch.run(kernel, (), 2, launch.PARALLEL)
     assert len(kernel.workers) == 3
 
 
-@pytest.mark.skipif(cpu._team is None, reason="this PyTorch has no OpenMP team that can be called")
+@pytest.mark.skipif(launch._team is None, reason="this PyTorch has no OpenMP team that can be called")
 def test_threads_of_a_team_may_call() -> None:
     expected = run_all(LARGE)
     results = []
-    cpu._run(PythonKernel(lambda share: results.append(run_all(LARGE))), (), 2, cpu.PARALLEL)
+    launch.run(PythonKernel(lambda share: results.append(run_all(LARGE))), (), 2, launch.PARALLEL)
     for result in results:
         assert_same(result, expected)
     assert len(results) == 2
 
 
 def test_each_share_is_taken_once() -> None:
-    @cpu._kernel()
+    @machine_code.cached_kernel()
     def mark(call: int) -> None:
-        _, marks = cpu._pieces_and_arguments(call, 1)
-        first, last = cpu._take_share(call)
+        _, marks = llvm.pieces_and_arguments(call, 1)
+        first, last = launch.take_share(call)
         while first < last:
             for piece in range(first, last):
-                cpu._store_f64(marks, piece, cpu._load_f64(marks, piece) + 1.0)
-            first, last = cpu._take_share(call)
+                llvm.store_f64(marks, piece, llvm.load_f64(marks, piece) + 1.0)
+            first, last = launch.take_share(call)
 
     marks = torch.zeros(1 << 22, dtype=FLOAT64)
     call = array("q", [0, len(marks), len(marks), marks.data_ptr()])
@@ -528,14 +533,14 @@ def test_a_worker_of_a_data_loader_may_call() -> None:
 
 
 KERNELS = {
-    "compress": cpu._compress_kernel(False),
-    "dots": cpu._dots_kernel(cpu.BFLOAT16, 2),
-    "add_up": cpu._add_up_kernel(),
-    "apply": cpu._apply_kernel(False, cpu.BFLOAT16, 2),
-    "squares": cpu._squares_kernel(),
-    "reflect": cpu._reflect_kernel(),
-    "border": cpu._border_kernel(),
-    "missed": cpu._missed_kernel(),
+    "compress": compress._compress_kernel(False),
+    "dots": dots._dots_kernel(dtypes.BFLOAT16, 2),
+    "add_up": dots._add_up_kernel(),
+    "apply": apply._apply_kernel(False, dtypes.BFLOAT16, 2),
+    "squares": finite._squares_kernel(),
+    "reflect": inverse_root._reflect_kernel(),
+    "border": inverse_root._border_kernel(),
+    "residual": inverse_root._residual_kernel(),
 }
 
 
@@ -546,12 +551,12 @@ def test_kernels_refer_to_nothing_that_another_process_cannot_find_in_the_cache(
 
 
 CACHE = """
-from efcp.kernels import cpu
+from efcp.kernels.cpu import apply, compress, dots, dtypes, finite, inverse_root
 
-print(cpu._compress_kernel(False).cache_hits, cpu._dots_kernel(cpu.BFLOAT16, 2).cache_hits,
-    cpu._add_up_kernel().cache_hits, cpu._apply_kernel(False, cpu.BFLOAT16, 2).cache_hits,
-    cpu._squares_kernel().cache_hits, cpu._reflect_kernel().cache_hits,
-    cpu._border_kernel().cache_hits, cpu._missed_kernel().cache_hits)
+print(compress._compress_kernel(False).cache_hits, dots._dots_kernel(dtypes.BFLOAT16, 2).cache_hits,
+    dots._add_up_kernel().cache_hits, apply._apply_kernel(False, dtypes.BFLOAT16, 2).cache_hits,
+    finite._squares_kernel().cache_hits, inverse_root._reflect_kernel().cache_hits,
+    inverse_root._border_kernel().cache_hits, inverse_root._residual_kernel().cache_hits)
 """
 
 

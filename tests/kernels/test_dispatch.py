@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efcp import kernels
-from efcp.kernels import BACKENDS, BackendError, Blocks, Rows, backend_name, use_backend
+from efcp.kernels import BACKENDS, BackendError, Blocks, Rows, backend_name, dispatch, use_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -26,7 +26,7 @@ def test_the_compiled_backend_of_a_device_runs(device, package, name):
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 def test_the_definition_runs_without_a_compiled_backend(monkeypatch, device):
-    monkeypatch.setattr(kernels, "_can_import", lambda name: False)
+    monkeypatch.setattr(dispatch, "_can_import", lambda name: False)
     assert backend_name(device) == "reference"
 
 
@@ -35,8 +35,8 @@ def importing(monkeypatch):
     """What happens when a backend is imported, as if none had been before."""
 
     def forget():
-        kernels._module.cache_clear()
-        kernels._can_import.cache_clear()
+        dispatch._module.cache_clear()
+        dispatch._can_import.cache_clear()
 
     def fail_with(error):
         def fail(name):
@@ -47,7 +47,7 @@ def importing(monkeypatch):
         forget()
         monkeypatch.setattr(importlib, "import_module", fail)
 
-    monkeypatch.setattr(kernels, "_broken", set())
+    monkeypatch.setattr(dispatch, "_broken", set())
     yield fail_with
     forget()
 

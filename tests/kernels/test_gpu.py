@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from efcp.kernels import triton_ops
+from efcp.kernels import triton as triton_ops
 from tests.kernels.kernel_cases import (
     BFLOAT16,
     FLOAT16,

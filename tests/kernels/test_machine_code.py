@@ -17,14 +17,14 @@ import pytest
 import torch
 
 from efcp import kernels
-from efcp.kernels import BackendError, use_backend
+from efcp.kernels import BackendError, dispatch, use_backend
 from tests.kernels.kernel_cases import Case
 
 pytest.importorskip("numba")
 
 import numba
 
-from efcp.kernels import cpu, machine_code
+from efcp.kernels.cpu import apply, compress, dots, finite, inverse_root, llvm, machine_code
 
 ROOT = Path(__file__).parents[2]
 AGAIN = "^efcp: compiled kernels in .* cannot be used, and are compiled again: "
@@ -48,9 +48,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def five() -> Any:
     """A kernel that compiles in no time, and stores 5."""
 
-    @cpu._kernel()
+    @machine_code.cached_kernel()
     def store_five(call: int) -> None:
-        cpu._store_f64(call, 0, 5.0)
+        llvm.store_f64(call, 0, 5.0)
 
     number = torch.zeros(1, dtype=torch.float64)
     store_five.ctypes(number.data_ptr())
@@ -138,10 +138,10 @@ def test_code_that_holds_addresses_of_this_process_is_not_kept(folder: Path, mon
 
 
 EDITED = """
-from efcp.kernels import cpu
+from efcp.kernels.cpu import llvm
 
 def store(call):
-    cpu._store_f64(call, 0, {number})
+    llvm.store_f64(call, 0, {number})
 """
 
 
@@ -151,7 +151,7 @@ def test_an_edited_source_does_not_get_the_code_from_before(folder: Path) -> Non
     for number in (5.0, 75.0):
         source.write_text(EDITED.format(number=number))
         for hits in range(2):
-            kernel: Any = cpu._kernel()(runpy.run_path(str(source))["store"])
+            kernel: Any = machine_code.cached_kernel()(runpy.run_path(str(source))["store"])
             stored = torch.zeros(1, dtype=torch.float64)
             kernel.ctypes(stored.data_ptr())
             assert (kernel.cache_hits, stored) == (hits, number)
@@ -164,11 +164,11 @@ def test_another_numba_does_not_get_the_code(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_function_without_a_file_is_compiled(folder: Path) -> None:
-    scope: dict[str, Any] = {"store": cpu._store_f64}
+    scope: dict[str, Any] = {"store": llvm.store_f64}
     exec("def kernel(call):\n    store(call, 0, 5.0)", scope)
     number = torch.zeros(1, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match=f"{NO_CACHE}RuntimeError: cannot cache"):
-        cpu._kernel()(scope["kernel"]).ctypes(number.data_ptr())
+        machine_code.cached_kernel()(scope["kernel"]).ctypes(number.data_ptr())
     assert number == 5
 
 
@@ -271,7 +271,7 @@ KERNELS = {
     "apply": ("window_apply_", of_window),
     "reflect": ("update_inverse_root_", of_inverse_root),
     "border": ("update_inverse_root_", of_inverse_root),
-    "missed": ("update_inverse_root_", of_inverse_root),
+    "residual": ("update_inverse_root_", of_inverse_root),
 }
 
 
@@ -279,7 +279,7 @@ KERNELS = {
 def broken(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     monkeypatch.delenv("EFCP_KERNELS", raising=False)
     backends: set[str] = set()
-    monkeypatch.setattr(kernels, "_broken", backends)
+    monkeypatch.setattr(dispatch, "_broken", backends)
     return backends
 
 
@@ -293,7 +293,8 @@ def test_the_definition_takes_over_where_a_kernel_cannot_be_compiled(
     operation, run = KERNELS[kernel]
     with use_backend("reference"):
         expected = run(operation)
-    monkeypatch.setattr(cpu, f"_{kernel}_kernel", fail)
+    module = next(m for m in (apply, compress, dots, finite, inverse_root) if hasattr(m, f"_{kernel}_kernel"))
+    monkeypatch.setattr(module, f"_{kernel}_kernel", fail)
     text = "^efcp: the definition runs in place of the kernels of numba, and is slower: LLVM ERROR$"
     with pytest.warns(RuntimeWarning, match=text) as warned:
         results = [run(operation) for _ in range(2)]
@@ -383,7 +384,7 @@ def test_steps_where_a_file_cannot_be_written_to_its_end(tmp_path: Path) -> None
 def test_steps_where_no_folder_can_be_written(tmp_path: Path) -> None:
     for name in ("efcp", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-    file = tmp_path / "kernels" / "__pycache__"
+    file = tmp_path / "kernels" / "cpu" / "__pycache__"
     file.write_text("a file in place of the folder, below which nobody can write, whatever the permissions\n")
     places = dict.fromkeys(("NUMBA_CACHE_DIR", "HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"), str(file / "below"))
     backend, warning = backend_and_warning(STEPS, *ALL_BUT_ALL_FINITE, cwd=tmp_path, **places)

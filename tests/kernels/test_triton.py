@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from efcp.kernels import Blocks, Rows, reference
-from efcp.perf.gpusim import SimulationError, why_unavailable
+from efcp.perf.gpu.gpusim import SimulationError, why_unavailable
 from tests.kernels.kernel_cases import (
     BFLOAT16,
     FINITE,
@@ -34,10 +34,10 @@ from tests.kernels.kernel_cases import (
 if reason := why_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-from efcp.kernels import triton_ops
-from efcp.kernels.triton_ops import apply, compress, dots, portable
-from efcp.kernels.triton_ops.group import group
-from efcp.perf.gpusim import simulate
+from efcp.kernels import triton as triton_ops
+from efcp.kernels.triton import apply, compress, dots, portable
+from efcp.kernels.triton.launch import launch_of
+from efcp.perf.gpu.gpusim import simulate
 
 # A case with another block size, dtype or architecture costs compilations, one with another input next to nothing.
 CASES = [
@@ -254,7 +254,7 @@ def far_away(modules, monkeypatch):
     """Makes the kernels believe that the blocks of all parameters come after FAR others, at the addresses they have."""
 
     def shifted(rows, **others):
-        table = group(rows, **others)
+        table = launch_of(rows, **others)
         parameters = table.parameters.clone()
         for entry, (values, indices, blocks) in zip(parameters, rows, strict=True):
             entries = FAR * values.shape[1] * blocks.kept
@@ -266,7 +266,7 @@ def far_away(modules, monkeypatch):
         return table._replace(parameters=parameters, owners=table.owners + FAR)
 
     for module in modules:
-        monkeypatch.setattr(module, "group", shifted)
+        monkeypatch.setattr(module, "launch_of", shifted)
 
 
 @pytest.mark.parametrize("operators", [triton_ops, portable], ids=["default", "portable"])

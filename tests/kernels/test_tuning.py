@@ -7,14 +7,14 @@ from itertools import chain
 import pytest
 import torch
 
-from efcp.perf.gpusim import simulate, why_unavailable
+from efcp.perf.gpu.gpusim import simulate, why_unavailable
 from tests.kernels.kernel_cases import Case, check_apply, check_compress, check_dots
 
 if reason := why_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
-from efcp.kernels import triton_ops
-from efcp.kernels.triton_ops import apply, compress, dots, tuning
+from efcp.kernels import triton as triton_ops
+from efcp.kernels.triton import apply, compress, dots, tuning
 
 CASE = Case(5000, 1024, 0.05, window=40)
 CHECKS = {"compress_": check_compress, "window_dots": check_dots, "window_apply_": check_apply}
@@ -46,7 +46,7 @@ def run(monkeypatch):
         return group
 
     for module in (compress, dots, apply):
-        monkeypatch.setattr(module, "group", allowing(module.group))
+        monkeypatch.setattr(module, "launch_of", allowing(module.launch_of))
 
     def check(name):
         with simulate(90) as simulator:

@@ -17,7 +17,7 @@ from efcp.perf.command import LOCK, ending, explain, locked
 
 COMMANDS = [
     *("efcp.analysis.tradeoff", "efcp.analysis.paper", "efcp.analysis.rule", "efcp.perf.bench", "efcp.perf.compare"),
-    *("efcp.perf.plots", "efcp.perf.compile_report", "efcp.perf.traffic"),
+    *("efcp.perf.plots", "efcp.perf.gpu.report", "efcp.perf.gpu.traffic"),
 ]
 BLOCKED = """\
 import runpy, sys

@@ -13,11 +13,11 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from efcp.perf import compile_report
-from efcp.perf.code import accesses, read_code, source_lines
-from efcp.perf.compile_report import Case, problems, unreached
-from efcp.perf.occupancy import resident_programs
-from efcp.perf.offline import Compiled, GPUTarget, compile_for
+from efcp.perf.gpu import report as compile_report
+from efcp.perf.gpu.code import accesses, read_code, source_lines
+from efcp.perf.gpu.occupancy import resident_programs
+from efcp.perf.gpu.offline import Compiled, GPUTarget, compile_for
+from efcp.perf.gpu.report import Case, problems, unreached
 
 SM90, GFX942 = GPUTarget("cuda", 90, 32), GPUTarget("hip", "gfx942", 64)
 TARGETS = pytest.mark.parametrize("target", [SM90, GFX942], ids=["sm90", "gfx942"])
@@ -230,7 +230,7 @@ def test_copies_to_shared_memory_are_waited_for_in_groups(tmp_path, monkeypatch)
     (tmp_path / "ptx").write_text(ptx)
     sample = double(SM90)
     monkeypatch.setattr(
-        "efcp.perf.code.subprocess.run",
+        "efcp.perf.gpu.code.subprocess.run",
         lambda *_, **__: SimpleNamespace(stdout='//## File "/a.py", line 3\n' + sass),
     )
     kernel = Compiled(**{**vars(sample), "stages": {"ptx": tmp_path / "ptx", "cubin": tmp_path}})

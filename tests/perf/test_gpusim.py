@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from efcp.perf.gpusim import (
+from efcp.perf.gpu.gpusim import (
     DataRaceError,
     DeadlockError,
     DeviceAssertError,
@@ -946,7 +946,7 @@ def test_missing_compiler_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_import_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import efcp.perf; "
-        "from efcp.perf.gpusim import DataRaceError, why_unavailable; print(why_unavailable())"
+        "from efcp.perf.gpu.gpusim import DataRaceError, why_unavailable; print(why_unavailable())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert "triton, which is not installed" in done.stdout, done.stderr

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from efcp.kernels import Blocks, Rows
-from efcp.kernels.triton_ops import portable
-from efcp.perf.offline import GPUTarget, compile_for
+from efcp.kernels.triton import portable
+from efcp.perf.gpu.offline import GPUTarget, compile_for
 
 TARGETS = {
     "sm80": GPUTarget("cuda", 80, 32),

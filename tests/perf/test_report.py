@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from efcp.kernels.gpus import PRODUCTS
 from efcp.perf import plots, report, roofline, scaling
 from efcp.perf.breakdown import PHASES
 from efcp.perf.problems import Case
@@ -126,7 +127,7 @@ def test_standing_is_in_floors() -> None:
 def test_prediction_is_one_of_its_reports() -> None:
     table = roofline.predict(REPORTS, 1 << 24)
     assert set(table["how"]) == {"prediction"}
-    assert set(table["gpu"]) == set(roofline.GPUS)
+    assert set(table["gpu"]) == set(PRODUCTS)
     for _, rows in table.groupby(["gpu", "density"]):
         times = rows.set_index("operation")["predicted_ms"]
         assert times["step"] == pytest.approx(times.drop(["step", "Adam"]).sum())

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from efcp.perf.gpusim import why_unavailable
+from efcp.perf.gpu.gpusim import why_unavailable
 
 if reason := why_unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from efcp.kernels import Blocks, Rows
-from efcp.perf import traffic
-from efcp.perf.traffic import Window, count, overlap, random_window
+from efcp.perf.gpu import traffic
+from efcp.perf.gpu.traffic import Window, count, overlap, random_window
 
 SIZE = 256
 

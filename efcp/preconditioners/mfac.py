@@ -1,0 +1,126 @@
+"""M-FAC: weights from (λI + S/m)⁻¹, of which a square root is kept and follows each replaced row."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from efcp import kernels
+from efcp.checks import require_number
+from efcp.gram import Gram, is_on_cpu
+from efcp.kernels.reference import column_residual
+from efcp.preconditioners.base import Preconditioner
+
+
+@dataclass(frozen=True)
+class MFAC(Preconditioner):
+    """M-FAC: f(S) = (λI + S/m)⁻¹, so that u = (λI + GᵀG/m)⁻¹c for the newest row c (arXiv 2107.03356; 2306.06098).
+
+    A square root R of the inverse is kept, RᵀR = (mλI + S)⁻¹, and the column of RᵀR that belongs to the row which is
+    replaced next. They follow each replaced row in O(m²). R is computed anew once in m steps and whenever the damping
+    changes. One step of iterative refinement removes from the weights what the updates have gathered in rounding errors
+    meanwhile. On a CPU, where looking at a number does not make anybody wait, it is left out where weights solve the
+    system to ten digits, and R is also computed anew where they miss six digits of a system that float64 can solve:
+    rows that it could not solve for leave such errors behind.
+
+    Where squared norms of gradients exceed 10¹⁰ λ and rows of the window depend on each other, float64 cannot solve the
+    system. Where they exceed 10⁶ λ and parameters are float32, the weighted rows cancel so far that rounding is what is
+    left of their sum. Weights that miss the system by 10% or more, or whose update would be rounded by 10% of its
+    length or more, are replaced: the step then goes along the newest row c alone, as far as is best for the same
+    F = λI + GᵀG/m, u = c · ‖c‖² / cᵀFc. Such steps are counted in `imprecise_steps`, of which there is a warning.
+
+    Args:
+        damping: λ > 0.
+
+    Raises:
+        ValueError: for other values.
+    """
+
+    damping: float = 1e-4
+
+    def __post_init__(self) -> None:
+        require_number("damping", self.damping, 0, open_low=True)
+
+    def allocate(self, window: int, device: torch.device) -> dict[str, Any]:
+        root = torch.eye(window, dtype=torch.float64, device=device) * (window * self.damping) ** -0.5
+        return {
+            "inverse_root": root,
+            "inverse_column": root[0] * root[0, 0],
+            "inverse_age": 0,
+            "inverse_damping": float(self.damping),
+            "imprecise_steps": torch.zeros((), dtype=torch.int64, device=device),
+        }
+
+    def weights(self, gram: Gram, slot: Tensor) -> Tensor:
+        S, state = gram.matrix, gram.state
+        R, column = state["inverse_root"], state["inverse_column"]
+        window = len(S)
+        ridge = window * self.damping
+        x, residual = kernels.update_inverse_root_(R, column, S, slot, ridge)
+        capturing = R.is_cuda and torch.cuda.is_current_stream_capturing()  # each replay would do it, or none
+        if (state["inverse_age"] >= window or state["inverse_damping"] != self.damping) and not capturing:
+            x, residual = self._refreshed_column(gram, slot)
+        state["inverse_age"] += 1
+
+        if is_on_cpu(S):
+            error = math.sqrt(torch.dot(residual, residual).item())
+            if error < 1e-10:
+                return self._unless_rounded(gram, slot, x, residual, None)
+            if error > 1e-6 and S.trace() < 1e10 * ridge:  # of rows that have left the window
+                x, residual = self._refreshed_column(gram, slot)
+        x = x + R.t() @ (R @ residual)
+        residual = column_residual(x, S, slot, ridge)
+        solved = torch.linalg.vector_norm(residual) < 0.1
+        if not is_on_cpu(S) or not solved:
+            diagonal = S.diagonal() + ridge
+            following = gram.following_slot
+            alone = torch.zeros_like(x).index_fill_(0, following, 1.0) / diagonal
+            torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
+            torch.where(solved, column, alone, out=column)
+        return self._unless_rounded(gram, slot, x, residual, solved)
+
+    def _unless_rounded(self, gram: Gram, slot: Tensor, x: Tensor, r: Tensor, solved: Tensor | None) -> Tensor:
+        """The weights m · x, or those of the newest row alone where they are not `solved` or rounding would spoil u.
+
+        ‖u‖ is known in two ways that lose different digits: it is at least ⟨c, u⟩/‖c‖, and with the residual r of x
+        ‖u‖² = m(w_t − λ‖w‖² − ⟨w, r⟩).
+        """
+        S, m = gram.matrix, len(x)
+        w = m * x
+        newest = S.index_select(0, slot).squeeze(0)
+        square = newest.index_select(0, slot).squeeze(0)  # ‖c‖²
+        inner = torch.dot(newest, w)  # ⟨c, u⟩
+        squared_norm = m * (w.index_select(0, slot).squeeze(0) - self.damping * torch.dot(w, w) - torch.dot(w, r))
+        squared_norm = torch.maximum(squared_norm, inner * inner / square)
+        rounding = gram.rounding**2 * torch.dot(w, w) * S.trace()  # of ‖u‖, squared, at most
+        sound = (rounding <= 0.01 * squared_norm) | (square == 0)
+        if solved is not None:
+            sound &= solved
+        if is_on_cpu(S) and sound:
+            return w
+        gram.state["imprecise_steps"] += ~sound
+        curvature = self.damping + torch.where(square == 0, 0.0, torch.dot(newest, newest) / (m * square))  # cᵀFc/‖c‖²
+        return torch.where(sound, w, torch.zeros_like(w).index_fill_(0, slot, 1.0) / curvature)
+
+    def _refreshed_column(self, gram: Gram, slot: Tensor) -> tuple[Tensor, Tensor]:
+        self.refresh(gram)
+        R = gram.state["inverse_root"]
+        x = R.t() @ R.index_select(1, slot).squeeze(1)
+        return x, column_residual(x, gram.matrix, slot, len(R) * self.damping)
+
+    def refresh(self, gram: Gram) -> None:
+        R = gram.state["inverse_root"]
+        invert_(R, gram.matrix, len(R) * self.damping)
+        gram.state["inverse_column"].copy_(R.t() @ R.index_select(1, gram.following_slot).squeeze(1))
+        gram.state["inverse_age"], gram.state["inverse_damping"] = 0, float(self.damping)
+
+
+def invert_(R: Tensor, S: Tensor, ridge: float) -> None:
+    """RᵀR ← (ridge · I + S)⁻¹ by Cholesky; R stays where rounding has left that matrix not positive definite."""
+    A = S.clone()
+    A.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(A)
+    root = torch.linalg.solve_triangular(factor, torch.eye(len(S), dtype=S.dtype, device=S.device), upper=False)
+    R.copy_(torch.where(failed == 0, root, R))

@@ -1,0 +1,120 @@
+"""`window_apply_`: the weighted sum of the rows, gathered in a scratch of a block, then added to the parameter."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efcp.kernels.addresses import check_weights
+from efcp.kernels.blocks import Rows
+from efcp.kernels.cpu.convert import blend_block, index_at, number_at, value_at
+from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, NONE, SIZES, coded
+from efcp.kernels.cpu.launch import launch_of, run, scalar_address, table_row, take_share
+from efcp.kernels.cpu.llvm import EIGHT, eight_terms, eight_terms_of_rows, pieces_and_arguments, prefetch
+from efcp.kernels.cpu.machine_code import Kernel, cached_kernel
+
+FETCHING_ROWS = 16  # of the window; after so many `window_apply_` fetches a portion of the parameter into the cache
+SHORT = 16  # entries of a row in a block, up to which `window_apply_` takes eight at a time across rows
+
+
+@cache
+def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
+    real = np.float64 if wide else np.float32
+    eight = value_code == BFLOAT16 and not wide  # at a time: a third fewer instructions
+
+    @cached_kernel(wide, value_code, index_size)
+    def apply(call: int) -> None:
+        (
+            _, table, parameters, largest, target_code, momentum_code, weights, weight_code,
+            scale, scale_code, step, step_code, decay, decay_code, window,
+        ) = pieces_and_arguments(call, 14)  # fmt: skip
+        target_factor = real(number_at(scale_code, scale, 0))
+        update_factor = real(number_at(step_code, step, 0))
+        momentum_factor = real(number_at(decay_code, decay, 0))
+        weight = np.empty(window, real)
+        for i in range(window):
+            weight[i] = real(number_at(weight_code, weights, i))
+        spread, spread_kept = np.empty(window * SHORT if eight else 0, np.float32), np.int64(0)
+        update = np.zeros(largest, real)
+        target_size = SIZES[target_code]
+        portion = 64 * (largest * target_size * FETCHING_ROWS // (64 * window) + 1)  # bytes
+        first, last = take_share(call)
+        while first < last:
+            begin = np.int64(0)
+            for number in range(parameters):
+                end, numel, size, kept, kept_in_tail, values, indices, target, momentum = table_row(
+                    table, parameters, number
+                )
+                if eight and spread_kept != kept <= SHORT:  # a weight for each entry of a block
+                    spread_kept = kept
+                    for i in range(window):
+                        spread[i * kept : (i + 1) * kept] = weight[i]
+                for block in range(max(first, begin) - begin, min(last, end) - begin):
+                    start = block * size
+                    length = min(size, numel - start)
+                    chosen = kept if length == size else kept_in_tail
+                    before = block * window * kept  # entries
+                    unfetched, behind = target + start * target_size, target + (start + length) * target_size
+                    for first_row in range(0, window, FETCHING_ROWS):
+                        for line in range(unfetched, min(unfetched + portion, behind), 64):
+                            prefetch(line)
+                        unfetched += portion
+                        last_row = min(first_row + FETCHING_ROWS, window)
+                        # Three loops, as one that can do all is slow with few entries.
+                        if eight and chosen == kept <= SHORT:
+                            rest = last_row * kept - (last_row - first_row) * kept % EIGHT
+                            for j in range(first_row * kept, rest, EIGHT):
+                                terms = eight_terms_of_rows(values, before + j, spread.ctypes.data + 4 * j)
+                                for lane in range(EIGHT):
+                                    update[index_at(index_size, indices, before + j + lane)] += terms[lane]
+                            for j in range(rest, last_row * kept):
+                                term = value_at(value_code, values, before + j) * spread[j]
+                                update[index_at(index_size, indices, before + j)] += term
+                        elif eight and chosen >= EIGHT:
+                            for i in range(first_row, last_row):
+                                entry, factor = before + i * kept, weight[np.uint64(i)]
+                                rest = entry + chosen - chosen % EIGHT
+                                for j in range(entry, rest, EIGHT):
+                                    terms = eight_terms(values, j, factor)
+                                    for lane in range(EIGHT):
+                                        update[index_at(index_size, indices, j + lane)] += terms[lane]
+                                for j in range(rest, entry + chosen):
+                                    update[index_at(index_size, indices, j)] += value_at(value_code, values, j) * factor
+                        else:
+                            for i in range(first_row, last_row):
+                                entry, factor = before + i * kept, weight[np.uint64(i)]
+                                for j in range(entry, entry + chosen):
+                                    term = real(value_at(value_code, values, j)) * factor
+                                    update[index_at(index_size, indices, j)] += term
+                    if momentum != 0:
+                        blend_block(momentum_code, momentum, start, length, momentum_factor, update, real(1), False)
+                    blend_block(target_code, target, start, length, target_factor, update, update_factor, True)
+                begin = end
+            first, last = take_share(call)
+
+    return apply
+
+
+def window_apply_(
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
+) -> None:
+    launch = launch_of(rows, targets=targets, momenta=momenta)
+    dtype, (values, indices, _) = coded("targets", targets[0]), rows[0]
+    window = values.shape[1]
+    weights = check_weights(values, weights, window)
+    arguments = (
+        *launch.arguments, CODES[dtype], CODES[coded("momenta", momenta[0])] if momenta else NONE,
+        weights.data_ptr(), CODES[weights.dtype],
+        scalar_address("scale", scale), CODES[scale.dtype], scalar_address("step", step), CODES[step.dtype],
+        scalar_address("decay", decay), CODES[decay.dtype], window,
+    )  # fmt: skip
+    kernel = _apply_kernel(dtype is torch.float64, CODES[coded("values", values)], indices.itemsize)
+    run(kernel, arguments, launch.blocks, launch.elements + launch.entries * window)

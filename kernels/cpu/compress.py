@@ -1,0 +1,282 @@
+"""`compress_`: blockwise Top-k with error feedback, one block at a time.
+
+The key of a number is its bits without the sign: an integer that orders as the magnitude does. The key of the k-th
+largest is searched for, from that of the block before.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from efcp.kernels.blocks import Rows
+from efcp.kernels.cpu.convert import add_block, read_block, store_index, store_value, write_block
+from efcp.kernels.cpu.dtypes import CODES, FLOAT32, FLOAT64, NONE, SIZES, coded
+from efcp.kernels.cpu.launch import launch_of, run, scalar_address, slot_address, table_row, take_share
+from efcp.kernels.cpu.llvm import (
+    LANES,
+    add_and_mask,
+    bits_set,
+    load_i64,
+    load_u8,
+    mask_at_least,
+    pieces_and_arguments,
+    pointer,
+    prefetch,
+    trailing_zeros,
+)
+from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+
+Ahead = tuple[int, int, int, int]  # the next block: where its gradient starts, bytes an element, the same of its error
+
+
+@jit
+def _count(bits: np.ndarray, length: int, key: int, most: int) -> int:
+    """How many keys are at least `key`. In the integer type of the bits throughout, so that all its lanes count."""
+    count = np.int32(0)
+    for j in range(length):
+        count = np.int32(count + np.int32(bits.dtype.type(bits[j] & most) >= key))
+    return count
+
+
+@jit
+def _largest(bits: np.ndarray, length: int, most: int) -> int:
+    largest = bits.dtype.type(0)
+    for j in range(length):
+        largest = max(largest, bits.dtype.type(bits[j] & most))
+    return largest
+
+
+@jit
+def _coarse_threshold(
+    bits: np.ndarray, length: int, kept: int, enough: int, guess: int, reaching: int, most: int
+) -> tuple[int, int]:
+    """A key that at least `kept` and at most `enough` elements reach, or, where ties forbid it, the largest that `kept`
+    reach; and how many reach it.
+
+    The search goes from the guess, which so many are known to reach (0: no guess), in growing steps until the key lies
+    between two others, then bisects.
+    """
+    integer = bits.dtype.type
+    low, reached = integer(0), np.int64(length)
+    if reached <= enough:
+        return low, reached
+    high = most  # reached by fewer than `kept`
+    key, count = guess, np.int64(reaching)
+    if guess == 0:
+        key = max(integer(1), _largest(bits, length, most))
+        count = np.int64(_count(bits, length, key, most))
+    step = np.int64(most >> 13)
+    while True:
+        if count < kept:
+            high, following = key, np.int64(key) - step
+        else:
+            low, reached, following = key, count, np.int64(key) + step
+            if count <= enough:
+                break
+        if high - low <= 1:
+            break
+        if not low < following < high:
+            following = low + ((np.int64(high) - low) >> 1)
+        key, step = integer(following), step << 1
+        count = np.int64(_count(bits, length, key, most))
+    return low, reached
+
+
+@jit
+def _fine_threshold(keys: np.ndarray, length: int, kept: int, low: int, most: int) -> int:
+    """The largest key that `kept` of the keys reach, or a smaller one that no more reach; all of them reach `low`.
+
+    Steps that go where `kept` would be if keys were spread evenly take turns with bisection.
+    """
+    integer = keys.dtype.type
+    reached, above = np.int64(length), np.int64(0)
+    high = np.int64(_largest(keys, length, most)) + 1
+    even = False
+    while reached != kept and high - low > 1:
+        span, even = high - low, not even
+        part = np.int64(np.float64(span) * (np.float64(reached - kept) / np.float64(reached - above)))
+        key = integer(low + (min(max(part, 1), span - 1) if even else span >> 1))
+        count = np.int64(_count(keys, length, key, most))
+        if count >= kept:
+            low, reached = key, count
+        else:
+            high, above = np.int64(key), count
+    return low
+
+
+@jit
+def _collect(bits: np.ndarray, length: int, key: int, most: int, ties: int, limit: int, found: np.ndarray) -> None:
+    """Positions, ascending, of the `limit` elements that exceed a key, or are among the first `ties` that equal it."""
+    count = np.uint64(0)
+    for position in range(length):
+        own = bits.dtype.type(bits[position] & most)
+        if own >= key:
+            if own == key:
+                if ties == 0:
+                    continue
+                ties -= 1
+            found[count] = position
+            count += np.uint64(1)
+            if count == np.uint64(limit):
+                return
+
+
+@jit
+def _masks(bits: np.ndarray, length: int, key: int, masks: np.ndarray) -> int:
+    """Which elements reach a key, 64 to a mask; and how many."""
+    reached = np.int64(0)
+    for start in range(0, length, LANES):
+        mask = mask_at_least(bits.ctypes.data + start * bits.itemsize, key)
+        if start + LANES > length:
+            mask &= (np.uint64(1) << np.uint64(length - start)) - np.uint64(1)
+        masks[start // LANES] = mask
+        reached += bits_set(mask)
+    return reached
+
+
+@jit
+def _positions(masks: np.ndarray, length: int, found: np.ndarray, ahead: Ahead) -> None:
+    """Positions, ascending, of the bits that are set in masks. There must be room for four more.
+
+    Four are written at a time, whether there are as many or not: the processor cannot predict how many bits are set.
+    On the way it fetches what is needed next, in small portions, so that neither memory nor the processor waits.
+    """
+    grad, grad_size, error, error_size = ahead
+    count = np.uint64(0)
+    for start in range(0, length, LANES):
+        for line in range(start * grad_size, (start + LANES) * grad_size, 64):
+            prefetch(grad + line)
+        for line in range(start * error_size, (start + LANES) * error_size, 64):
+            prefetch(error + line)
+        mask = masks[start // LANES]
+        for at in range(count, count + np.uint64(bits_set(mask)), np.uint64(4)):
+            for more in range(4):
+                found[np.uint64(at) + np.uint64(more)] = np.uint64(start) + trailing_zeros(mask)
+                mask &= mask - np.uint64(1)
+        count += np.uint64(bits_set(masks[start // LANES]))
+
+
+@jit
+def _select(
+    bits: np.ndarray, length: int, kept: int, guess: int, reached: int, most: int, masks: np.ndarray,
+    found: np.ndarray, keys: np.ndarray, ahead: Ahead,
+) -> int:  # fmt: skip
+    """Positions, ascending, of the `kept` largest keys, of equal ones the first, into `found`.
+
+    Few passes over the block find a key that somewhat more elements reach, and the choice among those is made apart.
+    The guess is right for most blocks, and the first pass the only one.
+
+    Args:
+        guess: a key, which `reached` elements reach; masks: which.
+
+    Returns:
+        a guess for a similar block.
+    """
+    enough = len(keys)
+    if not kept <= reached <= enough:
+        guess, reached = _coarse_threshold(bits, length, kept, enough, guess, reached, most)
+        if reached > enough:  # only because of ties
+            ties = kept - np.int64(_count(bits, length, bits.dtype.type(guess + 1), most))
+            _collect(bits, length, guess, most, ties, kept, found)
+            return guess
+        _masks(bits, length, guess, masks)
+    _positions(masks, length, found, ahead)
+    for i in range(reached):
+        keys[i] = bits[found[i]] & most
+    threshold = _fine_threshold(keys, reached, kept, guess, most)
+    ties = kept - np.int64(_count(keys, reached, bits.dtype.type(threshold + 1), most))
+    count = np.uint64(0)
+    for i in range(reached):  # without a branch, which no processor could predict
+        tied = np.int64(keys[i] == threshold)
+        found[count] = found[i]
+        count += np.uint64(np.int64(keys[i] > threshold) | (tied & np.int64(ties > 0)))
+        ties -= tied
+    return guess
+
+
+@cache
+def _compress_kernel(wide: bool) -> Kernel:
+    real, integer, code = (np.float64, np.int64, FLOAT64) if wide else (np.float32, np.int32, FLOAT32)
+
+    @cached_kernel(wide)
+    def compress(call: int) -> None:
+        (
+            _, table, parameters, largest, grad_code, error_code, value_code, index_size, slot, finite, window,
+        ) = pieces_and_arguments(call, 10)  # fmt: skip
+        row = load_i64(slot, 0)
+        most = integer(np.iinfo(integer).max)
+        scratch = np.zeros(largest + LANES, real)  # a mask may look beyond the end
+        masks = np.empty(largest // LANES + 1, np.uint64)
+        found = np.zeros(largest + 4, np.uint16)
+        all_keys = np.empty(largest, integer)
+        guess = integer(0)
+        grad_size, error_size = SIZES[grad_code], SIZES[error_code]
+        first, last = take_share(call)
+        while first < last:
+            begin = np.int64(0)
+            for number in range(parameters):
+                end, numel, size, kept, kept_in_tail, values, indices, grad, error = table_row(
+                    table, parameters, number
+                )
+                keys = all_keys[: min(size, kept + max(kept >> 1, 64))]
+                for block in range(max(first, begin) - begin, min(last, end) - begin):
+                    start = block * size
+                    length = min(size, numel - start)
+                    chosen = kept if length == size else kept_in_tail
+                    entry = (block * window + row) * kept
+                    if grad == 0:
+                        for j in range(chosen):
+                            store_value(value_code, values, entry + j, np.float32(0))
+                        continue
+                    if load_u8(finite, 0) == 0:
+                        for j in range(chosen):
+                            store_value(value_code, values, entry + j, np.float32(0))
+                            store_index(index_size, indices, entry + j, j)
+                        continue
+                    in_place = grad_code == code and error_code == code and length % LANES == 0
+                    if in_place:
+                        a = carray(pointer(error + start * error_size), length, real)
+                        reached = np.int64(0)
+                        for j in range(0, length, LANES):
+                            at = (start + j) * error_size
+                            mask = add_and_mask(error + at, grad + at, guess)
+                            masks[j // LANES] = mask
+                            reached += bits_set(mask)
+                    else:
+                        a = scratch
+                        read_block(grad_code, grad, start, length, a)
+                        if error_code != NONE:
+                            add_block(error_code, error, start, length, a)
+                        reached = _masks(a.view(integer), length, guess, masks)
+                    following = start + size
+                    ahead = (grad + following * grad_size, grad_size, error + following * error_size, error_size)
+                    guess = _select(a.view(integer), length, chosen, guess, reached, most, masks, found, keys, ahead)
+                    for j in range(chosen):
+                        position = found[j]
+                        stored = store_value(value_code, values, entry + j, np.float32(a[position]))
+                        store_index(index_size, indices, entry + j, position)
+                        a[position] -= stored
+                    if error_code != NONE and not in_place:
+                        write_block(error_code, error, start, length, a)
+                begin = end
+            first, last = take_share(call)
+
+    return compress
+
+
+def compress_(
+    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
+) -> None:
+    launch = launch_of(rows, grads=grads, errors=errors)
+    dtype = next((coded("grads", grad) for grad in grads if grad is not None), torch.float32)
+    values, indices, _ = rows[0]
+    arguments = (
+        *launch.arguments, CODES[dtype], CODES[coded("errors", errors[0])] if errors else NONE,
+        CODES[coded("values", values)], indices.itemsize, slot_address(slot, values.shape[1]),
+        scalar_address("finite", finite, torch.bool), values.shape[1],
+    )  # fmt: skip
+    run(_compress_kernel(dtype is torch.float64), arguments, launch.blocks, launch.elements)

@@ -1,0 +1,239 @@
+"""`window_dots`: inner products of all rows with the newest one, whose block is spread out in a scratch.
+
+Entries are looked up there eight at a time, as Numba vectorises no loop that looks numbers up. Where rows are short,
+entries that may be among those of the newest row are found first: its positions make two sets of bytes, of their
+highest bits and of their lowest, and for 32 bytes one instruction looks up what a table of 16 holds for them. With
+that, 32 positions are compared with both sets without going to memory, and few are in both and not in the row.
+"""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efcp.kernels.blocks import Rows
+from efcp.kernels.cpu.convert import index_at, value_at
+from efcp.kernels.cpu.dtypes import CODES, FLOAT16, FLOAT32, SIZES, coded
+from efcp.kernels.cpu.launch import CPU, PIECES, launch_of, run, slot_address, table_row, take_share
+from efcp.kernels.cpu.llvm import (
+    EIGHT,
+    LANES,
+    LOOKS_UP_BYTES,
+    add_bf16_u8,
+    add_bf16_u16,
+    add_f32_u8,
+    add_f32_u16,
+    bits_of_float,
+    bits_set,
+    load_f64,
+    load_i64,
+    no_sums,
+    overlap_mask_u8,
+    overlap_mask_u16,
+    pieces_and_arguments,
+    prefetch,
+    store_f64,
+    sum_of_eight,
+    trailing_zeros,
+)
+from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+
+FEW = 48  # entries of a row in a block, up to which it is worth finding first which entries of others may meet it
+PORTION = 1024  # entries of the window among which these are looked for at a time
+TABLES = 64  # bytes of the two sets: two tables of 16 each
+
+
+@jit
+def _add_products(code: int, size: int, sums: Any, values: int, indices: int, entry: int, table: int) -> Any:
+    if code == FLOAT32:
+        if size == 1:
+            return add_f32_u8(sums, values, indices, entry, table)
+        return add_f32_u16(sums, values, indices, entry, table)
+    if size == 1:
+        return add_bf16_u8(sums, values, indices, entry, table)
+    return add_bf16_u16(sums, values, indices, entry, table)
+
+
+@jit
+def _product(code: int, one: float, other: float) -> float:
+    """Of two float32 numbers that have been values of a window; in float32 where that is exact (see `_dots_kernel`)."""
+    return np.float64(one) * np.float64(other) if code == FLOAT32 else np.float64(one * other)
+
+
+@jit
+def _include(tables: np.ndarray, shift: int, position: int) -> None:
+    """Adds a position to both sets.
+
+    The highest bit of a byte says in which table, its lowest four say where; which bit there is said in both sets by
+    bits 4 to 6 of the upper byte.
+    """
+    upper, lower = position >> shift, position & 255
+    bit = 1 << ((upper >> 4) & 7)
+    tables[upper >> 3 & 16 | upper & 15] |= bit
+    tables[32 + (lower >> 3 & 16 | lower & 15)] |= bit
+
+
+@jit
+def _may_overlap(
+    size: int, indices: int, first: int, last: int, entries: int, tables: int, shift: int,
+    values: int, bytes_a_value: int, found: np.ndarray,
+) -> int:  # fmt: skip
+    """Which of the entries from `first` to before `last` of a block, which has 64 or more, may meet the newest row.
+
+    As in `_positions` four are written at a time, for which there must be room; their values are fetched.
+
+    Returns:
+        how many.
+    """
+    count = np.uint64(0)
+    for start in range(first, last, LANES):
+        before = max(start + LANES - entries, 0)  # the last 64 entries begin that much earlier
+        if size == 1:
+            mask = overlap_mask_u8(indices + start - before, tables, shift)
+        else:
+            mask = overlap_mask_u16(indices + 2 * (start - before), tables, shift)
+        mask >>= np.uint64(before)
+        place, more = count, bits_set(mask)
+        count += np.uint64(more)
+        while True:
+            for number in range(4):
+                entry = np.uint64(start) + trailing_zeros(mask)
+                found[place + np.uint64(number)] = entry
+                prefetch(values + np.int64(entry) * bytes_a_value)
+                mask &= mask - np.uint64(1)
+            if more <= 4:
+                break
+            more -= 4
+            place += np.uint64(4)
+    return np.int64(count)
+
+
+@jit
+def _add_dots_of_few(
+    value_code: int, index_size: int, values: int, indices: int, window: int, kept: int, row: int, newest: np.ndarray,
+    unit: float, shift: int, tables: np.ndarray, found: np.ndarray, total: np.ndarray,
+) -> None:  # fmt: skip
+    """Adds to `total` the inner products of the rows of a block with one of them, which `newest` holds in this unit."""
+    tables[:] = 0
+    for j in range(row * kept, (row + 1) * kept):
+        _include(tables, shift, index_at(index_size, indices, j))
+    entries, inverse = window * kept, np.uint64((1 << 32) // kept + 1)
+    for start in range(0, entries, PORTION):
+        stop, address = min(start + PORTION, entries), tables.ctypes.data
+        count = _may_overlap(
+            index_size, indices, start, stop, entries, address, shift, values, SIZES[value_code], found
+        )
+        for place in range(count):
+            j = np.int64(found[place])
+            product = _product(value_code, newest[index_at(index_size, indices, j)], value_at(value_code, values, j))
+            total[found[place] * inverse >> np.uint64(32)] += unit * product  # that is j // kept
+
+
+@cache
+def _dots_kernel(value_code: int, index_size: int) -> Kernel:
+    # The product of two bfloat16 or float16 numbers is exact in float32, where one factor is scaled so that it neither
+    # overflows nor (above 1e-29 times the largest) underflows.
+    narrow = value_code != FLOAT32
+    eight = value_code != FLOAT16  # at a time
+    bytes_a_value = SIZES[value_code]
+
+    @cached_kernel(value_code, index_size)
+    def dots(call: int) -> None:
+        pieces, table, parameters, largest, sums, blocks, slot, window, few = pieces_and_arguments(call, 8)
+        row = load_i64(slot, 0)
+        shift = 0
+        while (largest - 1) >> shift > 255:
+            shift += 1
+        newest = np.zeros(largest, np.float32)
+        tables = np.empty(TABLES, np.uint8)
+        found = np.empty(PORTION + 4, np.uint64)
+        total = np.empty(window, np.float64)
+        first, last = take_share(call)
+        while first < last:
+            for piece in range(first, last):
+                total[:] = 0.0
+                first_block, last_block = piece * blocks // pieces, (piece + 1) * blocks // pieces
+                begin = np.int64(0)
+                for number in range(parameters):
+                    end, numel, size, kept, kept_in_tail, values, indices, _, _ = table_row(table, parameters, number)
+                    for block in range(max(first_block, begin) - begin, min(last_block, end) - begin):
+                        chosen = kept if (block + 1) * size <= numel else kept_in_tail
+                        entry = block * window * kept
+                        own = entry + row * kept
+                        unit = 1.0
+                        if narrow:
+                            highest = np.float32(0)
+                            for j in range(own, own + chosen):
+                                highest = max(highest, abs(value_at(value_code, values, j)))
+                            unit = math.ldexp(1.0, (bits_of_float(highest) >> 23) - 126)
+                        for j in range(own, own + chosen):
+                            newest[index_at(index_size, indices, j)] = (
+                                np.float64(value_at(value_code, values, j)) / unit
+                            )
+                        if chosen == kept <= few:  # padding may hold anything
+                            _add_dots_of_few(
+                                value_code, index_size, values + entry * bytes_a_value, indices + entry * index_size,
+                                window, kept, row, newest, unit, shift, tables, found, total,
+                            )  # fmt: skip
+                        else:
+                            for i in range(window):
+                                first_entry = entry + i * kept
+                                rest = first_entry + (chosen - chosen % EIGHT if eight else 0)
+                                eight_dots = no_sums()
+                                for j in range(first_entry, rest, EIGHT):
+                                    eight_dots = _add_products(
+                                        value_code, index_size, eight_dots, values, indices, j, newest.ctypes.data
+                                    )
+                                dot = sum_of_eight(eight_dots)
+                                for j in range(rest, first_entry + chosen):
+                                    one = newest[index_at(index_size, indices, j)]
+                                    dot += _product(value_code, one, value_at(value_code, values, j))
+                                total[i] += unit * dot
+                        for j in range(own, own + chosen):
+                            newest[index_at(index_size, indices, j)] = np.float32(0)
+                    begin = end
+                for i in range(window):
+                    store_f64(sums, piece * window + i, total[i])
+            first, last = take_share(call)
+
+    return dots
+
+
+@cache
+def _add_up_kernel() -> Kernel:
+    @cached_kernel()
+    def add_up(call: int) -> None:
+        """The sum of the rows of a float64 matrix, added in order. The pieces are its columns."""
+        columns, matrix, rows, result = pieces_and_arguments(call, 3)
+        first, last = take_share(call)
+        while first < last:
+            for column in range(first, last):
+                store_f64(result, column, load_f64(matrix, column))
+            for row in range(1, rows):
+                for column in range(first, last):
+                    total = load_f64(result, column) + load_f64(matrix, row * columns + column)
+                    store_f64(result, column, total)
+            first, last = take_share(call)
+
+    return add_up
+
+
+def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+    launch = launch_of(rows)
+    values, indices, _ = rows[0]
+    window = values.shape[1]
+    pieces = max(1, min(launch.blocks, PIECES))
+    sums = torch.empty(pieces * window, dtype=torch.float64, device=CPU)
+    few = FEW if LOOKS_UP_BYTES and window >= LANES else 0  # of fewer rows a block may not have 64 entries
+    arguments = (*launch.arguments, sums.data_ptr(), launch.blocks, slot_address(slot, window), window, few)
+    kernel = _dots_kernel(CODES[coded("values", values)], indices.itemsize)
+    run(kernel, arguments, pieces, launch.entries * window)
+    if pieces == 1:
+        return sums
+    total = torch.empty(window, dtype=torch.float64, device=CPU)
+    run(_add_up_kernel(), (sums.data_ptr(), pieces, total.data_ptr()), window, pieces * window)
+    return total

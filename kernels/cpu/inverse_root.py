@@ -1,0 +1,166 @@
+"""`update_inverse_root_`: M-FAC's inverse root R follows a replaced row, in pieces of rows.
+
+As column t of RᵀR is known, so is vᵀR for the vector v of the reflection: the reflected matrix R' = R + φ v vᵀR,
+p = R's, R'ᵀp and the following column of R'ᵀR' come of one pass over the rows, in pieces. Another is over those of S.
+What the first leaves for the next is in `scratch`, vectors of m numbers: p; then R'ᵀp of each piece; then its part of
+the column.
+"""
+
+import math
+from array import array
+from functools import cache, partial
+
+import numpy as np
+import torch
+from numba import carray
+from torch import Tensor
+
+from efcp.kernels.addresses import addresses
+from efcp.kernels.cpu.launch import CPU, run, slot_address, take_share
+from efcp.kernels.cpu.llvm import load_f64, load_i64, pieces_and_arguments, pointer, store_f64
+from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+
+PIECE_ROWS = 64  # of an m × m matrix, the unit in which it is shared out
+
+
+@partial(jit, fastmath={"reassoc", "contract"})
+def _dot(one: np.ndarray, other: np.ndarray, length: int) -> float:
+    total = 0.0
+    for j in range(length):
+        total += one[j] * other[j]
+    return total
+
+
+@jit
+def _add_multiple(total: np.ndarray, factor: float, row: np.ndarray, length: int) -> None:
+    for j in range(length):
+        total[j] += factor * row[j]
+
+
+@partial(jit, fastmath={"reassoc", "contract"})
+def _add_multiple_and_dot(row: np.ndarray, factor: float, other: np.ndarray, third: np.ndarray, length: int) -> float:
+    """row ← row + factor · other; its inner product with the third"""
+    total = 0.0
+    for j in range(length):
+        number = row[j] + factor * other[j]
+        row[j] = number
+        total += number * third[j]
+    return total
+
+
+@jit
+def _add_multiples(
+    total: np.ndarray, factor: float, other: np.ndarray, other_factor: float, row: np.ndarray, length: int
+) -> None:
+    for j in range(length):
+        total[j] += factor * row[j]
+        other[j] += other_factor * row[j]
+
+
+@jit
+def _float64s(address: int, first: int, length: int) -> np.ndarray:
+    return carray(pointer(address + 8 * first), length, np.float64)
+
+
+COORDINATES, SUMS_OF_PIECES = range(2)
+
+
+@jit
+def _sum_of_pieces(scratch: int, first: int, pieces: int, window: int) -> np.ndarray:
+    total = np.zeros(window, np.float64)
+    for piece in range(first, first + pieces):
+        _add_multiple(total, 1.0, _float64s(scratch, piece * window, window), window)
+    return total
+
+
+@cache
+def _reflect_kernel() -> Kernel:
+    @cached_kernel()
+    def reflect(call: int) -> None:
+        """The pass over R, but for row t."""
+        pieces, root, column, gram, slot, scratch, window = pieces_and_arguments(call, 6)
+        t = load_i64(slot, 0)
+        following = (t + 1) % window
+        new = _float64s(gram, t * window, window).copy()
+        new[t] = 0.0
+        vR = _float64s(column, 0, window).copy()
+        own = _float64s(root, t * window, window)
+        norm = math.sqrt(vR[t])
+        factor = -1 / (norm * (norm + abs(own[t])))
+        _add_multiple(vR, math.copysign(norm, own[t]), own, window)
+        first, last = take_share(call)
+        while first < last:
+            for piece in range(first, last):
+                row_sum = _float64s(scratch, (SUMS_OF_PIECES + piece) * window, window)
+                column_sum = _float64s(scratch, (SUMS_OF_PIECES + pieces + piece) * window, window)
+                row_sum[:] = 0.0
+                column_sum[:] = 0.0
+                for i in range(piece * window // pieces, (piece + 1) * window // pieces):
+                    row = _float64s(root, i * window, window)
+                    p = 0.0
+                    if i != t:
+                        p = _add_multiple_and_dot(row, factor * row[t], vR, new, window)
+                        row[t] = 0.0
+                        _add_multiples(row_sum, p, column_sum, row[following], row, window)
+                    store_f64(scratch, COORDINATES * window + i, p)
+            first, last = take_share(call)
+
+    return reflect
+
+
+@cache
+def _border_kernel() -> Kernel:
+    @cached_kernel()
+    def border(call: int) -> None:
+        """Row t of R, x and the following column."""
+        _, root, column, gram, slot, x, scratch, window, pieces, ridge = pieces_and_arguments(call, 9)
+        t, least = load_i64(slot, 0), load_f64(ridge, 0)
+        following = (t + 1) % window
+        p = _float64s(scratch, COORDINATES * window, window)
+        schur = max(least + load_f64(gram, t * window + t) - _dot(p, p, window), least)
+        row = _sum_of_pieces(scratch, SUMS_OF_PIECES, pieces, window)
+        ahead = _sum_of_pieces(scratch, SUMS_OF_PIECES + pieces, pieces, window)
+        row[t] = -1.0
+        first, last = take_share(call)
+        if first < last:
+            at_following = -row[following] / math.sqrt(schur)
+            for j in range(window):
+                own = -row[j] / math.sqrt(schur)
+                store_f64(root, t * window + j, own)
+                store_f64(column, j, ahead[j] + at_following * own)
+                store_f64(x, j, -row[j] / schur)
+
+    return border
+
+
+@cache
+def _residual_kernel() -> Kernel:
+    @cached_kernel()
+    def subtract(call: int) -> None:
+        """The pass over S."""
+        pieces, gram, slot, x_at, residual, window, ridge = pieces_and_arguments(call, 6)
+        t, x = load_i64(slot, 0), _float64s(x_at, 0, window)
+        first, last = take_share(call)
+        while first < last:
+            for i in range(first * window // pieces, last * window // pieces):
+                product = _dot(_float64s(gram, i * window, window), x, window) + load_f64(ridge, 0) * x[i]
+                store_f64(residual, i, np.float64(i == t) - product)
+            first, last = take_share(call)
+
+    return subtract
+
+
+def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    window = len(R)
+    pieces = -(-window // PIECE_ROWS)
+    x, residual = (torch.empty(window, dtype=torch.float64, device=CPU) for _ in range(2))
+    vectors = torch.empty(SUMS_OF_PIECES + 2 * pieces, window, dtype=torch.float64, device=CPU)
+    scratch, number = vectors.data_ptr(), array("d", [ridge])
+    root, gram = (addresses(n, [M], torch.float64, CPU, [window**2])[0] for n, M in (("R", R), ("S", S)))
+    (column_at,), at = addresses("column", [column], torch.float64, CPU, [window]), slot_address(slot, window)
+    reflect, border, subtract = _reflect_kernel(), _border_kernel(), _residual_kernel()  # all, before R changes
+    ridge_at, work = number.buffer_info()[0], window * window
+    run(reflect, (root, column_at, gram, at, scratch, window), pieces, work)
+    run(border, (root, column_at, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
+    run(subtract, (gram, at, x.data_ptr(), residual.data_ptr(), window, ridge_at), pieces, work)
+    return x, residual

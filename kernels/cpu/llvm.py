@@ -1,0 +1,378 @@
+"""What compiled code does by LLVM's own instructions, as Numba has no words for it, or none as fast.
+
+    memory behind an address          `load_*`, `store_*`, `pointer`, `prefetch`
+    bits of numbers and of masks      `float_of_bits`, `bits_of_float`, `trailing_zeros`, `bits_set`
+    64 comparisons at a time          `mask_at_least`, `add_and_mask`: the search of Top-k
+    a call and its shares             `pieces_and_arguments`, `take`
+    eight entries at a time           sums of products, and terms, of `window_dots` and `window_apply_`
+    32 positions at a time            `overlap_mask_*`: which may be among those of the newest row
+
+Unlike an index into an array, no index behind an address is tested for being negative.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import llvmlite.ir as ir
+from numba import types
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic, models, register_model
+
+from efcp.kernels.cpu.dtypes import BFLOAT16, FLOAT32
+
+LANES = 64  # elements whose comparisons make one bit mask
+
+
+def _instruction(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """Makes a function in compiled code of LLVM's instructions; it is called without the typing context."""
+    return intrinsic(**options)(function) if options else intrinsic(function)
+
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+
+def _loader(stored: ir.Type, result: types.Type) -> Callable[..., Any]:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        address, index = arguments
+        value = builder.load(builder.gep(builder.inttoptr(address, stored.as_pointer()), [index]))
+        return builder.zext(value, I64) if isinstance(stored, ir.IntType) else value
+
+    @_instruction
+    def load(typing_context: Any, address: Any, index: Any) -> Any:
+        return result(types.int64, types.int64), codegen
+
+    return load
+
+
+def _storer(stored: ir.Type, accepted: types.Type) -> Callable[..., Any]:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        address, index, value = arguments
+        if isinstance(stored, ir.IntType):
+            value = builder.trunc(value, stored)
+        builder.store(value, builder.gep(builder.inttoptr(address, stored.as_pointer()), [index]))
+        return context.get_dummy_value()
+
+    @_instruction
+    def store(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
+        return types.void(types.int64, types.int64, accepted), codegen
+
+    return store
+
+
+load_u8, store_u8 = _loader(I8, types.uint64), _storer(I8, types.uint64)
+load_u16, store_u16 = _loader(I16, types.uint64), _storer(I16, types.uint64)
+load_i64 = _loader(I64, types.int64)
+load_f32, store_f32 = _loader(ir.FloatType(), types.float32), _storer(ir.FloatType(), types.float32)
+load_f64, store_f64 = _loader(ir.DoubleType(), types.float64), _storer(ir.DoubleType(), types.float64)
+
+
+@_instruction
+def float_of_bits(typing_context: Any, bits: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.bitcast(builder.trunc(arguments[0], I32), ir.FloatType())
+
+    return types.float32(types.int64), codegen
+
+
+@_instruction
+def bits_of_float(typing_context: Any, number: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.zext(builder.bitcast(arguments[0], I32), I64)
+
+    return types.int64(types.float32), codegen
+
+
+@_instruction
+def prefetch(typing_context: Any, address: Any) -> Any:
+    """Fetches 64 bytes into the second-level cache. Any address will do."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        pointer = I8.as_pointer()
+        function_type = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], function_type)
+        to_read, second_level, data = (ir.Constant(I32, n) for n in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(arguments[0], pointer), to_read, second_level, data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+def _lanes_at_least(builder: ir.IRBuilder, numbers: ir.Value, key: ir.Value) -> ir.Value:
+    """64 bits: which of 64 integers, their signs put aside, are at least `key`."""
+    vector, bits = numbers.type, numbers.type.element.width
+    keys = builder.and_(numbers, ir.Constant(vector, [2 ** (bits - 1) - 1] * LANES))
+    bound = builder.insert_element(ir.Constant(vector, ir.Undefined), key, ir.Constant(I32, 0))
+    zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
+    bound = builder.shuffle_vector(bound, ir.Constant(vector, ir.Undefined), zeros)
+    return builder.bitcast(builder.icmp_signed(">=", keys, bound), I64)
+
+
+@_instruction
+def mask_at_least(typing_context: Any, address: Any, key: Any) -> Any:
+    """64 bits: which of the 64 keys at an address, their signs put aside, are at least `key`."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        vector = ir.VectorType(ir.IntType(key.bitwidth), LANES)
+        numbers = builder.load(builder.inttoptr(arguments[0], vector.as_pointer()), align=key.bitwidth // 8)
+        return _lanes_at_least(builder, numbers, arguments[1])
+
+    return types.uint64(types.int64, key), codegen
+
+
+@_instruction
+def add_and_mask(typing_context: Any, error: Any, grad: Any, key: Any) -> Any:
+    """Adds the 64 numbers at one address to those at another, and returns the mask of `mask_at_least` for the sums."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        size = key.bitwidth // 8
+        vector = ir.VectorType(ir.FloatType() if size == 4 else ir.DoubleType(), LANES)
+        pointers = [builder.inttoptr(address, vector.as_pointer()) for address in arguments[:2]]
+        total = builder.fadd(*(builder.load(pointer, align=size) for pointer in pointers))
+        builder.store(total, pointers[0], align=size)
+        bits = builder.bitcast(total, ir.VectorType(ir.IntType(key.bitwidth), LANES))
+        return _lanes_at_least(builder, bits, arguments[2])
+
+    return types.uint64(types.int64, types.int64, key), codegen
+
+
+@_instruction
+def trailing_zeros(typing_context: Any, mask: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), codegen
+
+
+@_instruction
+def bits_set(typing_context: Any, mask: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.uint64), codegen
+
+
+@_instruction
+def pointer(typing_context: Any, address: Any) -> Any:
+    """For `numba.carray`, which makes an array of the memory there."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return builder.inttoptr(arguments[0], I8.as_pointer())
+
+    return types.voidptr(types.int64), codegen
+
+
+@partial(_instruction, prefer_literal=True)
+def pieces_and_arguments(typing_context: Any, call: Any, count: Any) -> Any:
+    """The number of pieces and so many arguments."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        first = builder.inttoptr(arguments[0], I64.as_pointer())
+        numbers = [builder.load(builder.gep(first, [ir.Constant(I64, 2 + n)])) for n in range(count.literal_value + 1)]
+        return context.make_tuple(builder, signature.return_type, numbers)
+
+    return types.UniTuple(types.int64, count.literal_value + 1)(types.int64, count), codegen
+
+
+@_instruction
+def take_number(typing_context: Any, call: Any) -> Any:
+    """The number of a share, which no other thread gets."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        following = builder.inttoptr(arguments[0], I64.as_pointer())
+        return builder.atomic_rmw("add", following, ir.Constant(I64, 1), "monotonic")
+
+    return types.int64(types.int64), codegen
+
+
+EIGHT = 8
+F32x8, F64x8 = ir.VectorType(ir.FloatType(), EIGHT), ir.VectorType(ir.DoubleType(), EIGHT)
+
+
+class _Sums(types.Type):
+    """Eight float64 sums, which stay in registers."""
+
+    def __init__(self) -> None:
+        super().__init__("eight float64")
+
+
+@register_model(_Sums)
+class _SumsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, F64x8)
+
+
+SUMS = _Sums()
+
+
+def _eight_values(builder: ir.IRBuilder, code: int, values: ir.Value, entry: ir.Value) -> ir.Value:
+    """Consecutive values of the window, float32 or bfloat16, as float32."""
+    words, halves = ir.VectorType(I32, EIGHT), ir.VectorType(I16, EIGHT)
+    if code == FLOAT32:
+        first = builder.gep(builder.inttoptr(values, ir.FloatType().as_pointer()), [entry])
+        return builder.load(builder.bitcast(first, F32x8.as_pointer()), align=4)
+    first = builder.gep(builder.inttoptr(values, I16.as_pointer()), [entry])
+    bits = builder.zext(builder.load(builder.bitcast(first, halves.as_pointer()), align=2), words)
+    return builder.bitcast(builder.shl(bits, ir.Constant(words, [16] * EIGHT)), F32x8)
+
+
+def _products_adder(value_code: int, index_size: int) -> Callable[..., Any]:
+    """Adds to eight sums the products of values of the window, float32 or bfloat16, and what a float32 table holds at
+    their indices. Products of bfloat16 numbers are taken in float32, others in float64."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        sums, values, indices, entry, table = arguments
+        first_index = builder.gep(builder.inttoptr(indices, (I8 if index_size == 1 else I16).as_pointer()), [entry])
+        first_number = builder.inttoptr(table, ir.FloatType().as_pointer())
+        numbers = ir.Constant(F32x8, ir.Undefined)
+        for lane in range(EIGHT):  # on many processors faster than the instruction that gathers
+            index = builder.zext(builder.load(builder.gep(first_index, [ir.Constant(I64, lane)])), I64)
+            number = builder.load(builder.gep(first_number, [index]))
+            numbers = builder.insert_element(numbers, number, ir.Constant(I32, lane))
+        value = _eight_values(builder, value_code, values, entry)
+        if value_code == FLOAT32:
+            return builder.fadd(sums, builder.fmul(builder.fpext(numbers, F64x8), builder.fpext(value, F64x8)))
+        return builder.fadd(sums, builder.fpext(builder.fmul(numbers, value), F64x8))
+
+    @_instruction
+    def add_products(typing_context: Any, sums: Any, values: Any, indices: Any, entry: Any, table: Any) -> Any:
+        return SUMS(SUMS, types.int64, types.int64, types.int64, types.int64), codegen
+
+    return add_products
+
+
+add_bf16_u8, add_bf16_u16 = _products_adder(BFLOAT16, 1), _products_adder(BFLOAT16, 2)
+add_f32_u8, add_f32_u16 = _products_adder(FLOAT32, 1), _products_adder(FLOAT32, 2)
+
+
+@_instruction
+def no_sums(typing_context: Any) -> Any:
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        return ir.Constant(F64x8, [0.0] * EIGHT)
+
+    return SUMS(), codegen
+
+
+@_instruction
+def sum_of_eight(typing_context: Any, sums: Any) -> Any:
+    """The sum of eight, always in the same order."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        total = arguments[0]
+        for half in (4, 2, 1):
+            sides = (ir.Constant(ir.VectorType(I32, half), list(range(at, at + half))) for at in (0, half))
+            total = builder.fadd(*(builder.shuffle_vector(total, total, side) for side in sides))
+        return builder.extract_element(total, ir.Constant(I32, 0))
+
+    return types.float64(SUMS), codegen
+
+
+def _eight_products(
+    context: Any, builder: ir.IRBuilder, signature: Any, values: ir.Value, entry: ir.Value, weights: ir.Value
+) -> ir.Value:
+    """A tuple of numbers: consecutive bfloat16 values of the window, each times its weight."""
+    product = builder.fmul(_eight_values(builder, BFLOAT16, values, entry), weights)
+    terms = [builder.extract_element(product, ir.Constant(I32, lane)) for lane in range(EIGHT)]
+    return context.make_tuple(builder, signature.return_type, terms)
+
+
+@_instruction
+def eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> Any:
+    """Eight consecutive bfloat16 values, each times a weight."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        values, entry, weight = arguments
+        weights = ir.Constant(F32x8, ir.Undefined)
+        for lane in range(EIGHT):
+            weights = builder.insert_element(weights, weight, ir.Constant(I32, lane))
+        return _eight_products(context, builder, signature, values, entry, weights)
+
+    return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.float32), codegen
+
+
+@_instruction
+def eight_terms_of_rows(typing_context: Any, values: Any, entry: Any, weights: Any) -> Any:
+    """The same, with a weight for each at an address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        values, entry, weights = arguments
+        weights = builder.load(builder.inttoptr(weights, F32x8.as_pointer()), align=4)
+        return _eight_products(context, builder, signature, values, entry, weights)
+
+    return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.int64), codegen
+
+
+BYTES = ir.VectorType(I8, 32)
+
+
+def _looks_up_bytes() -> bool:
+    """Whether Numba compiles for a processor with that instruction, AVX2's."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return "+avx2" in features.split(",")
+
+
+LOOKS_UP_BYTES = _looks_up_bytes()
+
+
+def _looked_up(builder: ir.IRBuilder, table: ir.Value, places: ir.Value) -> ir.Value:
+    """What a table of 16 bytes holds for 32 others: at their lowest four bits, but 0 where the highest is set."""
+    look_up = builder.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), ir.FunctionType(BYTES, [BYTES, BYTES]))
+    twice = ir.Constant(ir.VectorType(I32, 32), [*range(16), *range(16)])
+    return builder.call(look_up, [builder.shuffle_vector(table, table, twice), places])
+
+
+def _looked_up_in_two(builder: ir.IRBuilder, tables: Sequence[ir.Value], places: ir.Value) -> ir.Value:
+    """The same, where the highest bit is set of the second table."""
+    flipped = builder.xor(places, ir.Constant(BYTES, [128] * 32))
+    return builder.or_(_looked_up(builder, tables[0], places), _looked_up(builder, tables[1], flipped))
+
+
+def _upper_and_lower(builder: ir.IRBuilder, indices: ir.Value, shift: ir.Value) -> list[ir.Value]:
+    """The bytes of the highest bits of 32 indices of two bytes, and those of the lowest. Of 32 the second and the third
+    eight are exchanged."""
+    words = ir.VectorType(I16, 16)
+    pack = builder.module.declare_intrinsic("llvm.x86.avx2.packuswb", (), ir.FunctionType(BYTES, [words, words]))
+    first = builder.inttoptr(indices, words.as_pointer())
+    both = [builder.load(builder.gep(first, [ir.Constant(I64, n)]), align=2) for n in range(2)]
+    shifts = builder.insert_element(ir.Constant(words, ir.Undefined), builder.trunc(shift, I16), ir.Constant(I32, 0))
+    shifts = builder.shuffle_vector(shifts, shifts, ir.Constant(ir.VectorType(I32, 16), [0] * 16))
+    upper = builder.call(pack, [builder.lshr(index, shifts) for index in both])
+    return [upper, builder.call(pack, [builder.and_(index, ir.Constant(words, [255] * 16)) for index in both])]
+
+
+def _overlap_masker(index_size: int) -> Callable[..., Any]:
+    """64 bits: which of 64 positions may be in the newest row. All, where the processor cannot tell."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        if not LOOKS_UP_BYTES:
+            return ir.Constant(I64, -1)
+        indices, tables, shift = arguments
+        first = builder.inttoptr(tables, ir.VectorType(I8, 16).as_pointer())
+        table = [builder.load(builder.gep(first, [ir.Constant(I64, n)]), align=1) for n in range(4)]
+        bits = ir.Constant(ir.VectorType(I8, 16), [1 << n % 8 for n in range(16)])
+        halves = []
+        for half in range(2):
+            address = builder.add(indices, ir.Constant(I64, 32 * index_size * half))
+            if index_size == 1:
+                upper = builder.load(builder.inttoptr(address, BYTES.as_pointer()), align=1)
+            else:
+                upper, lower = _upper_and_lower(builder, address, shift)
+            bit = _looked_up(builder, bits, builder.lshr(upper, ir.Constant(BYTES, [4] * 32)))
+            held = builder.and_(bit, _looked_up_in_two(builder, table[:2], upper))
+            if index_size == 2:
+                held = builder.and_(held, _looked_up_in_two(builder, table[2:], lower))
+                eights = builder.bitcast(held, ir.VectorType(I64, 4))
+                eights = builder.shuffle_vector(eights, eights, ir.Constant(ir.VectorType(I32, 4), [0, 2, 1, 3]))
+                held = builder.bitcast(eights, BYTES)
+            halves.append(builder.icmp_unsigned("!=", held, ir.Constant(BYTES, [0] * 32)))
+        lanes = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+        return builder.bitcast(builder.shuffle_vector(*halves, lanes), I64)
+
+    @_instruction
+    def meeting_mask(typing_context: Any, indices: Any, tables: Any, shift: Any) -> Any:
+        return types.uint64(types.int64, types.int64, types.int64), codegen
+
+    return meeting_mask
+
+
+overlap_mask_u8, overlap_mask_u16 = _overlap_masker(1), _overlap_masker(2)

@@ -1,0 +1,65 @@
+"""The operations of the sparse window as Triton kernels, one file each: launch configuration, kernel, launcher.
+
+| file | what |
+|---|---|
+| `launch.py`, `tuning.py` | many parameters in one launch; the choice of its configuration |
+| `compress.py`, `finite.py` | `compress_` and `all_finite`, for any GPU |
+| `dots.py`, `apply.py` | `window_dots` and `window_apply_` with sums in shared memory, in Gluon: NVIDIA, Triton ≥ 3.8 |
+| `portable.py` | the same two for all others |
+
+`update_inverse_root_` is that of the definition: its matrices do not grow with the model.
+"""
+
+from collections.abc import Sequence
+
+import triton
+from torch import Tensor
+
+from efcp.kernels.blocks import Rows
+from efcp.kernels.gpus import architecture
+from efcp.kernels.reference import update_inverse_root_
+from efcp.kernels.triton import portable
+from efcp.kernels.triton.compress import compress_
+from efcp.kernels.triton.finite import all_finite
+
+try:
+    from efcp.kernels.triton import apply, dots
+
+    HAS_GLUON = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+except ImportError:  # a version of Triton without Gluon
+    HAS_GLUON = False
+
+__all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "window_dots"]
+
+
+def _shared_memory() -> int:
+    """Bytes of shared memory that a Gluon program may take on the current GPU, 0 where there can be none."""
+    if not HAS_GLUON or triton.knobs.runtime.interpret:
+        return 0
+    target = triton.runtime.driver.active.get_current_target()
+    return architecture(target.arch).program_shared if target.backend == "cuda" and target.arch >= 80 else 0
+
+
+def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+    values, _, blocks = rows[0]
+    if HAS_GLUON and (candidates := dots.configurations(values, blocks, _shared_memory())):
+        return dots.window_dots(rows, slot, candidates)
+    return portable.window_dots(rows, slot)
+
+
+def window_apply_(
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
+) -> None:
+    if len(targets) != len(rows):
+        raise ValueError(f"targets must hold {len(rows)} tensors, got {len(targets)}")
+    values, _, blocks = rows[0]
+    if HAS_GLUON and (candidates := apply.configurations(targets[0].dtype, values, blocks, _shared_memory())):
+        apply.window_apply_(targets, momenta, rows, weights, scale, step, decay, candidates)
+    else:
+        portable.window_apply_(targets, momenta, rows, weights, scale, step, decay)

@@ -1,0 +1,197 @@
+"""`window_apply_` in Gluon: weighted sum of all rows of the window, added to the parameter in place.
+
+One program owns a block. It keeps the sum in shared memory and adds row after row: the indices of a row are distinct,
+and a barrier separates rows, so that plain loads and stores suffice: no atomics, and a fixed order of summation. The
+window is streamed through shared memory in tiles of whole rows, the next tile being read while one is added. At the end
+the parameter is read and written once, with momentum and weight decay.
+
+A row is added in steps of COLUMNS entries, none of which may do nothing: there are no masks for shared memory. So the
+last step of a row begins earlier, and adds zero for entries that have been added before. A row shorter than a step is
+that of a short block, whose sum leaves room at the end of the memory for the entries that are missing.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from efcp.kernels.addresses import check_numbers, check_weights
+from efcp.kernels.blocks import Blocks, Rows, kept
+from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.triton.launch import (
+    DTYPES,
+    Launch,
+    at_most_registers,
+    find_block,
+    launch_of,
+    triton_accumulation_dtype,
+)
+from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
+
+find_block = gluon.jit(find_block.fn)
+ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
+
+
+def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: int) -> list[Configuration]:
+    """For blocks whose program may take so many bytes of shared memory; the default first, none where nothing fits.
+
+    One warp adds rows of up to 127 entries: it needs no barriers but its own, and many programs fit.
+    """
+    row, room = kept(blocks.block_size, blocks.density), triton.next_power_of_2(blocks.block_size)
+    default = 1 << max(0, min(3, (row // 64).bit_length() - 1))
+    least = max(2048, triton.next_power_of_2(row + 16))
+    entry = values.element_size() + blocks.index_dtype.itemsize
+    candidates = []
+    for num_warps, tile in (
+        (default, least),
+        (default, 2 * least),
+        (2 * default, least),
+        (default // 2, least),
+        (2 * default, 4 * least),
+        (default, least // 2),
+    ):
+        sums = (room + triton.next_power_of_2(values.shape[1])) * accumulation_dtype(target).itemsize
+        if 0 < num_warps <= 8 and 32 * num_warps <= max(32, row) and row + 16 <= tile <= max(2048 * num_warps, least):
+            columns = min(1 << (row.bit_length() - 1), 64 * num_warps)
+            chunk = min(room, 512 * num_warps)  # of the sums, at once: more would not fit into registers
+            configuration = {"TILE": tile, "COLUMNS": columns, "CHUNK": chunk, "num_warps": num_warps}
+            # Without a limit some would be spilled, for an occupancy that is of no use here.
+            configuration |= at_most_registers(128 if num_warps == 4 else 255)
+            candidates.append((configuration, sums + tile * entry, tile * entry))
+    return most_in_flight(candidates, shared)
+
+
+@gluon.jit
+def _load_tile(values, indices, first, last, end, TILE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Entries from `first`, rounded down to where an access may begin, up to `last`; `end` is the tensor's."""
+    position = gl.multiple_of(first // ALIGNED * ALIGNED, 16) + gl.arange(0, TILE, layout=LAYOUT)
+    if (last + ALIGNED - 1) // ALIGNED * ALIGNED <= end:
+        mask = position // ALIGNED * ALIGNED < last
+        value = gl.load(values + position, mask=mask)  # stream
+        index = gl.load(indices + position, mask=mask)  # stream
+    else:
+        mask = position < last
+        value = gl.load(values + position, mask=mask)
+        index = gl.load(indices + position, mask=mask)
+    return value, index
+
+
+@gluon.jit
+def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
+                  TARGET: gl.constexpr, VALUES: gl.constexpr, INDICES: gl.constexpr, MOMENTUM: gl.constexpr,
+                  DTYPE: gl.constexpr, WINDOW: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr, TILE: gl.constexpr,
+                  COLUMNS: gl.constexpr, CHUNK: gl.constexpr):  # fmt: skip
+    WARPS: gl.constexpr = gl.num_warps()
+    WIDTH: gl.constexpr = 128 // min(VALUES.primitive_bitwidth, INDICES.primitive_bitwidth)
+    TILES: gl.constexpr = gl.BlockedLayout([WIDTH], [32], [WARPS], [0])
+    STEPS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    CHUNKS: gl.constexpr = gl.BlockedLayout([128 // TARGET.primitive_bitwidth], [32], [WARPS], [0])
+    SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+
+    program = gl.program_id(0).to(gl.int64)
+    row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
+    values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
+    indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
+    entries = block * window * stride
+    end = gl.load(row + 4) * window * stride
+    end = gl.where(aligned, end, -1)  # else no access may take 128 bits
+
+    chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
+    total = chunks._reinterpret(DTYPE, [ROOM], SHARED)
+    tile_values = gl.allocate_shared_memory(VALUES, [TILE], SHARED)
+    tile_indices = gl.allocate_shared_memory(INDICES, [TILE], SHARED)
+    shared_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
+    lanes = gl.arange(0, WINDOW, layout=STEPS)
+    shared_weights.store(gl.load(weights + lanes, mask=lanes < window, other=0.0))
+    zero = gl.zeros([CHUNK], DTYPE, CHUNKS)
+    for chunk in range(ROOM // CHUNK):
+        chunks.index(chunk).store(zero)
+
+    rows = gl.maximum((TILE - ALIGNED) // stride.to(gl.int32), 1)  # of a tile
+    lane = gl.arange(0, COLUMNS, layout=STEPS)
+    back = gl.maximum(kept - COLUMNS, 0)
+    spare = ROOM - COLUMNS + lane
+    value, index = _load_tile(values, indices, entries, entries + gl.minimum(rows, window) * stride, end, TILE, TILES)
+    for first in range(0, window, rows):
+        tile_values.store(value)
+        tile_indices.store(index)
+        here = entries + first * stride
+        after = here + rows * stride
+        last = entries + gl.minimum(first + 2 * rows, window) * stride
+        value, index = _load_tile(values, indices, after, last, end, TILE, TILES)
+        offset = (here % ALIGNED).to(gl.int32)
+        for i in range(0, gl.minimum(rows, window - first)):
+            weight = shared_weights.gather(gl.full([COLUMNS], first + i, gl.int32, STEPS), 0)
+            for done in range(0, kept, COLUMNS):
+                column = gl.minimum(done, back) + lane
+                place = gl.minimum(offset + i * stride.to(gl.int32) + column, TILE - 1)
+                new = (column >= done) & (column < kept)
+                term = gl.where(new, tile_values.gather(place, 0).to(DTYPE) * weight, 0.0)
+                cell = gl.where(column < kept, tile_indices.gather(place, 0).to(gl.int32), spare)
+                total.scatter(total.gather(cell, 0) + term, cell, 0)
+
+    target = gl.load(row).to(gl.pointer_type(TARGET)) + block * SIZE
+    momentum = gl.load(row + 1).to(gl.pointer_type(TARGET if MOMENTUM is None else MOMENTUM)) + block * SIZE
+    scale, step, decay = gl.load(scale).to(DTYPE), gl.load(step).to(DTYPE), gl.load(decay).to(DTYPE)
+    if (length == ROOM) & aligned:
+        target, momentum = gl.multiple_of(target, 16), gl.multiple_of(momentum, 16)
+        for chunk in range(ROOM // CHUNK):
+            position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
+            update = chunks.index(chunk).load(CHUNKS)
+            if MOMENTUM is not None:
+                update += decay * gl.load(momentum + position).to(DTYPE)  # stream
+                gl.store(momentum + position, update.to(MOMENTUM))  # stream
+            old = gl.load(target + position).to(DTYPE)  # stream
+            gl.store(target + position, (scale * old + step * update).to(TARGET))  # stream
+    else:
+        for chunk in range(ROOM // CHUNK):
+            position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
+            inside = position < length
+            update = chunks.index(chunk).load(CHUNKS)
+            if MOMENTUM is not None:
+                update += decay * gl.load(momentum + position, mask=inside).to(DTYPE)
+                gl.store(momentum + position, update.to(MOMENTUM), mask=inside)
+            old = gl.load(target + position, mask=inside).to(DTYPE)
+            gl.store(target + position, (scale * old + step * update).to(TARGET), mask=inside)
+
+
+def window_apply_(
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
+    candidates: Sequence[Configuration],
+) -> None:
+    """With one of some configurations."""
+    table = launch_of(rows, targets=targets, momenta=momenta)
+    weights = check_weights(rows[0].values, weights, rows[0].values.shape[1])
+    check_numbers(rows[0].values, scale=scale, step=step, decay=decay)
+    if table.blocks == 0:
+        return
+    weights = weights.to(accumulation_dtype(targets[0].dtype))
+    values, indices, blocks = rows[0]
+    dtype, momentum_dtype = targets[0].dtype, momenta[0].dtype if momenta else None
+
+    def launch(table: Launch, configuration: Configuration) -> None:
+        with torch.cuda.device_of(weights):
+            _apply_kernel[(table.blocks,)](
+                table.parameters, table.owners, weights, scale, step, decay, values.shape[1],
+                TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
+                MOMENTUM=None if momentum_dtype is None else DTYPES[momentum_dtype],
+                DTYPE=triton_accumulation_dtype(dtype), WINDOW=triton.next_power_of_2(values.shape[1]),
+                SIZE=blocks.block_size,
+                ROOM=triton.next_power_of_2(blocks.block_size), **configuration,
+            )  # fmt: skip
+
+    def trial(window: Rows) -> Callable[[Configuration], None]:
+        target = torch.zeros(window.blocks.numel, dtype=dtype, device=weights.device)
+        momentum = [torch.zeros_like(target, dtype=momentum_dtype)] if momenta else []
+        return lambda configuration: launch(launch_of([window], targets=[target], momenta=momentum), configuration)
+
+    launch(table, choose("window_apply_", rows, (dtype, momentum_dtype), candidates, trial))

@@ -1,0 +1,47 @@
+"""`all_finite` in Triton: the sum of all squares, in one launch that reads the gradients once."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efcp.kernels.addresses import gradient_addresses
+from efcp.kernels.blocks import Blocks
+from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.triton.launch import DTYPES, find_block, tables, triton_accumulation_dtype
+
+SIZE = 8192  # elements of a program
+NUM_WARPS = 8
+
+
+@triton.jit
+def _squares_kernel(parameters, owners, squares, GRAD: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr):
+    """squares[block] = sum of the squares of its elements."""
+    program = tl.program_id(0).to(tl.int64)
+    row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
+    grad = tl.load(row).to(tl.pointer_type(GRAD)) + block * SIZE
+    position = tl.arange(0, SIZE)
+    if (length == SIZE) & aligned:
+        x = tl.load(tl.multiple_of(grad, 16) + position).to(DTYPE)  # stream
+        square = tl.sum(x * x, 0)
+    else:
+        x = tl.load(grad + position, mask=position < length, other=0.0).to(DTYPE)
+        square = tl.sum(x * x, 0)
+    tl.store(squares + program, square)
+
+
+def all_finite(grads: Sequence[Tensor]) -> Tensor:
+    found = gradient_addresses(grads)
+    dtype, device = grads[0].dtype, grads[0].device
+    numels = [grad.numel() for grad in grads]
+    table = tables(device, tuple((at, 0, 0, 0, Blocks(n, SIZE, 1.0)) for at, n in zip(found, numels, strict=True)))
+    squares = torch.empty(table.blocks, dtype=accumulation_dtype(dtype), device=device)
+    if table.blocks > 0:
+        with torch.cuda.device_of(squares):
+            _squares_kernel[(table.blocks,)](
+                table.parameters, table.owners, squares, GRAD=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
+                SIZE=SIZE, num_warps=NUM_WARPS,
+            )  # fmt: skip
+    return squares.sum().isfinite()

@@ -1,0 +1,150 @@
+"""`window_dots` and `window_apply_` in plain Triton, for GPUs and versions of Triton that `dots.py` and `apply.py` are
+not for: what these keep in shared memory is in global memory here, in a scratch small enough to stay in caches.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efcp.kernels.addresses import check_numbers, check_weights
+from efcp.kernels.blocks import Rows, kept
+from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.triton.launch import DTYPES, at_most_registers, find_block, launch_of, triton_accumulation_dtype
+
+TILE = 2048  # entries of the window in flight in a program
+PROGRAMS = 1056  # at most, a few for each multiprocessor
+
+
+@triton.jit
+def _spread_kernel(parameters, owners, slot, newest, window, VALUES: tl.constexpr, INDICES: tl.constexpr,
+                   SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """newest[block, index] = value, for the entries of row `slot`."""
+    program = tl.program_id(0).to(tl.int64)
+    row, block, _, kept, stride, _ = find_block(parameters, owners, program, SIZE)
+    entries = (block * window + tl.load(slot)) * stride
+    values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries
+    indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
+    for first in range(0, kept, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        index = tl.load(indices + column, mask=column < kept, other=0).to(tl.int32)
+        value = tl.load(values + column, mask=column < kept, other=0.0)
+        tl.store(newest + program * SIZE + index, value, mask=column < kept)
+
+
+@triton.jit
+def _portable_dots_kernel(parameters, owners, newest, partial, window, blocks, PER_PROGRAM: tl.constexpr,
+                 VALUES: tl.constexpr, INDICES: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
+                 COLUMNS: tl.constexpr):  # fmt: skip
+    """partial[program, row] = inner products of the row with `newest`, summed over the blocks of the program."""
+    program = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), tl.float64)
+    for this in range(program * PER_PROGRAM, tl.minimum((program + 1) * PER_PROGRAM, blocks)):
+        row, block, _, kept, stride, _ = find_block(parameters, owners, this, SIZE)
+        entries = (block * window + number) * stride
+        values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries[:, None]
+        indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries[:, None]
+        for first in range(0, kept, COLUMNS):
+            column = first + tl.arange(0, COLUMNS)
+            mask = (number < window)[:, None] & (column < kept)[None, :]
+            index = tl.load(indices + column[None, :], mask=mask, other=0).to(tl.int32)
+            value = tl.load(values + column[None, :], mask=mask, other=0.0).to(tl.float64)
+            other = tl.load(newest + this * SIZE + index, mask=mask, other=0.0).to(tl.float64)
+            total += tl.sum(value * other, 1)
+    tl.store(partial + program * window + number, total, mask=number < window)
+
+
+def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+    table = launch_of(rows)
+    values, indices, blocks = rows[0]
+    check_numbers(values, slot=slot)
+    window, size = values.shape[1], blocks.block_size
+    columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
+    tile_rows = TILE // columns
+    per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
+    programs = triton.cdiv(table.blocks, per_program)
+    partial = torch.empty(programs, window, dtype=torch.float64, device=slot.device)
+    if programs > 0:
+        newest = torch.zeros(table.blocks * size, dtype=values.dtype, device=slot.device)
+        dtypes = {"VALUES": DTYPES[values.dtype], "INDICES": DTYPES[indices.dtype]}
+        with torch.cuda.device_of(slot):
+            _spread_kernel[(table.blocks,)](
+                table.parameters, table.owners, slot, newest, window, **dtypes, SIZE=size, COLUMNS=columns
+            )
+            _portable_dots_kernel[(programs, triton.cdiv(window, tile_rows))](
+                table.parameters, table.owners, newest, partial, window, table.blocks, PER_PROGRAM=per_program,
+                **dtypes, SIZE=size, ROWS=tile_rows, COLUMNS=columns, **at_most_registers(128),  # else some are spilled
+            )  # fmt: skip
+    return partial.sum(0)
+
+
+@triton.jit
+def _portable_apply_kernel(parameters, owners, weights, scale, step, decay, scratch, window, blocks,
+                  TARGET: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr, MOMENTUM: tl.constexpr,
+                  DTYPE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Adds row after row to a sum in `scratch`. The indices of a row are distinct, and a barrier separates rows."""
+    program = tl.program_id(0).to(tl.int64)
+    total = scratch + program * SIZE
+    scale, step, decay = tl.load(scale).to(DTYPE), tl.load(step).to(DTYPE), tl.load(decay).to(DTYPE)
+    for this in range(program, blocks, tl.num_programs(0)):
+        row, block, length, kept, stride, _ = find_block(parameters, owners, this, SIZE)
+        for first in range(0, length, COLUMNS):
+            position = first + tl.arange(0, COLUMNS)
+            tl.store(total + position, tl.zeros((COLUMNS,), DTYPE), mask=position < length)
+        tl.debug_barrier()
+        values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + block * window * stride
+        indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + block * window * stride
+        for number in range(0, window):
+            weight = tl.load(weights + number).to(DTYPE)
+            for first in range(0, kept, COLUMNS):
+                column = first + tl.arange(0, COLUMNS)
+                mask = column < kept
+                index = tl.load(indices + number * stride + column, mask=mask, other=0).to(tl.int32)
+                value = tl.load(values + number * stride + column, mask=mask, other=0.0).to(DTYPE)
+                old = tl.load(total + index, mask=mask, other=0.0)
+                tl.store(total + index, old + weight * value, mask=mask)
+            tl.debug_barrier()
+        target = tl.load(row).to(tl.pointer_type(TARGET)) + block * SIZE
+        momentum = tl.load(row + 1).to(tl.pointer_type(TARGET if MOMENTUM is None else MOMENTUM)) + block * SIZE
+        for first in range(0, length, COLUMNS):
+            position = first + tl.arange(0, COLUMNS)
+            mask = position < length
+            update = tl.load(total + position, mask=mask, other=0.0)
+            if MOMENTUM is not None:
+                update += decay * tl.load(momentum + position, mask=mask, other=0.0).to(DTYPE)
+                tl.store(momentum + position, update.to(MOMENTUM), mask=mask)
+            old = tl.load(target + position, mask=mask, other=0.0).to(DTYPE)
+            tl.store(target + position, (scale * old + step * update).to(TARGET), mask=mask)
+        tl.debug_barrier()
+
+
+def window_apply_(
+    targets: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    rows: Sequence[Rows],
+    weights: Tensor,
+    scale: Tensor,
+    step: Tensor,
+    decay: Tensor,
+) -> None:
+    table = launch_of(rows, targets=targets, momenta=momenta)
+    weights = check_weights(rows[0].values, weights, rows[0].values.shape[1])
+    check_numbers(rows[0].values, scale=scale, step=step, decay=decay)
+    if table.blocks == 0:
+        return
+    values, indices, blocks = rows[0]
+    size, dtype = blocks.block_size, targets[0].dtype
+    columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
+    programs = min(table.blocks, PROGRAMS)
+    scratch = torch.empty(programs * size, dtype=accumulation_dtype(dtype), device=weights.device)
+    with torch.cuda.device_of(weights):
+        _portable_apply_kernel[(programs,)](
+            table.parameters, table.owners, weights, scale, step, decay, scratch, values.shape[1], table.blocks,
+            TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
+            MOMENTUM=DTYPES[momenta[0].dtype] if momenta else None,
+            DTYPE=triton_accumulation_dtype(dtype), SIZE=size, COLUMNS=columns,
+            num_warps=max(1, min(8, columns // 64)), **at_most_registers(168),  # else some are spilled
+        )  # fmt: skip

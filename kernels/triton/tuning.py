@@ -1,0 +1,125 @@
+"""Which of its configurations an operation is launched with: the first, or the one that was fastest on this GPU.
+
+With `EFCP_AUTOTUNE=1`, an operation that meets a new combination of block size, density, window, dtypes and GPU tries
+its configurations, on tensors of its own, and keeps the fastest in a file: `configurations.json` in the folder that
+`EFCP_CACHE` names, else in ~/.cache/efcp. What stands there is used with or without the variable.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from efcp.kernels.blocks import Blocks, Rows
+from efcp.kernels.gpus import architecture
+
+Configuration = dict[str, int]  # constants and options of a launch
+NUMEL = 1 << 22  # elements of the parameter that configurations are tried on
+IN_FLIGHT = 32 << 10  # bytes on their way to a multiprocessor at a time, at least; fewer leave its memory idle
+RESERVED = architecture(90).reserved  # bytes of shared memory that a program costs besides its own
+
+
+def most_in_flight(candidates: Sequence[tuple[Configuration, int, int]], shared: int) -> list[Configuration]:
+    """Those that fit, in the order given, but those before others with which more bytes are in flight, up to IN_FLIGHT.
+
+    Args:
+        candidates: with the bytes of shared memory that a program takes, and the bytes that it has in flight.
+        shared: bytes of shared memory that a program may take, almost all that a multiprocessor has.
+    """
+    fit = [
+        (min((shared + RESERVED) // (taken + RESERVED) * flying, IN_FLIGHT), configuration)
+        for configuration, taken, flying in candidates
+        if taken <= shared
+    ]
+    return [configuration for _, configuration in sorted(fit, key=lambda pair: -pair[0])]
+
+
+def choose(
+    operation: str,
+    rows: Sequence[Rows],
+    dtypes: Sequence[torch.dtype | None],
+    candidates: Sequence[Configuration],
+    trial: Callable[[Rows], Callable[[Configuration], object]],
+) -> Configuration:
+    """The configuration for a launch.
+
+    Args:
+        operation: its name.
+        rows: of the parameters in the launch; only what they have in common matters.
+        dtypes: of the other tensors.
+        candidates: at least one; the first is the default.
+        trial: from the window of a parameter makes a function that launches the operation on it, with a configuration
+            and tensors of its own.
+    """
+    values, _, blocks = rows[0]
+    if triton.knobs.runtime.interpret or len(candidates) == 1:
+        return candidates[0]
+    target = triton.runtime.driver.active.get_current_target()
+    names = "/".join(str(dtype).removeprefix("torch.") for dtype in (*dtypes, values.dtype))
+    density, window = blocks.density, values.shape[1]
+    key = f"{operation} {target.backend}:{target.arch} B={blocks.block_size} density={density} m={window} {names}"
+    known = _known(_file())
+    if known.get(key) not in candidates:
+        if not _autotuning(values.device):
+            return candidates[0]
+        launch = trial(_scratch(blocks, values))
+        known[key] = min(candidates, key=lambda candidate: _milliseconds(lambda: launch(candidate)))
+        _save(_file(), known)
+    return known[key]
+
+
+def _autotuning(device: torch.device) -> bool:
+    if os.environ.get("EFCP_AUTOTUNE", "0") != "1":
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def _milliseconds(launch: Callable[[], object]) -> float:
+    try:
+        return float(triton.testing.do_bench(launch, return_mode="median"))
+    except triton.runtime.errors.OutOfResources:
+        return float("inf")
+
+
+def _scratch(blocks: Blocks, values: Tensor) -> Rows:
+    """A window of the same kind, with random rows."""
+    blocks, window, device = Blocks(NUMEL, blocks.block_size, blocks.density), values.shape[1], values.device
+    shape, stretch = (blocks.count, window, blocks.kept), blocks.size / blocks.kept
+    begin = torch.arange(blocks.kept, device=device) * stretch
+    indices = (begin + torch.rand(shape, device=device) * (stretch - 1)).to(blocks.index_dtype)  # distinct in a row
+    return Rows(torch.randn(shape, dtype=values.dtype, device=device), indices, blocks)
+
+
+def _file() -> Path:
+    return Path(os.environ.get("EFCP_CACHE") or Path.home() / ".cache" / "efcp") / "configurations.json"
+
+
+@cache
+def _known(file: Path) -> dict[str, Configuration]:
+    """What was chosen before, by key."""
+    try:
+        known = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"{file} cannot be read, and is not used: {error}", stacklevel=2)
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _save(file: Path, known: dict[str, Configuration]) -> None:
+    """Writes the file as a whole, so that no other process reads half of it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:
+            json.dump(known, temporary, indent=1)
+        os.replace(temporary.name, file)
+    except OSError as error:
+        warnings.warn(f"the choice of a configuration could not be kept: {error}", stacklevel=2)

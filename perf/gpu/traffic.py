@@ -1,0 +1,260 @@
+"""What the Triton kernels ask of global memory, counted by gpusim, and held against the least that they could.
+
+    python -m efcp.perf.gpu.traffic    # results/gpu/traffic.csv and .md; some minutes
+
+One parameter of 256 blocks of 4096 elements in float32, with error in float32 (`compress_` also in bfloat16), values in
+bfloat16, and indices in int16. Rows of the CSV are launches, and their sum for each operation, `all`. The floor:
+
+| operation | bytes |
+|---|---|
+| `compress_` | gradient read, error read and written, the row written |
+| `window_dots` | the window read |
+| `window_apply_` | the window read, target read and written |
+
+Windows are random ("at chance": each row a random support), or "trained": of the first layer of a perceptron that
+SparseMFAC has trained on MNIST 5k, cut to 256 blocks. Their rows overlap: `entries met` is the share of the entries of
+all rows but the newest whose element the newest row has, too (and not as a zero), `groups of 8` and `groups of 16` the
+share of aligned groups of so many entries of the window in which there is such an entry.
+
+Bytes are those of active lanes, but of one instruction no more than those of its sectors: where lanes ask for the same
+element, it counts once. Sectors are of 32 bytes; several requests that use one count it several times, as if there were
+no cache. Atomics are in `bytes stored`. What PyTorch does besides, such as filling with zeros, is not counted.
+"""
+
+if __name__ == "__main__":  # before the imports, of which one may fail
+    from efcp.perf.command import run
+
+    run("efcp.perf.gpu.traffic")
+
+import argparse
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from efcp import SparseMFAC
+from efcp.analysis.data import DataSet, load_data
+from efcp.kernels import Blocks, Rows
+from efcp.kernels import triton as triton_ops
+from efcp.perf.gpu.gpusim import Access, simulate
+
+__all__ = ["Overlap", "Window", "count", "measure", "overlap", "random_window", "trained_window"]
+
+BLOCK_SIZE, BLOCKS = 4096, 256
+BATCH = 64
+RESULTS = Path("results/gpu")
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of one parameter, and its newest row."""
+
+    rows: Rows
+    slot: int
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Of a window with its newest row, shares as described above."""
+
+    entries_met: float
+    groups_of_8: float
+    groups_of_16: float
+
+
+def random_window(window: int, density: float) -> Window:
+    """A window of normal values, each row of each block with a random support."""
+    generator = torch.Generator().manual_seed(0)
+    blocks = Blocks(BLOCKS * BLOCK_SIZE, BLOCK_SIZE, density)
+    shape = (blocks.count, window, blocks.kept)
+    indices = torch.empty(shape, dtype=blocks.index_dtype)
+    for block in indices:  # all at once would take gigabytes
+        order = torch.rand(window, BLOCK_SIZE, generator=generator)
+        block.copy_(order.topk(blocks.kept).indices.sort().values)
+    return Window(Rows(torch.randn(shape, generator=generator).bfloat16(), indices, blocks), window // 2)
+
+
+def trained_window(window: int, density: float) -> Window:
+    """A window from real training, on the CPU: `window` steps and a quarter as many again."""
+    torch.manual_seed(0)
+    data = _data().train
+    first = torch.nn.Linear(784, 1344)  # 257 blocks
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        first,
+        torch.nn.ReLU(),
+        torch.nn.Linear(1344, 10),
+    )
+    optimizer = SparseMFAC(
+        model.parameters(), lr=0.03, window=window, density=density, damping=3e-3, block_size=BLOCK_SIZE
+    )
+    steps = window + window // 4
+    for step in range(steps):
+        batch = torch.arange(step * BATCH, (step + 1) * BATCH) % len(data.inputs)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(data.inputs[batch]), data.labels[batch]).backward()
+        optimizer.step()
+    state = optimizer.state[first.weight]
+    blocks = Blocks(BLOCKS * BLOCK_SIZE, BLOCK_SIZE, density)
+    return Window(Rows(state["values"][:BLOCKS], state["indices"][:BLOCKS], blocks), (steps - 1) % window)
+
+
+def overlap(window: Window) -> Overlap:
+    """How the rows of a window, of a parameter without a shorter last block, meet the newest one."""
+    (values, indices, blocks), slot = window.rows, window.slot
+    met = torch.zeros(values.shape, dtype=torch.bool)
+    for value, index, m in zip(values, indices, met, strict=True):
+        newest = torch.zeros(blocks.size, dtype=torch.bool)
+        newest[index[slot].long()] = value[slot] != 0
+        m.copy_(newest[index.long()])
+    older = torch.ones_like(met)
+    older[:, slot] = False
+    met &= older
+
+    def share(size: int) -> float:
+        whole = met.numel() // size * size
+        groups, counted = (t.flatten()[:whole].view(-1, size).any(1) for t in (met, older))
+        return float(groups.sum() / counted.sum())
+
+    return Overlap(share(1), share(8), share(16))
+
+
+def count(arch: int, operation: Callable[[], object], reached: Iterable[Tensor], floor: int) -> pd.DataFrame:
+    """Run an operation once, and count what its launches ask of global memory.
+
+    Args:
+        arch: compute capability without the dot, for gpusim.
+        operation: what to run.
+        reached: tensors that its kernels reach by other ways than their arguments.
+        floor: the bytes that it cannot do without.
+
+    Returns:
+        A row for each launch, and one for all of them, with what it asks for in multiples of the floor.
+    """
+    with simulate(arch=arch, counters=True, time_limit=120.0) as simulator:
+        simulator.allow(*reached)
+        operation()
+    rows = []
+    for launch in simulator.launches:
+        if launch.counters:
+            sites = [(site.kind, access) for site, access in launch.counters.sites if site.kind.startswith("global")]
+            moved = {kind: sum(_moved(access) for k, access in sites if k == kind) for kind, _ in sites}
+            loaded, whole = moved.get("global_load", 0), sum(moved.values())
+            rows.append((launch.kernel, loaded, whole - loaded, whole, sum(access.sectors for _, access in sites)))
+    rows.append(("all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])))
+    frame = pd.DataFrame(rows, columns=["launch", "bytes loaded", "bytes stored", "bytes", "sectors"])
+    frame["efficiency"] = (frame["bytes"] / (32 * frame["sectors"])).round(3)
+    frame.loc[frame.index[-1], ["floor", "times floor"]] = [floor, round(frame["bytes"].iloc[-1] / floor, 3)]
+    return frame
+
+
+def measure(arch: int, densities: Iterable[float], windows: Sequence[int]) -> pd.DataFrame:
+    """All operations in all cases.
+
+    Args:
+        arch: compute capability without the dot, for gpusim.
+        densities: shares of elements that a row keeps.
+        windows: numbers of rows, m; `compress_`, for which they do not matter, is run with the first only.
+    """
+    frames = []
+    cases = [(density, window) for density in densities for window in windows]
+    for density, m in tqdm(cases, unit="case"):
+        at_chance, trained = random_window(m, density), trained_window(m, density)
+        runs = [_dots(at_chance, "random"), _dots(trained, "trained"), _apply(at_chance)]
+        if m == windows[0]:
+            runs += [_compress(at_chance, dtype) for dtype in (torch.float32, torch.bfloat16)]
+        for run in runs:
+            frame = count(arch, run.call, run.reached, run.floor)
+            columns = {"operation": run.operation, "density": density, "m": m, **run.about}
+            for number, (name, value) in enumerate(columns.items()):
+                frame.insert(number, name, value)
+            frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def markdown(frame: pd.DataFrame, arch: int) -> str:
+    """A table for each operation, with the sums over its launches."""
+    text = [f"# Traffic to global memory, sm_{arch}", ""]
+    text += ["Made by `python -m efcp.perf.gpu.traffic`, whose head explains the columns. In MiB.", ""]
+    for operation, rows in frame[frame["launch"] == "all"].groupby("operation", sort=True):
+        shown = rows.drop(columns=["operation", "launch"]).dropna(axis="columns", how="all")
+        for column in ("bytes loaded", "bytes stored", "bytes", "floor"):
+            shown[column] = (shown[column] / 2**20).round(2)
+        text += [f"## {operation}", "", "| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
+        text += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in shown.itertuples(index=False)]
+        text.append("")
+    return "\n".join(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="efcp.perf.gpu.traffic", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--csv", type=Path, default=RESULTS / "traffic.csv", help="where to write all launches")
+    parser.add_argument("--markdown", type=Path, default=RESULTS / "traffic.md", help="where to write the sums")
+    parser.add_argument("--arch", type=int, default=90, help="compute capability without the dot")
+    parser.add_argument("--quick", action="store_true", help="one density and window")
+    options = parser.parse_args(arguments)
+    frame = measure(options.arch, *(((0.01,), (32,)) if options.quick else ((0.001, 0.01, 0.05, 0.1), (32, 256))))
+    for path, text in ((options.csv, frame.to_csv(index=False)), (options.markdown, markdown(frame, options.arch))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    print(options.markdown.read_text())
+
+
+@cache
+def _data() -> DataSet:
+    return load_data("mnist5k")
+
+
+@dataclass(frozen=True)
+class _Run:
+    operation: str
+    about: dict[str, object]  # further columns
+    call: Callable[[], object]
+    reached: list[Tensor]
+    floor: int
+
+
+def _compress(window: Window, error_dtype: torch.dtype) -> _Run:
+    rows = window.rows
+    grad, error = torch.randn(rows.blocks.numel), torch.zeros(rows.blocks.numel, dtype=error_dtype)
+    slot, finite = torch.tensor([window.slot]), torch.tensor(True)
+    values, indices = rows.values.clone(), rows.indices.clone()  # the newest row is overwritten
+    written = Rows(values, indices, rows.blocks)
+    floor = grad.nbytes + 2 * error.nbytes + (values[:, 0].nbytes + indices[:, 0].nbytes)
+
+    def run() -> None:
+        triton_ops.compress_([grad], [error], [written], slot, finite)
+
+    about: dict[str, object] = {"error": str(error_dtype).removeprefix("torch.")}
+    return _Run("compress_", about, run, [grad, error, values, indices], floor)
+
+
+def _dots(window: Window, support: str) -> _Run:
+    rows, slot = window.rows, torch.tensor([window.slot])
+    about = {"support": support} | {name: round(share, 4) for name, share in vars(overlap(window)).items()}
+    reached = [rows.values, rows.indices]
+    return _Run("window_dots", about, lambda: triton_ops.window_dots([rows], slot), reached, _bytes(rows))
+
+
+def _apply(window: Window) -> _Run:
+    rows, target = window.rows, torch.randn(window.rows.blocks.numel)
+    weights, one = torch.randn(rows.values.shape[1]), torch.tensor(1.0)
+
+    def run() -> None:
+        triton_ops.window_apply_([target], [], [rows], weights, one, one, one)
+
+    reached = [target, rows.values, rows.indices]
+    return _Run("window_apply_", {}, run, reached, _bytes(rows) + 2 * target.nbytes)
+
+
+def _moved(access: Access) -> int:
+    return min(access.bytes, 32 * access.sectors)
+
+
+def _bytes(rows: Rows) -> int:
+    return rows.values.nbytes + rows.indices.nbytes

@@ -27,12 +27,12 @@ from transformers import (
 from efcp import SparseMFAC
 
 CHAPTERS = ("compound", "debugger", "specialnames", "string-methods", "types")
-LENGTH = 48  # tokens of a paragraph that are read
+LENGTH = 32  # tokens of a paragraph that are read
 BATCH = 16
 PADDING, UNKNOWN = 0, 1
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--epochs", type=int, default=8)
+parser.add_argument("--epochs", type=int, default=6)
 parser.add_argument("--train-size", type=int, help="paragraphs to train on; all but the fifth for testing by default")
 arguments = parser.parse_args()
 
@@ -66,7 +66,7 @@ def accuracy(name: str) -> float:
     config = BertConfig(
         vocab_size=len(vocabulary) + 2,
         hidden_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=128,
         max_position_embeddings=LENGTH,

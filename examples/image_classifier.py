@@ -16,7 +16,7 @@ import efcp
 from efcp.analysis.data import load_data
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--epochs", type=int, default=8)
+parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--train-size", type=int, default=3000, help="images to train on, at most 3000")
 arguments = parser.parse_args()
 

@@ -19,7 +19,7 @@ from efcp.analysis.data import Split, load_data
 
 
 class Classifier(pl.LightningModule):
-    def __init__(self, window: int = 64, epochs: int = 8) -> None:
+    def __init__(self, window: int = 64, epochs: int = 5) -> None:
         super().__init__()
         self.save_hyperparameters()
         self.layers = nn.Sequential(nn.Flatten(), nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -43,7 +43,7 @@ def loader(split: Split, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--epochs", type=int, default=8)
+parser.add_argument("--epochs", type=int, default=5)
 parser.add_argument("--train-size", type=int, default=3000, help="images to train on, at most 3000")
 arguments = parser.parse_args()
 

@@ -39,7 +39,7 @@ def accuracies(output, *names):
 @MNIST
 def test_image_classifier():
     adamw, ours = accuracies(run("image_classifier", *SMALL), "AdamW", "SparseMFAC")
-    assert min(adamw, ours) > 50  # 10 by chance
+    assert min(adamw, ours) > 25  # 10 by chance
 
 
 @needs("transformers", "accelerate")

@@ -8,9 +8,9 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 from efcp.memory import MemoryReport, estimate_memory, memory_report
 from efcp.optimizer import EFCP
-from efcp.preconditioners import GGT, MFAC
+from efcp.preconditioners import GGT, MFAC, Preconditioner
 from efcp.ready_made import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
-from efcp.windows import Identity, LowRank, TopK
+from efcp.windows import Compressor, Identity, LowRank, Separate, SingleWindow, TopK, Window
 
 __version__ = "0.1.0"
 
@@ -18,6 +18,7 @@ __all__ = [
     "EFCP",
     "GGT",
     "MFAC",
+    "Compressor",
     "DenseGGT",
     "DenseMFAC",
     "Identity",
@@ -25,9 +26,13 @@ __all__ = [
     "LowRankGGT",
     "LowRankMFAC",
     "MemoryReport",
+    "Preconditioner",
+    "Separate",
+    "SingleWindow",
     "SparseGGT",
     "SparseMFAC",
     "TopK",
+    "Window",
     "estimate_memory",
     "memory_report",
 ]

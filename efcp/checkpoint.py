@@ -56,6 +56,12 @@ def _copied(value: Any, device: torch.device) -> Any:
     return value
 
 
+def check_state_names(part: HasOptions, state: dict[str, Any], taken: set[str]) -> None:
+    """Raises ValueError if a compressor or preconditioner gives its state names that are used for other things."""
+    if clash := sorted(taken & state.keys()):
+        raise ValueError(f"the state of {type(part).__name__} must not have names that are taken: {', '.join(clash)}")
+
+
 def check_same(where: str, name: str, saved: Any, own: Any) -> None:
     """Raises ValueError unless a thing is the same in the state and in the optimizer."""
     if saved != own:

@@ -42,3 +42,9 @@ def require_dtype(name: str, value: Any, allowed: tuple[torch.dtype, ...]) -> to
 def plain(value: Any) -> Any:
     """A dtype's name, as in "float32"; any other value as it is."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
+
+
+def from_plain(value: Any) -> Any:
+    """The dtype that a name such as "float32" stands for; any other value as it is."""
+    dtype = getattr(torch, value, None) if isinstance(value, str) else None
+    return dtype if isinstance(dtype, torch.dtype) else value

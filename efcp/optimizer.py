@@ -16,6 +16,7 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import MISSING, fields
 from functools import partial, reduce
 from itertools import chain
 from typing import Any
@@ -30,6 +31,7 @@ from efcp.checkpoint import (
     check_fixed,
     check_kind,
     check_same,
+    check_state_names,
     check_structure,
     check_tensors,
     check_version,
@@ -37,11 +39,11 @@ from efcp.checkpoint import (
     upgraded,
     with_defaults,
 )
-from efcp.checks import plain, require, require_integer, require_number
+from efcp.checks import from_plain, plain, require, require_integer, require_number
 from efcp.diagnostics import norms_and_rotation, scaling_quantiles
 from efcp.gram import Gram, Origin, allocate_gram, check_gram
 from efcp.lookout import Lookout
-from efcp.options import check_keys
+from efcp.options import check_keys, check_parts
 from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state, new_tensors_are_fake
 from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
 from efcp.preconditioners import MFAC, Preconditioner
@@ -64,8 +66,8 @@ class EFCP(Optimizer):
     Args:
         params: parameters, named parameters, or param groups; floating point, on any devices.
         lr: learning rate ≥ 0, a float or a tensor of one element.
-        compressor: `TopK(...)`, `LowRank(...)` or `Identity()`.
-        preconditioner: `MFAC(...)` or `GGT(...)`.
+        compressor: `TopK(...)`, `LowRank(...)`, `Identity()`, or one of your own, see `Compressor`.
+        preconditioner: `MFAC(...)`, `GGT(...)`, or one of your own, see `Preconditioner`.
         window: m, how many gradients are kept, ≥ 1.
         momentum: heavy ball on the update, in [0, 1).
         beta1: decay of an average of the gradients, which is compressed in their place, in [0, 1).
@@ -75,7 +77,8 @@ class EFCP(Optimizer):
 
     Raises:
         ValueError: for values that are not allowed, and within ZeRO, which hands over a part of the parameters.
-        TypeError: for parameters that are not real floating point.
+        TypeError: for parameters that are not real floating point, and for other things than a compressor and a
+            preconditioner.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class EFCP(Optimizer):
         maximize: bool = False,
     ) -> None:
         refuse_zero_redundancy_optimizer()
+        check_parts(compressor, preconditioner, OPTIONS)
         self.compressor, self.preconditioner = compressor, preconditioner
         self.shared: dict[str, Any] = {}
         self._origin, self._lookout = Origin(), Lookout()
@@ -310,11 +314,11 @@ class EFCP(Optimizer):
         return values[0]
 
     def _agreed_preconditioner(self, groups: list[dict[str, Any]] | None = None) -> Preconditioner:
-        options = {name: self._agreed(name, groups) for name in self.preconditioner.options}
+        options = {name: from_plain(self._agreed(name, groups)) for name in self.preconditioner.options}
         return type(self.preconditioner)(**options)
 
     def _compressor_of(self, group: dict[str, Any]) -> Compressor:
-        return type(self.compressor)(**{name: group[name] for name in self.compressor.options})
+        return type(self.compressor)(**{name: from_plain(group[name]) for name in self.compressor.options})
 
     def _gram(self) -> Gram:
         """The Gram matrix, on the device of the first parameter."""
@@ -360,20 +364,25 @@ class EFCP(Optimizer):
         """New state that all parameters share."""
         window = self._agreed("window")
         with torch.inference_mode(False):
-            own = self._agreed_preconditioner().allocate(window, device)
-            return {**allocate_gram(window, device), **own, "version": VERSION}
+            gram, own = allocate_gram(window, device), self._agreed_preconditioner().allocate(window, device)
+        check_state_names(self.preconditioner, own, {*gram, "version"})
+        return {**gram, **own, "version": VERSION}
 
-    @staticmethod
-    def _fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
+    def _fill(self, state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
         """Adds to the state of a parameter what is missing."""
         if compressor.row_names(param)[0] not in state:
             with torch.inference_mode(False):  # else no later step outside inference mode could update it
-                made = compressor.allocate(param, group["window"])
-            state.update({**made, "numel": param.numel()})  # all or nothing
+                rows = compressor.allocate(param, group["window"])
+            check_state_names(compressor, rows, self._shared_names() | {"numel", "momentum", "average"})
+            state.update({**rows, "numel": param.numel()})  # all or nothing
         for name, decay in (("momentum", group["momentum"]), ("average", group["beta1"])):
             if decay > 0 and name not in state:
                 with torch.inference_mode(False):
                     state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
+
+    def _shared_names(self) -> set[str]:
+        meta = torch.device("meta")
+        return {*allocate_gram(1, meta), *self.preconditioner.allocate(1, meta), "version"}
 
     @staticmethod
     def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor) -> Tensor:
@@ -544,7 +553,8 @@ class EFCP(Optimizer):
         return {**state_dict, "param_groups": groups, "state": {**others, **exact}}
 
     def _class_defaults(self) -> dict[str, Any]:
-        """The defaults of all options."""
+        """The defaults of all options that have one; those of a user's compressor or preconditioner need not."""
         arguments = inspect.signature(EFCP).parameters
-        parts = (type(self.compressor)().options, type(self.preconditioner)().options)
-        return {**{name: arguments[name].default for name in OPTIONS}, **parts[0], **parts[1]}
+        own = [field for part in (self.compressor, self.preconditioner) for field in fields(part)]
+        parts = {field.name: plain(field.default) for field in own if field.default is not MISSING}
+        return {**{name: arguments[name].default for name in OPTIONS}, **parts}

@@ -2,15 +2,45 @@
 
 Schedulers, wrappers and users put keys of their own into param groups (`initial_lr`, `rho`, `layer_id`), as
 `torch.optim` lets them. A key that is an option's name with a slip of the pen would silently do nothing, so it is an
-error.
+error. So is an option of a compressor that has the name of another's.
 """
 
+import inspect
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
+from efcp.preconditioners import Preconditioner
+from efcp.windows import Compressor
+
 FLAGS = ("foreach", "fused", "capturable", "differentiable")  # of torch.optim; frameworks set them everywhere
 LETTERS_PER_EDIT = 5  # of an option's name, for each edit that counts as a slip
+
+
+def check_parts(compressor: Compressor, preconditioner: Preconditioner, others: tuple[str, ...]) -> None:
+    """Checks that param groups can hold the options of a compressor and a preconditioner, which may be a user's own.
+
+    Args:
+        others: names that are options of the optimizer itself.
+
+    Raises:
+        TypeError: for something else, and for one that cannot be made from its options.
+        ValueError: where two of them have an option of the same name.
+    """
+    taken = {*others, "params", "param_names"}
+    for part, base in ((compressor, Compressor), (preconditioner, Preconditioner)):
+        name = base.__name__.lower()
+        if not isinstance(part, base):
+            raise TypeError(f"{name} must be an instance of a subclass of efcp.{base.__name__}, got {part!r}")
+        arguments = inspect.signature(type(part)).parameters.keys()
+        if arguments != part.options.keys():
+            raise TypeError(
+                f"{name} must be of a frozen dataclass whose fields are its arguments, but {type(part).__name__} has "
+                f"the fields ({', '.join(part.options)}) and takes ({', '.join(arguments)})"
+            )
+        if clash := sorted(taken & part.options.keys()):
+            raise ValueError(f"{name} must not have options named {', '.join(clash)}, which param groups have already")
+        taken |= part.options.keys()
 
 
 def check_keys(where: str, optimizer: str, group: Iterable[tuple[str, Any]], options: tuple[str, ...]) -> None:

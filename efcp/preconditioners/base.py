@@ -1,7 +1,8 @@
 """What a preconditioner is: from the Gram matrix S of the window to the weights w of its rows.
 
 The update is u = Gᵀ f(S) e_t, where e_t picks the newest row. All work is on m × m matrices in float64, whatever the
-model's size. A new preconditioner is a file beside this one, or a class of the user's.
+model's size. A new preconditioner, in this package or outside, is a subclass of `Preconditioner`;
+`examples/custom_preconditioner.py` is a complete one.
 """
 
 from abc import ABC, abstractmethod
@@ -16,29 +17,39 @@ from efcp.gram import Gram
 
 @dataclass(frozen=True)
 class Preconditioner(ABC):
-    """Options of a preconditioner. They become options of the param groups, all of which must agree on them."""
+    """Options of a preconditioner. They become options of the param groups, all of which must agree on them.
 
-    fixed: ClassVar[tuple[str, ...]] = ()  # options of which the shapes of the state depend
+    A subclass is a frozen dataclass, its options are its fields, and `__post_init__` may check them. It is made anew
+    from the options of the param groups in each step, so they are plain values that `torch.load` reads with
+    weights_only. Their names must differ from those of `EFCP` and of the compressor.
+    """
+
+    fixed: ClassVar[tuple[str, ...]] = ()  # options that determine the state's shapes
 
     @property
     def options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    @abstractmethod
     def allocate(self, window: int, device: torch.device) -> dict[str, Any]:
-        """New state, for a window of zero rows: what it derives from the Gram matrix and keeps beside it."""
+        """New state, for a window of zero rows: what it derives from the Gram matrix and keeps beside it.
+
+        Tensors on the device, and numbers that are never negative. The names of the Gram matrix's own state
+        (`efcp.gram`) are taken, and so are version and those of the compressor's state.
+        """
+        return {}
 
     @abstractmethod
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
-        """The weights w = f(S) e_t.
+        """The weights w = f(S) e_t of the rows in the update Gᵀw.
 
         Args:
-            gram: the Gram matrix. Since the last call its row and column `slot` have changed, and nothing else.
+            gram: the Gram matrix S in `gram.matrix`, and what `allocate` has given in `gram.state`. Since the last call
+                row and column `slot` of S have changed, and nothing else, unless there was a call of `refresh`.
             slot: (1,) int64, the newest row.
 
         Returns:
-            (m,) float64.
+            (m,) float64; finite, also where the newest row is zero.
         """
 
     def refresh(self, gram: Gram) -> None:  # noqa: B027  (there may be nothing)
-        """Derives anew from the Gram matrix what is kept beside it."""
+        """Derives anew from the Gram matrix what is kept beside it, as after windows were changed by somebody else."""

@@ -4,7 +4,8 @@ A compressor is a set of options, such as `TopK(density=0.01)`, that are the sam
 their states, dicts of tensors, it makes a window, which knows how to take in gradients, and how to do the two things
 that preconditioning needs: inner products with the newest row, and a weighted sum of all rows.
 
-A new compressor is a file beside this one with both classes.
+A new compressor, in this package or outside, is a subclass of `Compressor` and one of `Window`; or of `SingleWindow`,
+which knows one parameter only, with `Separate` for all of them. `examples/custom_compressor.py` is a complete one.
 """
 
 from abc import ABC, abstractmethod
@@ -69,7 +70,11 @@ class Window(ABC):
 
 
 class SingleWindow(ABC):
-    """The same of one parameter of n elements."""
+    """The last m compressed gradients of one parameter of n elements; a view of the tensors in its state.
+
+    `Separate` makes a `Window` of several. Numbers that it is given are tensors on the parameter's device, so that
+    nothing waits for an accelerator.
+    """
 
     @abstractmethod
     def __len__(self) -> int:
@@ -77,19 +82,38 @@ class SingleWindow(ABC):
 
     @abstractmethod
     def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> None:
-        """As `Window.push`, with a gradient."""
+        """Compresses a gradient into row `slot`, with the error where there is error feedback, and updates the error.
+
+        Args:
+            grad: (n,) contiguous, never changed; of any real floating-point dtype.
+            slot: (1,) int64, as `Tensor.index_copy_` takes it.
+            finite: () bool; where false, grad may hold Inf or NaN: the row becomes zero, and all else stays as it was.
+        """
 
     @abstractmethod
     def clear(self, slot: Tensor) -> None:
-        """Makes row `slot` zero."""
+        """Makes row `slot` zero, (1,) int64: the parameter has had no gradient."""
 
     @abstractmethod
     def dots(self, slot: Tensor) -> Tensor:
-        """As `Window.dots`."""
+        """The inner products of all rows with row `slot`, summed in float64 from what is stored.
+
+        Args:
+            slot: (1,) int64.
+
+        Returns:
+            (m,) float64.
+        """
 
     @abstractmethod
     def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
-        """target ← scale · target + Σᵢ weightsᵢ · Gᵢ."""
+        """target ← scale · target + Σᵢ weightsᵢ · Gᵢ.
+
+        Args:
+            target: (n,) contiguous, changed in place; of any real floating-point dtype, also another than the rows'.
+            weights: (m,) float64.
+            scale: () float64.
+        """
 
 
 @dataclass(frozen=True)
@@ -132,7 +156,13 @@ class Separate(Window):
 
 @dataclass(frozen=True)
 class Compressor(ABC):
-    """Options of a window. They become options of the param groups, where each group may have its own."""
+    """Options of a window. They become options of the param groups, where each group may have its own.
+
+    A subclass is a frozen dataclass, its options are its fields, and `__post_init__` may check them. It is made anew
+    from the options of a param group whenever these are used, so options are plain values: what `torch.load` reads with
+    weights_only, or dtypes, which param groups hold by name. Their names must differ from those of `EFCP` and of the
+    preconditioner.
+    """
 
     @property
     def options(self) -> dict[str, Any]:
@@ -141,14 +171,22 @@ class Compressor(ABC):
 
     @abstractmethod
     def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
-        """New state for a parameter: a window of zero rows, on the parameter's device.
+        """New state for a parameter: tensors of a window of zero rows, on the parameter's device.
 
-        On the meta device this gives names, shapes and dtypes without the memory.
+        All that the window keeps from one step to the next is in it. The error, where there is error feedback, is
+        called `error` and has the parameter's number of elements. The names numel, momentum and average are taken, and
+        so are those of the Gram matrix (`efcp.gram`) and of the preconditioner.
+
+        Names, shapes and dtypes depend on the options, the parameter's shape and dtype, and the window alone: on the
+        meta device this gives them without the memory, to estimate it and to check states that are loaded.
         """
 
     @abstractmethod
     def row_names(self, param: Tensor) -> tuple[str, ...]:
-        """The names of the tensors that hold the rows, in the state of a parameter that has a window."""
+        """The names of the tensors that hold the rows, at least one of those that `allocate` gives.
+
+        By these a step notices that somebody else has written, removed or replaced a window.
+        """
 
     def check_shape(self, name: Callable[[], str], state: dict[str, Any], param: Tensor) -> None:  # noqa: B027
         """Raises ValueError unless a state is one for the shape of a parameter; their numbers of elements are the same.
@@ -160,14 +198,20 @@ class Compressor(ABC):
     def check(self, where: str, state: dict[str, Any], param: Tensor) -> None:
         """Raises ValueError unless a parameter's saved state, of the right names, shapes and dtypes, makes sense.
 
+        By itself it asks that all numbers are finite. A window whose state holds positions should check these too.
+
         Args:
-            where: for messages.
+            where: the parameter's place in the state, for messages.
         """
         check_numbers(where, state)
 
     @abstractmethod
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
-        """The window of parameters with these states."""
+        """The window of parameters with these states, which have been made by `allocate` or loaded.
+
+        Raises:
+            ValueError: where a state is for other options, as after an edit of the param group.
+        """
 
 
 def choose_dtypes(options: Any) -> None:

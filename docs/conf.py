@@ -22,14 +22,22 @@ GROUPS = {  # of the API's pages; names that are in none go to the last one
     "Compressors": ("TopK", "LowRank", "Identity"),
     "Preconditioners": ("MFAC", "GGT"),
     "Memory": ("estimate_memory", "memory_report", "MemoryReport"),
-    "For parts of your own": (),
+    "For parts of your own": ("Compressor", "Window", "SingleWindow", "Separate", "Preconditioner"),
 }
 
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")  # of docstrings
 
 project, author, release = "EFCP", "EFCP contributors", efcp.__version__
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/**", "analysis/*.md", "analysis/**/*.md", "perf/*.md", "perf/**/*.md"]
+include_patterns = [
+    "*.md",
+    "docs/**",
+    "examples/*.md",
+    "analysis/*.md",
+    "analysis/**/*.md",
+    "perf/*.md",
+    "perf/**/*.md",
+]
 exclude_patterns = ["README.md"]  # its first screen is that of docs/index.md
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 
@@ -87,7 +95,16 @@ def write_scripts(folder: Path = SCRIPTS) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     scripts = sorted((ROOT / "examples").glob("[!_]*.py"))
-    listed = ["# All scripts", "", "```{toctree}", ":maxdepth: 1", "", *(script.stem for script in scripts), "```", ""]
+    listed = [
+        "# Scripts of the examples",
+        "",
+        "```{toctree}",
+        ":maxdepth: 1",
+        "",
+        *(script.stem for script in scripts),
+        "```",
+        "",
+    ]
     (folder / "index.md").write_text("\n".join(listed), encoding="utf-8")
     for script in scripts:
         shown = f"```{{literalinclude}} ../../examples/{script.name}\n:language: python\n```\n"

@@ -3,7 +3,7 @@
 `torch.optim.Optimizer.load_state_dict` casts floating-point and integer state to the dtype of the parameter. In
 bfloat16, indices above 256 are lost, and so is the precision of float64 matrices.
 
-What is loaded is read once: positions are used as addresses, and one NaN would stay.
+Every loaded tensor is checked: kernels use positions as addresses, and one NaN would stay for good.
 
 Versions of the state, in `version` of what all parameters share:
 
@@ -71,7 +71,7 @@ def check_same(where: str, name: str, saved: Any, own: Any) -> None:
 def check_structure(state_dict: dict[str, Any]) -> None:
     """Checks that there are param groups with distinct parameters, and states of these only.
 
-    Wrappers may keep more in the state, under keys of another type than stands for parameters.
+    Keys of a type that does not stand for parameters are skipped: wrappers keep state of their own there.
     """
     groups, states = state_dict.get("param_groups"), state_dict.get("state")
     well_formed = (
@@ -144,7 +144,7 @@ def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> di
 
     Args:
         saved: the state, which stays as it is.
-        shared: what it should hold for all parameters; empty where another one holds that.
+        shared: the shared state that this parameter's state should hold; empty if another parameter holds it.
         param: the parameter.
     """
     state = dict(saved)

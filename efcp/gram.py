@@ -1,14 +1,14 @@
-"""The Gram matrix S = G Gᵀ of the whole window, as a ring buffer, and whether it belongs to the windows that are there.
+"""The Gram matrix S = G Gᵀ of the whole window, as a ring buffer, and whether it still matches the windows.
 
 Row and column `slot` belong to the gradient that was written there last; slots are filled in turn. A step replaces one
 row of the window, hence one row and column of S. State:
 
     step               ()      int64    gradients taken in so far
-    skipped_steps      ()      int64    of these, such with an Inf or NaN
-    skipped_in_a_row   ()      int64    of these, the last ones
+    skipped_steps      ()      int64    how many of these had an Inf or NaN
+    skipped_in_a_row   ()      int64    how many in a row, up to the latest
     gram               (m, m)  float64  S
     weights            (m,)    float64  w of the newest update, which is Gᵀw; zero after a skipped step
-    pending            bool             a step has begun to change windows and has not come to an end: S is unknown
+    pending            bool             from when a step starts to change windows until it ends; S is unknown meanwhile
 """
 
 import weakref
@@ -113,7 +113,7 @@ class Gram:
         return bool(((self.matrix - other).abs() <= ROUNDING * torch.outer(lengths, lengths)).all())
 
     def squared_norm(self, weights: Tensor) -> Tensor:
-        """‖Gᵀw‖² = wᵀSw, () float64: the squared norm of an update at the price of a few m² operations."""
+        """‖Gᵀw‖² = wᵀSw, () float64: the squared norm of an update, in O(m²)."""
         return torch.dot(weights, self.matrix @ weights).clamp(min=0)
 
 
@@ -125,8 +125,8 @@ def is_on_cpu(tensor: Tensor) -> bool:
 class Origin:
     """The windows that a Gram matrix was computed from: which tensors of which parameters, and in which version.
 
-    A parameter that leaves, a state that is deleted, replaced or written by hand is noticed by this. PyTorch counts the
-    versions; kernels write without counting.
+    This notices parameters that leave, and states that are deleted, replaced or written from outside: PyTorch raises a
+    tensor's version at each write, the kernels here do not.
 
     Args:
         windows: parameters, each with the tensors of its window.

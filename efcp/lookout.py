@@ -1,4 +1,4 @@
-"""Warnings about what steps have counted on their device, without making the host wait for it."""
+"""Warns about skipped and imprecise steps. Their counters live on the device, and are read without waiting for it."""
 
 import warnings
 from collections.abc import Callable
@@ -15,7 +15,7 @@ NAMED = 5  # parameters in a warning
 
 
 class Lookout:
-    """Looks at an optimizer's counters after each step, and warns once of each thing that is worth it.
+    """Looks at an optimizer's counters after each step, and warns once per problem.
 
     On a CPU the counters are read as they are. On an accelerator a copy to the host is started after one step and read
     after a later one, when it has arrived.
@@ -26,7 +26,8 @@ class Lookout:
         self._warned_of_skipping = self._warned_of_rounding = False
 
     def look(self, state: dict[str, Any], non_finite: Callable[[], list[str]]) -> None:
-        """
+        """Reads the counters, if they have arrived, and warns.
+
         Args:
             state: with the counters skipped_in_a_row and, where the preconditioner counts them, imprecise_steps.
             non_finite: gives the names of parameters whose gradients are not finite.

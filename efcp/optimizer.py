@@ -8,8 +8,8 @@ turns these into weights. State:
                          its window; momentum (n,) and average (n,) where used
     optimizer.shared     of all together: the Gram matrix, what the preconditioner derives from it, and version
 
-No edit of param groups, parameters or their states touches `shared`. It is also shown in the state of the first
-parameter that has a window, so that all that saves, copies or moves states carries it, wrappers included.
+Editing param groups, parameters or their states does not change `shared`. The state of the first parameter that has a
+window holds the same tensors, so whatever saves, copies or moves states takes them along, wrappers included.
 """
 
 import inspect
@@ -56,8 +56,9 @@ class EFCP(Optimizer):
     """Preconditioning with a compressed gradient window (EFCP, arXiv 2306.06098): any compressor, any preconditioner.
 
     Options of the compressor, such as `density`, and of the preconditioner, such as `damping`, become options of the
-    param groups. Each group may have its own lr, momentum, beta1, weight_decay, maximize and compressor options; on the
-    others all groups must agree. `window` and the compressor's options are fixed from the first step on.
+    param groups. Each group may have its own lr, momentum, beta1, weight_decay, maximize and compressor options; all
+    other options must be the same in every group. `window` and the compressor's options are fixed from the first step
+    on.
 
     A step leaves `p.grad` as it is. A parameter whose grad is None stays as it is, and contributes a zero row to the
     window. A step with an Inf or NaN in a gradient, or one whose squared norm overflows, leaves parameters, momentum
@@ -66,11 +67,11 @@ class EFCP(Optimizer):
     Args:
         params: parameters, named parameters, or param groups; floating point, on any devices.
         lr: learning rate ≥ 0, a float or a tensor of one element.
-        compressor: `TopK(...)`, `LowRank(...)`, `Identity()`, or one of your own, see `Compressor`.
-        preconditioner: `MFAC(...)`, `GGT(...)`, or one of your own, see `Preconditioner`.
+        compressor: how gradients are kept: `TopK`, `LowRank`, `Identity`, or any `Compressor`.
+        preconditioner: how the window becomes an update: `MFAC`, `GGT`, or any `Preconditioner`.
         window: m, how many gradients are kept, ≥ 1.
         momentum: heavy ball on the update, in [0, 1).
-        beta1: decay of an average of the gradients, which is compressed in their place, in [0, 1).
+        beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of g.
         weight_decay: decoupled, multiplied by lr, ≥ 0.
         max_update_norm: longer updates u are scaled down to this norm, > 0; None for no limit.
         maximize: maximise the objective.
@@ -115,7 +116,7 @@ class EFCP(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Takes one step.
+        """Takes one step. Where it raises an error, nothing has been changed.
 
         Args:
             closure: evaluates the model again, with gradients, and returns the loss.
@@ -128,7 +129,6 @@ class EFCP(Optimizer):
             TypeError: for gradients without memory of their own, or of a dtype that is not real floating point.
             ValueError: where param groups disagree on an option that they must share, for gradients of another shape
                 or device than their parameter, and for state of a parameter of another size or shape.
-            In all cases nothing has been changed.
         """
         refuse_deepspeed_step()
         loss = None
@@ -192,20 +192,20 @@ class EFCP(Optimizer):
     def diagnostics(self, quantiles: bool = False) -> dict[str, float | None]:
         """What the last step did, for logs. Waits for the device.
 
-        The update u is as it was applied, before momentum and lr. g is the gradient in `p.grad`, hence not there after
-        `zero_grad()`, and scaled where a gradient scaler has scaled it.
+        u is the update before momentum and lr. g is read from `p.grad`: call this before `zero_grad()`, and after the
+        `unscale_` of a gradient scaler.
 
         Args:
             quantiles: also those of |u/g|, for which u is computed again, one parameter at a time: about as much work
                 as two steps.
 
         Returns:
-            Floats, or None where there is no such number:
+            A dict of floats, with None where a number does not exist. Its keys:
                 grad_norm: ‖g‖.
                 compressed_norm: ‖c‖, c the newest row of the window; 0 after a skipped step.
                 error_norm: ‖e‖, the error that the next step adds to its gradient.
                 update_norm: ‖u‖; 0 after a skipped step.
-                cosine: cos(c, u), by how much preconditioning has turned the gradient.
+                cosine: cos(c, u): 1 where preconditioning has not turned the gradient.
                 scaling_q25, scaling_q50, scaling_q75: quantiles of |u/g| over all entries with g ≠ 0; of N sorted
                     numbers the quantile q is number ⌊q (N − 1)⌋, counted from 0.
         """
@@ -233,8 +233,8 @@ class EFCP(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state, bit for bit.
 
-        Nothing is cast: between parameters of different dtypes, a state can be loaded where none of its tensors has
-        their dtype (TopK without momentum and beta1, the same `error_dtype`), and is refused elsewhere. States of
+        Nothing is cast. A state can move between parameters of different dtypes only if none of its tensors has the
+        parameters' dtype: that of TopK without momentum and beta1, with the same `error_dtype`. States of
         earlier versions are loaded; options that they lack have their defaults. Parameters are matched by their order;
         where both sides know names, and these differ, there is a warning. What wrappers keep in the state, under names
         that are none of ours, is taken over as it is.
@@ -369,7 +369,7 @@ class EFCP(Optimizer):
         return {**gram, **own, "version": VERSION}
 
     def _fill(self, state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
-        """Adds to the state of a parameter what is missing."""
+        """Allocates what a parameter's state lacks: window, momentum, average."""
         if compressor.row_names(param)[0] not in state:
             with torch.inference_mode(False):  # else no later step outside inference mode could update it
                 rows = compressor.allocate(param, group["window"])
@@ -394,7 +394,7 @@ class EFCP(Optimizer):
         return [(m.param, [m.state[name] for name in m.compressor.row_names(m.param)]) for m in self._members()]
 
     def _check_windows(self, changed: list[Tensor]) -> None:
-        """Checks windows that somebody else has written, as a state that is loaded is checked."""
+        """Checks windows that something else than a step has written, the way loaded states are checked."""
         if not changed:
             return
         written, called = set(changed), dict(self._names())
@@ -405,7 +405,7 @@ class EFCP(Optimizer):
                 member.compressor.check(called[member.param], own, member.param)
 
     def _adopt_shared(self, windows: list[tuple[Tensor, list[Tensor]]], changed: list[Tensor]) -> bool:
-        """Takes over what is shown as shared where somebody has replaced all states, and says whether that is so.
+        """Adopts the shared state found in a parameter's state if all states were replaced; returns whether it did.
 
         `ZeroRedundancyOptimizer` loads a state in this way, and Lightning moves it to a device.
         """
@@ -421,7 +421,7 @@ class EFCP(Optimizer):
         return True
 
     def _mend(self, gram: Gram, sets: list[ParameterSet], adopted: bool) -> None:
-        """Computes the Gram matrix, and what is derived from it, from the windows that are there.
+        """Recomputes the Gram matrix, and what is derived from it, from the current windows.
 
         Where a matrix has been adopted with these windows it stays, bit for bit, unless it is of other windows.
         """
@@ -434,7 +434,7 @@ class EFCP(Optimizer):
             self._agreed_preconditioner().refresh(gram)
 
     def _show_shared(self, windows: list[tuple[Tensor, list[Tensor]]]) -> None:
-        """Shows `shared` in the state of the first parameter that has a window, and in no other."""
+        """Puts `shared` into the state of the first parameter that has a window, and takes it from all others."""
         home = windows[0][0] if windows else next(self._params(), None)
         for param, state in self.state.items():
             if param is not home and isinstance(param, Tensor) and "gram" in state:
@@ -444,7 +444,7 @@ class EFCP(Optimizer):
             self.state[home].update(self.shared)
 
     def _mark_changes(self) -> None:
-        """Makes `shared` say, where it is shown, whether S is that of the windows; before it is saved."""
+        """Records in `pending` whether windows have changed since S was computed. Called before a state is saved."""
         if self.shared:
             windows = self._windows()
             self.shared["pending"] |= bool(self._origin.changed(windows))
@@ -512,7 +512,7 @@ class EFCP(Optimizer):
                     check_state(name, p, state, compressor)
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The state dict, if it fits the optimizer, made so that loading does not cast it."""
+        """The state dict with its tensors protected from casting. Raises ValueError if it does not fit."""
         check_structure(state_dict)
         check_same("state_dict", "the number of param groups", len(state_dict["param_groups"]), len(self.param_groups))
         groups, states = [], dict[Any, dict[str, Any]]()

@@ -1,8 +1,8 @@
 """Which keys a param group may have: options, and what others keep there, but no misspelt option.
 
 Schedulers, wrappers and users put keys of their own into param groups (`initial_lr`, `rho`, `layer_id`), as
-`torch.optim` lets them. A key that is an option's name with a slip of the pen would silently do nothing, so it is an
-error. So is an option of a compressor that has the name of another's.
+`torch.optim` lets them. A misspelt option would silently do nothing, so it is an error. So is an option of a compressor
+that has the name of another's.
 """
 
 import inspect
@@ -67,9 +67,9 @@ def check_keys(where: str, optimizer: str, group: Iterable[tuple[str, Any]], opt
 def misspelt(key: str, options: tuple[str, ...]) -> str | None:
     """The option whose name `key` is with a slip: one edit for each `LETTERS_PER_EDIT` letters of the name.
 
-    Case and underscores do not count, nor are there slips in shorter names: `betas` is not `beta1`. With more edits
-    other words would be near: `dampening` and `mapping` are two from `damping`, `moments` from `momentum`. A key that
-    has all words of an option and others, such as `weight_decay_1d`, is another name, made on purpose.
+    Case and underscores are ignored. Names of fewer than five letters must match exactly: `betas` is not `beta1`. With
+    more edits other words would be near: `dampening` and `mapping` are two from `damping`, `moments` from `momentum`. A
+    key that has all words of an option and others, such as `weight_decay_1d`, is another name, made on purpose.
     """
     if key in options:
         return None

@@ -165,7 +165,7 @@ class Member(NamedTuple):
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """The elements as (n,), one after the other in memory, signs applied: a view where they are so, else a copy."""
+    """The elements as a contiguous (n,) tensor without a negative bit: a view where possible, else a copy."""
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
     if not tensor.is_contiguous():
@@ -174,7 +174,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 class ParameterSet:
-    """Parameters with the same options, device and dtypes, which are stepped together, in one step."""
+    """Parameters with the same options, device and dtypes, whose kernels are launched together, in one step."""
 
     def __init__(
         self, group: dict[str, Any], compressor: Compressor, params: list[Tensor], states: list[dict[str, Any]]

@@ -1,9 +1,9 @@
 """Refuses ZeRO, which gives each process a part of the parameters to optimise.
 
 The window must see whole gradients: S = GGᵀ sums over all parameters. An optimizer of a part would precondition with
-the Gram matrix of that part alone, and nothing would tell that every process, or partition, has another one. There is
-no sign of it on the parameters that PyTorch's and DeepSpeed's first stages hand over, so callers are looked at, and
-only where the library that they belong to is loaded.
+the Gram matrix of that part alone, and nothing would tell that every process, or partition, has another one. Parameters
+that PyTorch's and DeepSpeed's first stages hand over carry no mark, so the call stack is searched, and only where the
+library in question is loaded.
 """
 
 import sys

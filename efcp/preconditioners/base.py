@@ -31,7 +31,7 @@ class Preconditioner(ABC):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def allocate(self, window: int, device: torch.device) -> dict[str, Any]:
-        """New state, for a window of zero rows: what it derives from the Gram matrix and keeps beside it.
+        """What the preconditioner keeps beside the Gram matrix, for a window of zero rows.
 
         Tensors on the device, and numbers that are never negative. The names of the Gram matrix's own state
         (`efcp.gram`) are taken, and so are version and those of the compressor's state.
@@ -52,4 +52,4 @@ class Preconditioner(ABC):
         """
 
     def refresh(self, gram: Gram) -> None:  # noqa: B027  (there may be nothing)
-        """Derives anew from the Gram matrix what is kept beside it, as after windows were changed by somebody else."""
+        """Recomputes from the Gram matrix what is kept beside it: other rows than the newest may have changed."""

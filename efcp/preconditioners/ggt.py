@@ -18,9 +18,9 @@ class GGT(Preconditioner):
 
     With a decay β₂, the rows of the window count β₂^age each: f(S) = D (√(DSD) + εI)⁻¹ D, D = diag(β₂^age).
 
-    Updates are at most 1 long. So that rounding leaves this so, DSD + φI takes the place of DSD, with φ the share of
-    its trace that `floor` gives: 4e-13 where all parameters are float64, else 6e-8. It damps directions whose singular
-    values are below 7e-7, or 2.4e-4, of the root of that trace.
+    Updates are at most 1 long. Rounding would break that, so DSD + φI replaces DSD, with φ a share of its trace (see
+    `floor`): 4e-13 where all parameters are float64, else 6e-8. That damps directions whose singular values are below
+    7e-7, or 2.4e-4, of the root of the trace.
 
     An eigendecomposition of an m × m matrix each step is slow for large m, and makes a GPU wait for the host once
     (`torch.linalg.eigh` checks its own success). With `refresh_every` n > 1 only every n-th step does one, of the m − n

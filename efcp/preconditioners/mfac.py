@@ -20,10 +20,9 @@ class MFAC(Preconditioner):
 
     A square root R of the inverse is kept, RᵀR = (mλI + S)⁻¹, and the column of RᵀR that belongs to the row which is
     replaced next. They follow each replaced row in O(m²). R is computed anew once in m steps and whenever the damping
-    changes. One step of iterative refinement removes from the weights what the updates have gathered in rounding errors
-    meanwhile. On a CPU, where looking at a number does not make anybody wait, it is left out where weights solve the
-    system to ten digits, and R is also computed anew where they miss six digits of a system that float64 can solve:
-    rows that it could not solve for leave such errors behind.
+    changes. One step of iterative refinement removes from the weights the rounding errors gathered since. On a CPU
+    reading a value is free, so refinement is skipped when the residual is below 10⁻¹⁰, and R is computed anew when it
+    exceeds 10⁻⁶ on a well-conditioned system, as after rows that float64 could not solve for.
 
     Where squared norms of gradients exceed 10¹⁰ λ and rows of the window depend on each other, float64 cannot solve the
     system. Where they exceed 10⁶ λ and parameters are float32, the weighted rows cancel so far that rounding is what is
@@ -118,7 +117,7 @@ class MFAC(Preconditioner):
 
 
 def invert_(R: Tensor, S: Tensor, ridge: float) -> None:
-    """RᵀR ← (ridge · I + S)⁻¹ by Cholesky; R stays where rounding has left that matrix not positive definite."""
+    """RᵀR ← (ridge · I + S)⁻¹ by Cholesky; R is unchanged if rounding has made that matrix indefinite."""
     A = S.clone()
     A.diagonal().add_(ridge)
     factor, failed = torch.linalg.cholesky_ex(A)

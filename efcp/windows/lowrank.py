@@ -6,7 +6,7 @@ Pᵢ Qᵢᵀ, of which the factors are kept. State of a parameter of R × C elem
     left   (m, r, R)  Pᵢᵀ: r orthonormal rows, up to rounding
     right  (m, r, C)  Qᵢᵀ
     basis  (C, r)     where the next power iteration starts
-    error  (n,)       what the window has not got yet; absent without error feedback
+    error  (n,)       what has been left out of the window so far; absent without error feedback
 
 Vectors and scalars, and matrices so small that their factors would be no smaller, are kept whole: rows (m, n).
 """
@@ -37,9 +37,9 @@ class LowRank(Compressor):
 
     Args:
         rank: r ≥ 1. A matrix of R × C elements with r · (R + C) ≥ R · C is kept whole.
-        power_iterations: of each step, ≥ 1. More bring the approximation closer to the best of that rank.
-        value_dtype: of the factors: torch.bfloat16 or torch.float32; float16 could overflow.
-        error_dtype: of the error: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for
+        power_iterations: iterations in each step, ≥ 1. More bring the approximation closer to the best of that rank.
+        value_dtype: dtype of the factors: torch.bfloat16 or torch.float32; float16 could overflow.
+        error_dtype: dtype of the error: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for
             float64 parameters and float32 for all others.
         error_feedback: add what was not kept of a gradient to the next one.
 

@@ -2,7 +2,7 @@
 
 State of a parameter, with its blocks as `efcp.kernels.blocks` describes them:
 
-    error    (n,)             what the window has not got yet; absent without error feedback
+    error    (n,)             what has been left out of the window so far; absent without error feedback
     values   (blocks, m, k)   rows of the window
     indices  (blocks, m, k)   their positions within the block
 """
@@ -31,8 +31,8 @@ class TopK(Compressor):
     Args:
         density: the share of entries kept, in (0, 1]: ceil(density · L) of a block of L.
         block_size: elements of a block, from 1 to 32768.
-        value_dtype: of the kept entries: torch.bfloat16 or torch.float32; float16 could overflow.
-        error_dtype: of the error: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for
+        value_dtype: dtype of the kept entries: torch.bfloat16 or torch.float32; float16 could overflow.
+        error_dtype: dtype of the error: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for
             float64 parameters and float32 for all others.
         error_feedback: add what was not kept of a gradient to the next one.
 

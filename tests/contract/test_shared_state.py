@@ -412,8 +412,12 @@ class Calls:
         self.sites, self.stop_at = [], stop_at
 
     def __call__(self, frame, event, arg):
-        closing = event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR  # what is raised then is lost
-        if event not in ("call", "c_call") or closing:
+        if event not in ("call", "c_call"):
+            return
+        name = frame.f_code.co_name if event == "call" else arg.__name__
+        if name in ("__enter__", "__exit__"):  # else PyTorch's modes would outlast the step
+            return
+        if event == "call" and frame.f_code.co_flags & inspect.CO_GENERATOR:  # what is raised at their end is lost
             return
         caller = frame.f_back if event == "call" else frame
         if caller is None or not caller.f_code.co_filename.startswith(PACKAGE):

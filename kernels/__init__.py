@@ -32,6 +32,7 @@ __all__ = [
     "all_finite",
     "backend_name",
     "compress_",
+    "dense_dots",
     "has_plain_storage",
     "is_fake",
     "update_inverse_root_",
@@ -95,6 +96,21 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         return operators.window_dots(*operators.unpacked(rows), slot)
     return dispatch.run("window_dots", slot, rows, slot)
+
+
+def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
+    """Inner products of every row of a dense window with row `slot`, as `window_dots` for sparse ones.
+
+    Args:
+        rows: (m, n) contiguous, floating point.
+        slot: (1,) int64, on the device of the rows.
+
+    Returns:
+        (m,) float64. Products and sums are in float64, as preconditioners need it where rows are nearly parallel.
+    """
+    if torch.compiler.is_compiling():
+        return operators.dense_dots(rows, slot)
+    return dispatch.run("dense_dots", rows, rows, slot)
 
 
 def window_apply_(

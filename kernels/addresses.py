@@ -158,6 +158,15 @@ def gradient_addresses(grads: Sequence[Tensor], device: torch.device | None = No
     return addresses("grads", grads, dtype, device, numels, fake=is_fake(grads[0]))
 
 
+def check_dense(rows: Tensor, slot: Tensor) -> None:
+    """Raises what `addresses` raises unless these are what `dense_dots` takes."""
+    if not (isinstance(rows, Tensor) and rows.dim() == 2):
+        raise ValueError(f"rows must be a matrix, got {_shape(rows)}")
+    dtype = floating("rows", rows)
+    addresses("rows", [rows], dtype, rows.device, [rows.numel()], fake=is_fake(rows))
+    check_numbers(rows, slot=slot)
+
+
 def check_inverse_root(R: Tensor, column: Tensor, S: Tensor, slot: Tensor) -> None:
     """Raises what `addresses` raises unless these are what `update_inverse_root_` takes."""
     if not (isinstance(R, Tensor) and R.dim() == 2):

@@ -1,9 +1,9 @@
 """The choice of a backend: by device, by what is installed and works, or as it is forced.
 
-A backend is a module with all operations: four of the sparse window, and one of the m × m matrices of M-FAC. On a GPU
-it is `triton`, on a CPU `cpu`, where Triton or Numba is installed; else it is `reference`. If the installation turns
-out not to work, `reference` takes its place, and one warning says why. The environment variable `EFCP_KERNELS`, or
-`use_backend`, forces a backend; one that does not work is then an error.
+A backend is a module with all operations: four of the sparse window, one of the dense one, and one of the m × m
+matrices of M-FAC. On a GPU it is `triton`, on a CPU `cpu`, where Triton or Numba is installed; else it is `reference`.
+If the installation turns out not to work, `reference` takes its place, and one warning says why. The environment
+variable `EFCP_KERNELS`, or `use_backend`, forces a backend; one that does not work is then an error.
 """
 
 import importlib

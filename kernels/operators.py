@@ -91,6 +91,12 @@ def window_apply_(
     dispatch.run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
 
 
+@custom_op("efcp::dense_dots", mutates_args=(), schema="(Tensor rows, Tensor slot) -> Tensor")
+def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
+    result: Tensor = dispatch.run("dense_dots", slot, rows, slot)
+    return result
+
+
 @custom_op(
     "efcp::update_inverse_root_",
     mutates_args=("R", "column"),
@@ -108,6 +114,11 @@ def _(grads, errors, values, indices, numels, block_size, density, slot, finite)
 @window_dots.register_fake
 def _(values, indices, numels, block_size, density, slot):  # type: ignore[no-untyped-def]
     return values[0].new_empty(values[0].shape[1], dtype=torch.float64)
+
+
+@dense_dots.register_fake
+def _(rows, slot):  # type: ignore[no-untyped-def]
+    return rows.new_empty(len(rows), dtype=torch.float64)
 
 
 @window_apply_.register_fake

@@ -10,10 +10,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import check_group, check_inverse_root, check_numbers, check_weights, gradient_addresses
+from efcp.kernels.addresses import (
+    check_dense,
+    check_group,
+    check_inverse_root,
+    check_numbers,
+    check_weights,
+    gradient_addresses,
+)
 from efcp.kernels.blocks import Rows
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
+DENSE_PART = 1 << 22  # entries of a dense window in a temporary, but on a CPU, whose cache they are to stay in
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,6 +91,16 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
             newest = torch.zeros(len(index), part.length, dtype=torch.float64, device=device)
             newest.scatter_(1, index.index_select(1, slot).squeeze(1), value.index_select(1, slot).squeeze(1))
             dots += (newest.gather(1, index.flatten(1)).view_as(value) * value).sum((0, 2))
+    return dots
+
+
+def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
+    check_dense(rows, slot)
+    step = max(256, (PART if rows.is_cpu else DENSE_PART) // len(rows))
+    dots = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+    for first in range(0, rows.shape[1], step):
+        part = rows[:, first : first + step].double()
+        dots.addmv_(part, part.index_select(0, slot).squeeze(0))
     return dots
 
 

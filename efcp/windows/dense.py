@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efcp import kernels
 from efcp.checks import require
 from efcp.kernels import accumulation_dtype
 from efcp.windows.base import Compressor, Separate, SingleWindow, Window
 
 PART = 1 << 22  # entries of the window in a temporary
-CACHED_PART = 1 << 18  # the same on a CPU, where a temporary in float64 is three times slower when it leaves the cache
 
 
 @dataclass(frozen=True)
@@ -50,21 +50,17 @@ class DenseWindow(SingleWindow):
         self.rows.index_fill_(0, slot, 0.0)
 
     def dots(self, slot: Tensor) -> Tensor:
-        dots = torch.zeros(len(self.rows), dtype=torch.float64, device=slot.device)
-        for columns in self._parts(CACHED_PART if self.rows.is_cpu else PART):
-            part = self.rows[:, columns].double()
-            dots.addmv_(part, part.index_select(0, slot).squeeze(0))
-        return dots
+        return kernels.dense_dots(self.rows, slot)
 
     def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
         dtype = accumulation_dtype(target.dtype)
         weights, scale = weights.to(dtype), scale.to(dtype)
-        for columns in self._parts(PART):
+        for columns in self._parts():
             total = torch.addmv(target[columns].to(dtype) * scale, self.rows[:, columns].to(dtype).t(), weights)
             target[columns].copy_(total)
 
-    def _parts(self, entries: int) -> Iterator[slice]:
-        """Columns in parts of about so many entries, so that no temporary grows with the parameter."""
+    def _parts(self) -> Iterator[slice]:
+        """Columns in parts, so that no temporary grows with the parameter."""
         window, numel = self.rows.shape
-        step = max(256, entries // window)
+        step = max(4096, PART // window)
         return (slice(first, first + step) for first in range(0, numel, step))

@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| `compress.py`, `dots.py`, `apply.py`, `finite.py`, `inverse_root.py` | an operation: its kernels, and their caller |
+| `compress`, `dots`, `apply`, `finite`, `dense`, `inverse_root` | an operation: its kernels, and their caller |
 | `launch.py` | what kernels are told of their parameters, and threads |
 | `convert.py`, `dtypes.py` | numbers of any dtype, to and from float32 |
 | `llvm.py` | what Numba has no words for |
@@ -14,14 +14,15 @@ parameter. The compiled functions see a table of addresses and sizes, and dtype 
 microseconds, each parameter one more, and one compilation serves many combinations of dtypes.
 
 Results do not depend on the number of threads. `compress_` and `window_apply_` give the bits of the definition;
-`window_dots` and `update_inverse_root_` add up the same float64 terms in another fixed order, and `all_finite` adds up
-the squares of a chunk in float32, of chunks in float64.
+`window_dots`, `dense_dots` and `update_inverse_root_` add up the same float64 terms in another fixed order, and
+`all_finite` adds up the squares of a chunk in float32, of chunks in float64.
 """
 
 from efcp.kernels.cpu.apply import window_apply_
 from efcp.kernels.cpu.compress import compress_
+from efcp.kernels.cpu.dense import dense_dots
 from efcp.kernels.cpu.dots import window_dots
 from efcp.kernels.cpu.finite import all_finite
 from efcp.kernels.cpu.inverse_root import update_inverse_root_
 
-__all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "window_dots"]
+__all__ = ["all_finite", "compress_", "dense_dots", "update_inverse_root_", "window_apply_", "window_dots"]

@@ -232,6 +232,11 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     arguments = (*launch.arguments, sums.data_ptr(), launch.blocks, slot_address(slot, window), window, few)
     kernel = _dots_kernel(CODES[coded("values", values)], indices.itemsize)
     run(kernel, arguments, pieces, launch.entries * window)
+    return add_up(sums, pieces, window)
+
+
+def add_up(sums: Tensor, pieces: int, window: int) -> Tensor:
+    """The sums of pieces (pieces · m,), added in order: (m,)."""
     if pieces == 1:
         return sums
     total = torch.empty(window, dtype=torch.float64, device=CPU)

@@ -7,7 +7,8 @@
 | `dots.py`, `apply.py` | `window_dots` and `window_apply_` with sums in shared memory, in Gluon: NVIDIA, Triton ≥ 3.8 |
 | `portable.py` | the same two for all others |
 
-`update_inverse_root_` is that of the definition: its matrices do not grow with the model.
+`update_inverse_root_` and `dense_dots` are those of the definition: the matrices of the one do not grow with the model,
+the other is a few products of PyTorch.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from efcp.kernels.blocks import Rows
 from efcp.kernels.gpus import architecture
-from efcp.kernels.reference import update_inverse_root_
+from efcp.kernels.reference import dense_dots, update_inverse_root_
 from efcp.kernels.triton import portable
 from efcp.kernels.triton.compress import compress_
 from efcp.kernels.triton.finite import all_finite
@@ -29,7 +30,7 @@ try:
 except ImportError:  # a version of Triton without Gluon
     HAS_GLUON = False
 
-__all__ = ["all_finite", "compress_", "update_inverse_root_", "window_apply_", "window_dots"]
+__all__ = ["all_finite", "compress_", "dense_dots", "update_inverse_root_", "window_apply_", "window_dots"]
 
 
 def _shared_memory() -> int:

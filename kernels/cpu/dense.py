@@ -1,0 +1,95 @@
+"""`dense_dots`: inner products of whole rows with one of them, summed in float64.
+
+The row is taken in parts that stay in the first-level cache, as float64, while all rows pass by.
+"""
+
+from functools import cache, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efcp.kernels.addresses import addresses, floating
+from efcp.kernels.cpu.convert import bfloat16_to_float32, float16_to_float32
+from efcp.kernels.cpu.dots import add_up
+from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, FLOAT32, FLOAT64
+from efcp.kernels.cpu.launch import CPU, PIECES, run, slot_address, take_share
+from efcp.kernels.cpu.llvm import load_f32, load_f64, load_i64, load_u16, pieces_and_arguments, store_f64
+from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+
+PART = 4096  # columns
+
+
+@partial(jit, fastmath={"reassoc", "contract"})
+def _dot(code: int, rows: int, first: int, part: np.ndarray, length: int) -> float:
+    """The inner product of so many numbers of the rows, from the first on, with those of `part`."""
+    total = np.float64(0)
+    if code == FLOAT32:
+        for j in range(length):
+            total += np.float64(load_f32(rows, first + j)) * part[j]
+    elif code == FLOAT64:
+        for j in range(length):
+            total += load_f64(rows, first + j) * part[j]
+    elif code == BFLOAT16:
+        for j in range(length):
+            total += np.float64(bfloat16_to_float32(load_u16(rows, first + j))) * part[j]
+    else:
+        for j in range(length):
+            total += np.float64(float16_to_float32(load_u16(rows, first + j))) * part[j]
+    return total
+
+
+@jit
+def _widen(code: int, rows: int, first: int, length: int, part: np.ndarray) -> None:
+    """Numbers of the rows as float64."""
+    if code == FLOAT32:
+        for j in range(length):
+            part[j] = np.float64(load_f32(rows, first + j))
+    elif code == FLOAT64:
+        for j in range(length):
+            part[j] = load_f64(rows, first + j)
+    elif code == BFLOAT16:
+        for j in range(length):
+            part[j] = np.float64(bfloat16_to_float32(load_u16(rows, first + j)))
+    else:
+        for j in range(length):
+            part[j] = np.float64(float16_to_float32(load_u16(rows, first + j)))
+
+
+@cache
+def _dense_kernel() -> Kernel:
+    @cached_kernel()
+    def dense(call: int) -> None:
+        """Sums over the pieces, which are columns: (pieces, m), into `sums`."""
+        pieces, code, rows, window, columns, slot, sums = pieces_and_arguments(call, 6)
+        row = load_i64(slot, 0)
+        part, total = np.empty(PART, np.float64), np.empty(window, np.float64)
+        first, last = take_share(call)
+        while first < last:
+            for piece in range(first, last):
+                total[:] = 0.0
+                start, stop = piece * columns // pieces, (piece + 1) * columns // pieces
+                while start < stop:
+                    length = min(PART, stop - start)
+                    _widen(code, rows, row * columns + start, length, part)
+                    for i in range(window):
+                        total[i] += _dot(code, rows, i * columns + start, part, length)
+                    start += length
+                for i in range(window):
+                    store_f64(sums, piece * window + i, total[i])
+            first, last = take_share(call)
+
+    return dense
+
+
+def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
+    if rows.dim() != 2:
+        raise ValueError(f"rows must be a matrix, got {tuple(rows.shape)}")
+    window, columns = rows.shape
+    code = CODES[floating("rows", rows)]
+    (address,) = addresses("rows", [rows], rows.dtype, CPU, [window * columns])
+    pieces = max(1, min(columns // PART, PIECES))
+    sums = torch.empty(pieces * window, dtype=torch.float64, device=CPU)
+    arguments = (code, address, window, columns, slot_address(slot, window), sums.data_ptr())
+    run(_dense_kernel(), arguments, pieces, window * columns)
+    return add_up(sums, pieces, window)

@@ -160,7 +160,8 @@ class EFCP(Optimizer):
         gram.replace(slot, self._dots(gram, sets, slot))
         weights = preconditioner.weights(gram, slot)
         gram.state["pending"] = False
-        windows = self._windows()
+        if sum(len(s.params) for s in sets) > len(windows):  # some are new
+            windows = self._windows()
         self._origin = Origin(windows)
         self._show_shared(windows)
         if max_update_norm is not None:

@@ -104,6 +104,7 @@ def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any], c
             f"{state['numel']}; delete optimizer.state[p] where a parameter is replaced by one of another size"
         )
     compressor.check_shape(name, state, param)
+    device, fake = param.device, kernels.is_fake(param)
     for key in (*compressor.row_names(param), "error", "momentum", "average"):
         if key not in state:
             continue
@@ -113,12 +114,12 @@ def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any], c
                 f"the state of a parameter must be for its size: {name()} has {numel} elements, its {key} "
                 f"{own.numel()}; delete optimizer.state[p] where a parameter is replaced by one of another size"
             )
-        if own.device != param.device:
+        if own.device != device:
             raise ValueError(
-                f"the state of a parameter must be on its device: {name()} is on {param.device}, its {key} on "
+                f"the state of a parameter must be on its device: {name()} is on {device}, its {key} on "
                 f"{own.device}; load a state dict after moving a model"
             )
-        if kernels.is_fake(own) != kernels.is_fake(param):
+        if kernels.is_fake(own) != fake:
             raise TypeError(
                 f"the state of a parameter must be fake if and only if it is: {name()} is a {type(param).__name__}, "
                 f"its {key} a {type(own).__name__}; make another optimizer for steps under FakeTensorMode"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Parameter
 
 from efcp.kernels.blocks import Rows
 
@@ -23,7 +24,7 @@ def has_plain_storage(kind: type[Tensor]) -> bool:
 
     Classes that handle PyTorch's operations themselves, such as DTensor, may hold other tensors instead, or nothing.
     """
-    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    return kind is Parameter or kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -33,7 +33,7 @@ _SPLIT_SEED = 20240613
 
 @dataclass(frozen=True)
 class Split:
-    """What a network reads, example by example (images: (n, 1, height, width) float32), and labels (n,) int64."""
+    """Inputs of a network, example by example (images: (n, 1, height, width) float32), and labels (n,) int64."""
 
     inputs: Tensor
     labels: Tensor
@@ -50,7 +50,7 @@ class DataSet:
 
 
 def resolve_name(name: str, directory: Path | None) -> str:
-    """What "auto" stands for: Fashion-MNIST where a folder is named or its files are found, else MNIST 5k."""
+    """Resolves "auto": Fashion-MNIST where a folder is named or its files are found, else MNIST 5k."""
     if name != "auto":
         return name
     return "fashion-mnist" if directory or any(not _missing(f) for f in _fashion_folders(None)) else "mnist5k"

@@ -93,7 +93,7 @@ def load_weights(network: nn.Sequential, path: Path) -> nn.Sequential:
 
 
 def weights_path() -> Path:
-    """Of the weights trained on ImageNet.
+    """Finds the file of the weights trained on ImageNet.
 
     Raises:
         FileNotFoundError: if their package is not installed.

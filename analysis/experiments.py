@@ -103,7 +103,7 @@ def find_experiment(name: str) -> Path:
 
 
 def names() -> list[str]:
-    """Of the experiments that come with the package."""
+    """Lists the experiments that come with the package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 

@@ -96,7 +96,7 @@ def cached_features(images: Tensor, count: int, weights: Path, cache: Path) -> T
 
 @torch.inference_mode()
 def compute_features(network: nn.Module, images: Tensor) -> Tensor:
-    """What the network makes of images (n, height, width) uint8: (n, 1280) float32."""
+    """Computes the network's features, (n, 1280) float32, of images (n, height, width) uint8."""
     network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     features = []
     for batch in images.split(_BATCH):

@@ -189,7 +189,7 @@ def feedback(results: Results) -> Figure | None:
 
 
 def breaking(results: Results) -> Figure | None:
-    """What is lost against dense M-FAC, by density, with its uncertainty."""
+    """Draws the accuracy lost against dense M-FAC, by density, with its uncertainty."""
     drops = accuracy_drops(results.usual)
     if len(drops) < 2:
         return None

@@ -106,6 +106,8 @@ def group_addresses(
     sizes = [r.blocks.count * window * r.blocks.kept for r in rows]
     numels = [r.blocks.numel for r in rows]
     values_dtype = floating("values", values)
+    if values_dtype is torch.float64:
+        raise TypeError("values must be of dtype float16, bfloat16, float32, got torch.float64")
     found = [
         addresses("values", [r.values for r in rows], values_dtype, device, sizes, fake=fake),
         addresses("indices", [r.indices for r in rows], layout.index_dtype, device, sizes, fake=fake),
@@ -159,13 +161,17 @@ def gradient_addresses(grads: Sequence[Tensor], device: torch.device | None = No
     return addresses("grads", grads, dtype, device, numels, fake=is_fake(grads[0]))
 
 
-def check_dense(rows: Tensor, slot: Tensor) -> None:
-    """Raises what `addresses` raises unless these are what `dense_dots` takes."""
+def dense_address(rows: Tensor, slot: Tensor) -> int:
+    """The address of a dense window; 0 where it is fake. Raises unless these are what `dense_dots` takes.
+
+    Raises:
+        TypeError, ValueError: as `addresses`.
+    """
     if not (isinstance(rows, Tensor) and rows.dim() == 2):
         raise ValueError(f"rows must be a matrix, got {_shape(rows)}")
     dtype = floating("rows", rows)
-    addresses("rows", [rows], dtype, rows.device, [rows.numel()], fake=is_fake(rows))
     check_numbers(rows, slot=slot)
+    return addresses("rows", [rows], dtype, rows.device, [rows.numel()], fake=is_fake(rows))[0]
 
 
 def check_inverse_root(R: Tensor, column: Tensor, S: Tensor, slot: Tensor) -> None:

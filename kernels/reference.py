@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from efcp.kernels.addresses import (
-    check_dense,
     check_group,
     check_inverse_root,
     check_numbers,
     check_weights,
+    dense_address,
     gradient_addresses,
 )
 from efcp.kernels.blocks import Rows
@@ -95,7 +95,7 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
 
 
 def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
-    check_dense(rows, slot)
+    dense_address(rows, slot)  # for its checks
     step = max(256, (PART if rows.is_cpu else DENSE_PART) // len(rows))
     dots = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for first in range(0, rows.shape[1], step):

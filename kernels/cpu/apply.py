@@ -10,7 +10,7 @@ from torch import Tensor
 from efcp.kernels.addresses import check_weights
 from efcp.kernels.blocks import Rows
 from efcp.kernels.cpu.convert import blend_block, index_at, number_at, value_at
-from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, NONE, SIZES, coded
+from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, NONE, SIZES
 from efcp.kernels.cpu.launch import launch_of, run, scalar_address, table_row, take_share
 from efcp.kernels.cpu.llvm import EIGHT, eight_terms, eight_terms_of_rows, pieces_and_arguments, prefetch
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel
@@ -107,14 +107,14 @@ def window_apply_(
     decay: Tensor,
 ) -> None:
     launch = launch_of(rows, targets=targets, momenta=momenta)
-    dtype, (values, indices, _) = coded("targets", targets[0]), rows[0]
+    dtype, (values, indices, _) = targets[0].dtype, rows[0]
     window = values.shape[1]
     weights = check_weights(values, weights, window)
     arguments = (
-        *launch.arguments, CODES[dtype], CODES[coded("momenta", momenta[0])] if momenta else NONE,
+        *launch.arguments, CODES[dtype], CODES[momenta[0].dtype] if momenta else NONE,
         weights.data_ptr(), CODES[weights.dtype],
         scalar_address("scale", scale), CODES[scale.dtype], scalar_address("step", step), CODES[step.dtype],
         scalar_address("decay", decay), CODES[decay.dtype], window,
     )  # fmt: skip
-    kernel = _apply_kernel(dtype is torch.float64, CODES[coded("values", values)], indices.itemsize)
+    kernel = _apply_kernel(dtype is torch.float64, CODES[values.dtype], indices.itemsize)
     run(kernel, arguments, launch.blocks, launch.elements + launch.entries * window)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from efcp.kernels.blocks import Rows
 from efcp.kernels.cpu.convert import add_block, read_block, store_index, store_value, write_block
-from efcp.kernels.cpu.dtypes import CODES, FLOAT32, FLOAT64, NONE, SIZES, coded
+from efcp.kernels.cpu.dtypes import CODES, FLOAT32, FLOAT64, NONE, SIZES
 from efcp.kernels.cpu.launch import launch_of, run, scalar_address, slot_address, table_row, take_share
 from efcp.kernels.cpu.llvm import (
     LANES,
@@ -272,11 +272,11 @@ def compress_(
     grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
 ) -> None:
     launch = launch_of(rows, grads=grads, errors=errors)
-    dtype = next((coded("grads", grad) for grad in grads if grad is not None), torch.float32)
+    dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
     values, indices, _ = rows[0]
     arguments = (
-        *launch.arguments, CODES[dtype], CODES[coded("errors", errors[0])] if errors else NONE,
-        CODES[coded("values", values)], indices.itemsize, slot_address(slot, values.shape[1]),
+        *launch.arguments, CODES[dtype], CODES[errors[0].dtype] if errors else NONE,
+        CODES[values.dtype], indices.itemsize, slot_address(slot, values.shape[1]),
         scalar_address("finite", finite, torch.bool), values.shape[1],
     )  # fmt: skip
     run(_compress_kernel(dtype is torch.float64), arguments, launch.blocks, launch.elements)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import addresses, floating
+from efcp.kernels.addresses import dense_address
 from efcp.kernels.cpu.convert import bfloat16_to_float32, float16_to_float32
 from efcp.kernels.cpu.dots import add_up
 from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, FLOAT32, FLOAT64
@@ -83,11 +83,8 @@ def _dense_kernel() -> Kernel:
 
 
 def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
-    if rows.dim() != 2:
-        raise ValueError(f"rows must be a matrix, got {tuple(rows.shape)}")
-    window, columns = rows.shape
-    code = CODES[floating("rows", rows)]
-    (address,) = addresses("rows", [rows], rows.dtype, CPU, [window * columns])
+    address = dense_address(rows, slot)
+    (window, columns), code = rows.shape, CODES[rows.dtype]
     pieces = max(1, min(columns // PART, PIECES))
     sums = torch.empty(pieces * window, dtype=torch.float64, device=CPU)
     arguments = (code, address, window, columns, slot_address(slot, window), sums.data_ptr())

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from efcp.kernels.blocks import Rows
 from efcp.kernels.cpu.convert import index_at, value_at
-from efcp.kernels.cpu.dtypes import CODES, FLOAT16, FLOAT32, SIZES, coded
+from efcp.kernels.cpu.dtypes import CODES, FLOAT16, FLOAT32, SIZES
 from efcp.kernels.cpu.launch import CPU, PIECES, launch_of, run, slot_address, table_row, take_share
 from efcp.kernels.cpu.llvm import (
     EIGHT,
@@ -230,7 +230,7 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
     sums = torch.empty(pieces * window, dtype=torch.float64, device=CPU)
     few = FEW if LOOKS_UP_BYTES and window >= LANES else 0  # of fewer rows a block may not have 64 entries
     arguments = (*launch.arguments, sums.data_ptr(), launch.blocks, slot_address(slot, window), window, few)
-    kernel = _dots_kernel(CODES[coded("values", values)], indices.itemsize)
+    kernel = _dots_kernel(CODES[values.dtype], indices.itemsize)
     run(kernel, arguments, pieces, launch.entries * window)
     return add_up(sums, pieces, window)
 

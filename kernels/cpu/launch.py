@@ -25,9 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import addresses, group_addresses
+from efcp.kernels.addresses import addresses, floating, group_addresses
 from efcp.kernels.blocks import Rows
-from efcp.kernels.cpu.dtypes import coded
 from efcp.kernels.cpu.llvm import load_i64, take_number
 from efcp.kernels.cpu.machine_code import Kernel, jit
 
@@ -144,7 +143,7 @@ def launch_of(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> Launch
 
 def scalar_address(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> int:
     """The address of a tensor of one element, of any floating point dtype where none is given."""
-    return addresses(name, [tensor], dtype or coded(name, tensor), CPU, [1])[0]
+    return addresses(name, [tensor], dtype or floating(name, tensor), CPU, [1])[0]
 
 
 def slot_address(slot: Tensor, window: int) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 import efcp
 from efcp import GGT, DenseMFAC, SparseMFAC
 from efcp.gram import Gram
-from tests.contract.optimizers import CLASSES, small
+from tests.contract.optimizers import CLASSES, assert_same, small
 from tests.efcp.problems import newest_slot, window_rows
 
 WINDOWED = ("values", "rows", "left", "right", "error")
@@ -110,18 +110,6 @@ def assert_follows(optimizer):
         definition = GGT(eps=group["eps"], beta2=group["beta2"])
         weights = definition.weights(Gram({"gram": S}, torch.finfo(torch.float32).eps), torch.tensor([slot]))
     torch.testing.assert_close(shared["weights"], weights, rtol=1e-6, atol=1e-8 * weights.abs().max().item())
-
-
-def assert_same(a, b):
-    assert torch.equal(a.flat(), b.flat())
-    left, right = a.optimizer.state_dict(), b.optimizer.state_dict()
-    assert left["param_groups"] == right["param_groups"]
-    assert left["state"].keys() == right["state"].keys()
-    for key, state in left["state"].items():
-        assert state.keys() == right["state"][key].keys()
-        for name, value in state.items():
-            other = right["state"][key][name]
-            assert torch.equal(value, other) if torch.is_tensor(value) else value == other, name
 
 
 # ---- edits

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import efcp
 from efcp import EFCP, MFAC, TopK, estimate_memory, memory_report
+from tests.contract.optimizers import assert_same
 from tests.efcp.problems import Problem
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -79,19 +80,6 @@ PAIRS = {
 def options(request):
     compressor, preconditioner = PAIRS[request.param]
     return {"compressor": compressor, "preconditioner": preconditioner, "lr": 0.1, "momentum": 0.5}
-
-
-def assert_same(a, b):
-    """Two problems with the same parameters and states, bit for bit."""
-    assert torch.equal(a.flat(), b.flat())
-    left, right = a.optimizer.state_dict(), b.optimizer.state_dict()
-    assert left["param_groups"] == right["param_groups"]
-    assert left["state"].keys() == right["state"].keys()
-    for key, state in left["state"].items():
-        assert state.keys() == right["state"][key].keys()
-        for name, value in state.items():
-            other = right["state"][key][name]
-            assert torch.equal(value, other) if torch.is_tensor(value) else value == other, name
 
 
 def saved_and_loaded(problem, options):

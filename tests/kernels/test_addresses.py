@@ -404,3 +404,12 @@ def test_operations_touch_nothing_beside_their_tensors(sizes, block_size, grad, 
         assert outside.isnan().all() if sentinel != sentinel else (outside == sentinel).all()
     for alone, guarded_result in zip(*results, strict=True):
         assert torch.equal(alone, guarded_result)
+
+
+@pytest.mark.usefixtures("refusing_backend")
+def test_float64_values_are_refused():
+    """Kernels read values of 16 and 32 bits: of 64 they would read other numbers."""
+    blocks = Blocks(8, 8, 0.5)
+    rows = [Rows(torch.zeros(1, 2, 4, dtype=torch.float64), torch.zeros(1, 2, 4, dtype=blocks.index_dtype), blocks)]
+    with pytest.raises(TypeError, match=r"^values must be of dtype float16, bfloat16, float32, got torch\.float64$"):
+        kernels.window_dots(rows, torch.tensor([0]))

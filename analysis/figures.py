@@ -39,7 +39,7 @@ _MARKERS = "osv^DPXh*<>"
 
 
 @dataclass(frozen=True)
-class Results:
+class ExperimentFiles:
     """The CSV files of an experiment's folder."""
 
     folder: Path
@@ -105,13 +105,13 @@ class Results:
         return details.merge(at_chosen(self.runs)[["run", "label", "method", "seed"]], on="run")
 
 
-def figures(results: Results) -> dict[str, Figure]:
+def figures(results: ExperimentFiles) -> dict[str, Figure]:
     """All that can be drawn, by the name of the file."""
     drawn = {name: draw_one(results) for name, draw_one in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def memory(results: Results) -> Figure | None:
+def memory(results: ExperimentFiles) -> Figure | None:
     """Accuracy against state bytes per parameter, all methods of the usual window; low rank with fewest iterations."""
     usual = results.usual
     fewest = usual["power_iterations"].isna() | usual["power_iterations"].eq(usual["power_iterations"].min())
@@ -119,7 +119,7 @@ def memory(results: Results) -> Figure | None:
     return tradeoff(usual[~low_rank | (fewest & usual["error_feedback"].ne(False))], results.title)
 
 
-def windows(results: Results) -> Figure | None:
+def windows(results: ExperimentFiles) -> Figure | None:
     """Window × density: accuracy against bytes, a line a window; and against bytes, a line a density's product."""
     rows = _default_blocks(
         results.summary[results.summary["method"].eq(SPARSE) & results.summary["error_feedback"].eq(True)]
@@ -149,7 +149,7 @@ def windows(results: Results) -> Figure | None:
     return figure
 
 
-def feedback(results: Results) -> Figure | None:
+def feedback(results: ExperimentFiles) -> Figure | None:
     """Error feedback on and off at every density; and how the error grows."""
     rows = results.usual[results.usual["method"] == SPARSE]
     if rows["error_feedback"].nunique() < 2:
@@ -188,7 +188,7 @@ def feedback(results: Results) -> Figure | None:
     return figure
 
 
-def breaking(results: Results) -> Figure | None:
+def breaking(results: ExperimentFiles) -> Figure | None:
     """Draws the accuracy lost against dense M-FAC, by density, with its uncertainty."""
     drops = accuracy_drops(results.usual)
     if len(drops) < 2:
@@ -246,7 +246,7 @@ _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 
 """Of Student's t by degrees of freedom: 97.5% is below."""
 
 
-def low_rank(results: Results) -> Figure | None:
+def low_rank(results: ExperimentFiles) -> Figure | None:
     """Top-k or low rank at equal bytes; and sensitivity to power iterations, where their number varies."""
     rows = results.usual[results.usual["method"].eq(LOW_RANK) & results.usual["error_feedback"].ne(False)]
     iterations = sorted(rows["power_iterations"].unique())
@@ -281,7 +281,7 @@ def low_rank(results: Results) -> Figure | None:
     return figure
 
 
-def storage(results: Results) -> Figure | None:
+def storage(results: ExperimentFiles) -> Figure | None:
     """Sensitivity to block size, and to the dtypes of values and error."""
     rows = results.summary[results.summary["method"].eq(SPARSE) & results.summary["error_feedback"].eq(True)]
     usual = results.usual[results.usual["method"] == SPARSE]
@@ -316,7 +316,7 @@ def storage(results: Results) -> Figure | None:
     return figure
 
 
-def heatmaps(results: Results) -> Figure | None:
+def heatmaps(results: ExperimentFiles) -> Figure | None:
     """Validation accuracy and median |u/g| over learning rate and damping, dense and sparse."""
     runs = results.runs[results.runs["phase"].isin(["tune", "map"]) & results.runs["damping"].notna()]
     mapped = runs.loc[runs["phase"] == "map", "label"].drop_duplicates()
@@ -364,7 +364,7 @@ def heatmaps(results: Results) -> Figure | None:
     return figure
 
 
-def scaling(results: Results) -> Figure | None:
+def scaling(results: ExperimentFiles) -> Figure | None:
     """Quartiles of |u/g| and cos(g, u) over training, of the main methods."""
     styles = _main(results, results.diagnostics)
     if not styles:
@@ -394,19 +394,19 @@ def scaling(results: Results) -> Figure | None:
     return figure
 
 
-def cost(results: Results) -> Figure | None:
+def cost(results: ExperimentFiles) -> Figure | None:
     """Validation accuracy against seconds of computing, and against epochs."""
     return _curves(results, "val_accuracy", "validation accuracy, % (mean over seeds)", None)
 
 
-def distance(results: Results) -> Figure | None:
+def distance(results: ExperimentFiles) -> Figure | None:
     """Distance to the least loss, of convex tasks."""
     if results.optimum is None:
         return None
     return _curves(results, "objective", "loss over the training split − least loss (log scale)", results.optimum)
 
 
-def _curves(results: Results, name: str, ylabel: str, optimum: float | None) -> Figure | None:
+def _curves(results: ExperimentFiles, name: str, ylabel: str, optimum: float | None) -> Figure | None:
     curves = results.curves
     styles = _main(results, curves)
     if not styles or curves[name].isna().all():
@@ -431,7 +431,7 @@ def _curves(results: Results, name: str, ylabel: str, optimum: float | None) -> 
     return figure
 
 
-FIGURES: dict[str, Callable[[Results], Figure | None]] = {
+FIGURES: dict[str, Callable[[ExperimentFiles], Figure | None]] = {
     "memory": memory,
     "windows": windows,
     "feedback": feedback,
@@ -445,7 +445,7 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
 }
 
 
-def _main(results: Results, details: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def _main(results: ExperimentFiles, details: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """The methods that plots of many lines are about, of those that have details, and how to draw them: as in the plot
     of memory, sparse windows with lines that are the more broken, the sparser they are."""
     usual, there = results.usual, set(details["label"])
@@ -469,7 +469,7 @@ def _default_blocks(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[rows["block_size"].eq(4096) & rows["value_dtype"].eq("bfloat16") & rows["error_dtype"].isna()]
 
 
-def _dense_band(results: Results, axes: Axes) -> None:
+def _dense_band(results: ExperimentFiles, axes: Axes) -> None:
     """Mean and standard deviation of dense M-FAC, of the usual window where there is such, across the plot."""
     dense = results.usual[results.usual["method"] == DENSE]
     if len(dense):

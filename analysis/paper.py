@@ -25,7 +25,7 @@ from pathlib import Path
 
 from efcp.analysis.data import DataSet
 from efcp.analysis.experiments import Experiment, find_experiment, names, read_experiment
-from efcp.analysis.figures import Results, figures
+from efcp.analysis.figures import ExperimentFiles, figures
 from efcp.analysis.optimum import keep_optimum
 from efcp.analysis.running import Plan, RecordFile, Trainer, cores
 from efcp.analysis.summary import LOOKED_AT, UnfinishedError, markdown, remarks
@@ -104,7 +104,7 @@ def report(experiment: Experiment, folder: Path) -> None:
     Raises:
         ValueError: if a file is damaged.
     """
-    results = Results(folder, experiment.title)
+    results = ExperimentFiles(folder, experiment.title)
     try:
         summary = results.summary
     except (FileNotFoundError, UnfinishedError) as error:

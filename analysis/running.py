@@ -87,13 +87,13 @@ class RecordFile:
             return
         runs = [run for plan in plans for run in (*plan.tuning, *plan.others)]
         for name in (*TASK, *_POINT):
-            own = {text(run.plan[name]) for run in runs} - {""}
+            own = {text(run.settings[name]) for run in runs} - {""}
             if other := {row[name] for row in self.rows.values()} - {""} - own:
                 raise ValueError(
                     f"{self.path} holds runs with {name} {', '.join(sorted(other))}, not {', '.join(sorted(own))}: "
                     f"{_OTHER_FOLDER}"
                 )
-        keys, points = {run.key for run in runs}, {_point(run.plan) for run in runs}
+        keys, points = {run.key for run in runs}, {_point(run.settings) for run in runs}
         for key, row in self.rows.items():
             if (key not in keys) if row["phase"] in ("tune", "map") else (_point(row) not in points):
                 what = ", ".join(f"{name} {row[name]}" for name in ("phase", *_POINT, "seed") if row[name])

@@ -13,7 +13,7 @@ import pandas as pd
 from efcp import DenseMFAC, estimate_memory
 from efcp.analysis.methods import LABELLED, TUNED, VARIANT, method_label
 from efcp.analysis.training import COLUMNS
-from efcp.perf.tables import Kinds, check_filled, read_csv
+from efcp.perf.tables import Kinds, check_filled, read_csv, table
 
 POINT = ("lr", *TUNED)
 """What is tuned."""
@@ -140,17 +140,8 @@ def markdown(summary: pd.DataFrame, columns: Mapping[str, Callable[[pd.Series], 
         columns: heads, and what stands below them; the default are those of `TIMED`.
     """
     columns = TIMED if columns is None else columns
-    lines = [
-        ("method", *columns),
-        *((str(label), *(cell(row) for cell in columns.values())) for label, row in summary.iterrows()),
-    ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, tuple("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)))
-    aligned = (
-        (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in aligned)
+    rows = ((label, *(cell(row) for cell in columns.values())) for label, row in summary.iterrows())
+    return table([("method", *columns), *rows], aligned=True)
 
 
 def remarks(runs: pd.DataFrame, summary: pd.DataFrame, timed: bool = True) -> list[str]:

@@ -7,13 +7,11 @@ number of cores nor on other runs.
 
 import hashlib
 import math
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from efcp.analysis.methods import TUNED, VARIANT, Method
 from efcp.analysis.tasks import Task
 from efcp.gram import allocate_gram
 from efcp.kernels import backend_name
+from efcp.perf.source import commit
 
 COLUMNS = {
     "phase": "tune: for the choice of lr and of what else is tuned; map: more of the plane of lr and damping; final: "
@@ -90,7 +89,7 @@ CURVE_COLUMNS = ("run", "step", "epoch", "cpu_seconds", "train_loss", "val_loss"
 DIAGNOSTICS_COLUMNS = ("run", "step", "grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75", "error_ratio")
 """Of a step of a final run. See `COLUMNS`."""
 
-PLAN = ("phase", "method", *VARIANT, *TUNED, "lr", "seed")
+SETTINGS = ("phase", "method", *VARIANT, *TUNED, "lr", "seed")
 TASK = ("network", "data_set", "train_size", "epochs", "batch_size", "width", "layers", "l2", "warm_up")
 _EVALUATED = 500  # examples at once
 
@@ -106,7 +105,7 @@ class Run:
     seed: int
 
     @cached_property
-    def plan(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """The columns of the record that are known beforehand."""
         known = {
             "phase": self.phase,
@@ -115,7 +114,7 @@ class Run:
             "seed": self.seed,
             **self.method.columns,
         }
-        own = {name: known[name] for name in PLAN}
+        own = {name: known[name] for name in SETTINGS}
         task = {name: getattr(self.task, name) for name in TASK}
         key = "|".join(text(value) for value in own.values())
         return {**own, "run": hashlib.sha1(key.encode()).hexdigest()[:8], **task}
@@ -123,7 +122,7 @@ class Run:
     @property
     def key(self) -> str:
         """Of the record."""
-        return str(self.plan["run"])
+        return str(self.settings["run"])
 
     @property
     def steps(self) -> int:
@@ -154,7 +153,7 @@ def train(run: Run, data: DataSet) -> Result:
 
     A run whose loss becomes infinite or NaN stops there, and counts with the accuracy that the network then has.
     """
-    task, plan = run.task, run.plan
+    task, settings = run.task, run.settings
     evaluated = _spread(run.steps, task.evaluations if run.tested else 0)
     watched = {step - 1 - run.steps // (2 * task.diagnostics) for step in _spread(run.steps, task.diagnostics)}
     losses: list[float] = []
@@ -182,15 +181,15 @@ def train(run: Run, data: DataSet) -> Result:
             with clock:
                 optimizer.step(partial(float, losses[-1]))  # L-BFGS wants to be told the loss
             if before is not None:
-                seen.append({"run": plan["run"], "step": step + 1, **_look(optimizer, before, gradients)})
+                seen.append({"run": settings["run"], "step": step + 1, **_look(optimizer, before, gradients)})
             if step + 1 in evaluated:
                 since = curve[-1]["step"] if curve else 0
-                point = {"run": plan["run"], "step": step + 1, "epoch": round((step + 1) / run.steps_of_epoch, 3)}
+                point = {"run": settings["run"], "step": step + 1, "epoch": round((step + 1) / run.steps_of_epoch, 3)}
                 point |= {"cpu_seconds": round(clock.cpu, 3), "train_loss": _mean(losses[since:])}
                 curve.append(point | _validation(task, model, data))
         measured, estimated = memory_report(optimizer), run.method.estimate(model)
         record = {
-            **plan,
+            **settings,
             "steps": len(losses),
             "diverged": diverged,
             "train_loss": _mean(losses[-run.steps_of_epoch :]),
@@ -227,7 +226,7 @@ def time_steps(run: Run, data: DataSet, steps: int = 40, warm_up: int = 10) -> d
             whole.append(end - start)
             own.append(end - middle)
     return {
-        **run.plan,
+        **run.settings,
         "steps": steps,
         "step_ms": round(1e3 * torch.tensor(whole[warm_up:]).median().item(), 3),
         "optimizer_ms": round(1e3 * torch.tensor(own[warm_up:]).median().item(), 3),
@@ -402,15 +401,5 @@ def _versions() -> dict[str, str]:
         "kernels": backend_name(torch.device("cpu")),
         "torch_version": torch.__version__,
         "efcp_version": efcp.__version__,
-        "git_commit": _git_commit(),
+        "git_commit": commit(),
     }
-
-
-def _git_commit() -> str:
-    """Of the folder of this file, "-dirty" where it has been changed since; "unknown" outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() if done.returncode == 0 else "unknown"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from efcp.gram import Gram
-from efcp.kernels import accumulation_dtype
+from efcp.kernels import Update, accumulation_dtype
 from efcp.parameters import Member
 
 QUANTILES = {"scaling_q25": 0.25, "scaling_q50": 0.5, "scaling_q75": 0.75}
@@ -87,7 +87,7 @@ def _ratio_bits(members: list[Member], weights: Tensor) -> Iterator[Tensor]:
         assert param.grad is not None
         grad = param.grad.reshape(-1).to(accumulation_dtype(param.dtype))
         update, one = torch.zeros_like(grad), torch.ones((), dtype=torch.float64, device=param.device)
-        member.window.apply_([update], [], weights.to(param.device), one, one, one)
+        member.window.apply_([update], [], Update(weights.to(param.device), one, one))
         yield (update / grad)[grad != 0].abs().float().view(torch.int32)
 
 

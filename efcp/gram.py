@@ -26,13 +26,13 @@ from efcp.kernels import is_fake
 ROUNDING = 1e-9  # of the inner product of two rows, in their lengths: sums in another order differ by less
 
 
-def allocate_gram(window: int, device: torch.device) -> dict[str, Any]:
+def allocate_gram(window_size: int, device: torch.device) -> dict[str, Any]:
     """The state of a Gram matrix of a window of zero rows."""
     counters = ("step", "skipped_steps", "skipped_in_a_row")
     return {
         **{name: torch.zeros((), dtype=torch.int64, device=device) for name in counters},
-        "gram": torch.zeros(window, window, dtype=torch.float64, device=device),
-        "weights": torch.zeros(window, dtype=torch.float64, device=device),
+        "gram": torch.zeros(window_size, window_size, dtype=torch.float64, device=device),
+        "weights": torch.zeros(window_size, dtype=torch.float64, device=device),
         "pending": False,
     }
 

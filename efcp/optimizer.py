@@ -152,7 +152,7 @@ class EFCP(Optimizer):
         if changed or gram.state["pending"]:
             self._mend(gram, sets, adopted)
 
-        finite = reduce(torch.logical_and, gram.on_its_device(s.gradients_are_finite() for s in sets))
+        finite = reduce(torch.logical_and, gram.on_its_device(s.norm_is_finite() for s in sets))
         gram.state["pending"] = True
         slot = gram.next_slot(finite)
         for s in sets:
@@ -323,13 +323,18 @@ class EFCP(Optimizer):
 
     def _gram(self) -> Gram:
         """The Gram matrix, on the device of the first parameter."""
-        window, device = self._agreed("window"), next(self._params()).device
+        window_size, device = self._agreed("window"), next(self._params()).device
         if not self.shared:
             self.shared.update(self._allocate_shared(device))
         for name, value in self.shared.items():
             if isinstance(value, Tensor) and value.device != device:
                 self.shared[name] = value.to(device)
-        require(len(self.shared["gram"]) == window, "window", f"stay what it was, {len(self.shared['gram'])}", window)
+        require(
+            len(self.shared["gram"]) == window_size,
+            "window",
+            f"stay what it was, {len(self.shared['gram'])}",
+            window_size,
+        )
         return Gram(self.shared)
 
     def _parameter_sets(self) -> list[ParameterSet]:
@@ -363,9 +368,9 @@ class EFCP(Optimizer):
 
     def _allocate_shared(self, device: torch.device) -> dict[str, Any]:
         """New state that all parameters share."""
-        window = self._agreed("window")
+        window_size = self._agreed("window")
         with torch.inference_mode(False):
-            gram, own = allocate_gram(window, device), self._agreed_preconditioner().allocate(window, device)
+            gram, own = allocate_gram(window_size, device), self._agreed_preconditioner().allocate(window_size, device)
         check_state_names(self.preconditioner, own, {*gram, "version"})
         return {**gram, **own, "version": VERSION}
 

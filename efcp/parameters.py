@@ -195,10 +195,10 @@ class ParameterSet:
         """The gradients, (n,) each and contiguous."""
         return [None if p.grad is None else flat(p.grad) for p in self.params]
 
-    def gradients_are_finite(self) -> Tensor:
+    def norm_is_finite(self) -> Tensor:
         """() bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow."""
         grads = [grad for grad in self.grads if grad is not None]
-        return kernels.all_finite(grads) if grads else torch.ones((), dtype=torch.bool, device=self.device)
+        return kernels.norm_is_finite(grads) if grads else torch.ones((), dtype=torch.bool, device=self.device)
 
     def push(self, slot: Tensor, finite: Tensor) -> None:
         """Takes the gradients into row `slot` of the window; without a gradient the row becomes zero.
@@ -225,14 +225,15 @@ class ParameterSet:
         lr, weight_decay = self.group["lr"], self.group["weight_decay"]
         lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
         taken = finite.double()
-        step = taken * (lr if self.group["maximize"] else -lr)
-        scale = 1 - taken * lr * weight_decay if weight_decay > 0 else torch.ones_like(taken)
-        momenta, decay = [], scale  # without momenta it is not used
+        update_factor = taken * (lr if self.group["maximize"] else -lr)
+        target_factor = 1 - taken * lr * weight_decay if weight_decay > 0 else torch.ones_like(taken)
+        update, momenta = kernels.Update(weights, target_factor, update_factor), []
         if self.group["momentum"] > 0:
             momenta = [state["momentum"] for state in self.states]
-            decay = torch.where(finite, torch.full_like(taken, self.group["momentum"]), 1.0)
+            kept = torch.where(finite, torch.full_like(taken, self.group["momentum"]), 1.0)
+            update = update._replace(momentum_factor=kept)
         targets = [None if p.grad is None else flat(p) for p in self.params]
-        self.window.apply_(targets, momenta, weights, scale, step, decay)
+        self.window.apply_(targets, momenta, update)
         written = [(p, target) for p, target in zip(self.params, targets, strict=True) if target is not None]
         for p, target in written:
             if p.is_neg() or not p.is_contiguous():

@@ -24,12 +24,12 @@ class TopRows(efcp.Compressor):
 
     density: float
 
-    def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
+    def allocate(self, param: Tensor, window_size: int) -> dict[str, Tensor]:
         rows = len(param) if param.dim() > 0 else 1
         columns, kept = param.numel() // rows, math.ceil(self.density * rows)
         return {
-            "values": torch.zeros(window, kept, columns, dtype=param.dtype, device=param.device),
-            "positions": torch.zeros(window, kept, dtype=torch.int64, device=param.device),
+            "values": torch.zeros(window_size, kept, columns, dtype=param.dtype, device=param.device),
+            "positions": torch.zeros(window_size, kept, dtype=torch.int64, device=param.device),
             "error": torch.zeros(rows, columns, dtype=param.dtype, device=param.device),
         }
 
@@ -67,9 +67,9 @@ class TopRowsWindow(efcp.SingleWindow):
         newest.index_copy_(0, self.positions[slot].squeeze(0), self.values[slot].squeeze(0).double())
         return (self.values.double() * newest[self.positions]).sum((1, 2))
 
-    def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
+    def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
         weighted = self.values.to(target.dtype) * weights.to(target.dtype)[:, None, None]
-        target.mul_(scale).view_as(self.error).index_add_(0, self.positions.flatten(), weighted.flatten(0, 1))
+        target.mul_(factor).view_as(self.error).index_add_(0, self.positions.flatten(), weighted.flatten(0, 1))
 
 
 def main() -> None:

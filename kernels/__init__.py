@@ -4,6 +4,7 @@
 |---|---|
 | `reference.py` | the definition, in PyTorch |
 | `blocks.py` | the layout: blocks, rows, padding |
+| `update.py` | the numbers of `window_apply_` |
 | `addresses.py` | what a tensor must be for compiled code to read and write it |
 | `dispatch.py` | the choice of a backend |
 | `cpu/` | compiled by Numba, for CPUs |
@@ -18,23 +19,25 @@ from torch import Tensor
 
 from efcp.kernels import dispatch, operators, reference
 from efcp.kernels.addresses import has_plain_storage, is_fake
-from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks, Rows
+from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks, SparseRows
 from efcp.kernels.dispatch import BACKENDS, BackendError, backend_name, use_backend
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.update import Update
 
 __all__ = [
     "BACKENDS",
     "MAX_BLOCK_SIZE",
     "BackendError",
     "Blocks",
-    "Rows",
+    "SparseRows",
+    "Update",
     "accumulation_dtype",
-    "all_finite",
     "backend_name",
     "compress_",
     "dense_dots",
     "has_plain_storage",
     "is_fake",
+    "norm_is_finite",
     "update_inverse_root_",
     "use_backend",
     "window_apply_",
@@ -42,7 +45,7 @@ __all__ = [
 ]
 
 
-def all_finite(grads: Sequence[Tensor]) -> Tensor:
+def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
     """Whether gradients can be compressed: no Inf, no NaN, and a squared norm that does not overflow.
 
     Args:
@@ -52,12 +55,12 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
         () bool: whether the sum of all squares is finite in the dtype of arithmetic, `accumulation_dtype`.
     """
     if torch.compiler.is_compiling():
-        return reference.all_finite(grads)
-    return dispatch.run("all_finite", grads[0], grads)
+        return reference.norm_is_finite(grads)
+    return dispatch.run("norm_is_finite", grads[0], grads)
 
 
 def compress_(
-    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
+    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[SparseRows], slot: Tensor, finite: Tensor
 ) -> None:
     """Blockwise Top-k with error feedback: a = e + g, the newest row c = Top-k(a), e = a − c.
 
@@ -83,7 +86,7 @@ def compress_(
         dispatch.run("compress_", slot, grads, errors, rows, slot, finite)
 
 
-def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
     """Inner products of every row of the window with row `slot`: one row of the Gram matrix S = G Gᵀ.
 
     Args:
@@ -114,30 +117,21 @@ def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
 
 
 def window_apply_(
-    targets: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    rows: Sequence[Rows],
-    weights: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    decay: Tensor,
+    targets: Sequence[Tensor], momenta: Sequence[Tensor], rows: Sequence[SparseRows], update: Update
 ) -> None:
-    """target ← scale · target + step · u with u = Σᵢ weightsᵢ · Gᵢ, and with momentum in place of u where there is.
-
-    That is, with heavy ball: momentum ← decay · momentum + u, target ← scale · target + step · momentum.
+    """Adds the weighted sum of the window's rows to parameters; `Update` has the formula.
 
     Args:
         targets: of each parameter (n,) contiguous, floating point, updated in place. Arithmetic is in float32 (float64
             for float64 targets), rounded once at the end.
         momenta: of each parameter (n,) contiguous, floating point, updated in place; empty for none.
         rows: of each parameter, (blocks, m, k): the rows Gᵢ of the window.
-        weights: (m,) floating point, on the targets' device.
-        scale, step, decay: () floating point, on the targets' device. Without momenta `decay` is not used.
+        update: the weights of the rows, and the factors.
     """
     if torch.compiler.is_compiling():
-        operators.window_apply_(targets, momenta, *operators.unpacked(rows), weights, scale, step, decay)
+        operators.window_apply_(targets, momenta, *operators.unpacked(rows), *update)
     else:
-        dispatch.run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
+        dispatch.run("window_apply_", update.weights, targets, momenta, rows, update)
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
-from efcp.kernels.blocks import Rows
+from efcp.kernels.blocks import SparseRows
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAY_LACK = ("grads",)  # arguments that may hold None
@@ -78,7 +78,7 @@ def addresses(
 
 
 def group_addresses(
-    rows: Sequence[Rows], device: torch.device, fake: bool = False, /, **others: Sequence[Tensor | None]
+    rows: Sequence[SparseRows], device: torch.device, fake: bool = False, /, **others: Sequence[Tensor | None]
 ) -> tuple[list[int], ...]:
     """Addresses of values, of indices, and of other tensors with an entry for each of a parameter's, of all parameters.
 
@@ -98,12 +98,12 @@ def group_addresses(
     for r in rows:
         if r.values.dim() != 3:
             raise ValueError(f"values must be of shape (blocks, window, kept), got {tuple(r.values.shape)}")
-    window = values.shape[1]
+    window_size = values.shape[1]
     for r in rows:
         same = r.blocks.block_size == layout.block_size and r.blocks.density == layout.density
-        if not same or r.values.shape[1] != window:
+        if not same or r.values.shape[1] != window_size:
             raise ValueError(f"rows must have the same window, block size and density, got {layout} and {r.blocks}")
-    sizes = [r.blocks.count * window * r.blocks.kept for r in rows]
+    sizes = [r.blocks.count * window_size * r.blocks.kept for r in rows]
     numels = [r.blocks.numel for r in rows]
     values_dtype = floating("values", values)
     if values_dtype is torch.float64:
@@ -121,7 +121,7 @@ def group_addresses(
     return tuple(found)
 
 
-def check_group(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> None:
+def check_group(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> None:
     """Raises what `group_addresses` raises, for code that needs no addresses. Tensors may all be fake."""
     device, fake = (rows[0].values.device, is_fake(rows[0].values)) if rows else (torch.device("cpu"), False)
     group_addresses(rows, device, fake, **others)
@@ -138,10 +138,10 @@ def check_numbers(like: Tensor, **tensors: Tensor) -> None:
         addresses(name, [tensor], dtype, like.device, [1], fake=is_fake(like))
 
 
-def check_weights(like: Tensor, weights: Tensor, window: int) -> Tensor:
+def check_weights(like: Tensor, weights: Tensor, window_size: int) -> Tensor:
     """The weights, contiguous. Raises what `addresses` raises unless they are (window,), as `like` in all else."""
     weights = weights.contiguous()
-    addresses("weights", [weights], floating("weights", weights), like.device, [window], fake=is_fake(like))
+    addresses("weights", [weights], floating("weights", weights), like.device, [window_size], fake=is_fake(like))
     return weights
 
 
@@ -178,8 +178,8 @@ def check_inverse_root(R: Tensor, column: Tensor, S: Tensor, slot: Tensor) -> No
     """Raises what `addresses` raises unless these are what `update_inverse_root_` takes."""
     if not (isinstance(R, Tensor) and R.dim() == 2):
         raise ValueError(f"R must be a matrix, got {_shape(R)}")
-    window, fake = len(R), is_fake(R)
-    for name, tensor, numel in (("R", R, window**2), ("column", column, window), ("S", S, window**2)):
+    window_size, fake = len(R), is_fake(R)
+    for name, tensor, numel in (("R", R, window_size**2), ("column", column, window_size), ("S", S, window_size**2)):
         addresses(name, [tensor], torch.float64, R.device, [numel], fake=fake)
     check_numbers(R, slot=slot)
 

@@ -104,7 +104,7 @@ class Blocks:
             )
 
 
-class Rows(NamedTuple):
+class SparseRows(NamedTuple):
     """The window of one parameter: values and indices (blocks, m, k), as laid out by `blocks`."""
 
     values: Tensor

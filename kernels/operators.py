@@ -2,7 +2,8 @@
 call to one as a single node, whatever the backend does inside.
 
 Calling an operator costs tens of microseconds more than calling the backend, hence the functions of `efcp.kernels` use
-them only under a compiler. An operator takes no objects: `Rows` become lists of tensors, and the numbers of `Blocks`.
+them only under a compiler. An operator takes no objects: `SparseRows` become lists of tensors and the numbers of
+`Blocks`, and an `Update` its tensors.
 
 Schemas are written out: PyTorch 2.6 cannot infer them from annotations such as `Sequence[Tensor | None]`.
 """
@@ -14,10 +15,11 @@ from torch import Tensor
 from torch.library import custom_op
 
 from efcp.kernels import dispatch
-from efcp.kernels.blocks import Blocks, Rows
+from efcp.kernels.blocks import Blocks, SparseRows
+from efcp.kernels.update import Update
 
 
-def unpacked(rows: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor], list[int], int, float]:
+def unpacked(rows: Sequence[SparseRows]) -> tuple[list[Tensor], list[Tensor], list[int], int, float]:
     """(values, indices, numels, block_size, density), as the operators take them."""
     blocks = [r.blocks for r in rows]
     numels = [b.numel for b in blocks]
@@ -26,8 +28,8 @@ def unpacked(rows: Sequence[Rows]) -> tuple[list[Tensor], list[Tensor], list[int
 
 def _packed(
     values: Sequence[Tensor], indices: Sequence[Tensor], numels: Sequence[int], block_size: int, density: float
-) -> list[Rows]:
-    return [Rows(v, i, Blocks(n, block_size, density)) for v, i, n in zip(values, indices, numels, strict=True)]
+) -> list[SparseRows]:
+    return [SparseRows(v, i, Blocks(n, block_size, density)) for v, i, n in zip(values, indices, numels, strict=True)]
 
 
 @custom_op(
@@ -72,7 +74,8 @@ def window_dots(
     "efcp::window_apply_",
     mutates_args=("targets", "momenta"),
     schema="(Tensor(a!)[] targets, Tensor(b!)[] momenta, Tensor[] values, Tensor[] indices, SymInt[] numels, "
-    "SymInt block_size, float density, Tensor weights, Tensor scale, Tensor step, Tensor decay) -> ()",
+    "SymInt block_size, float density, Tensor weights, Tensor target_factor, Tensor update_factor, "
+    "Tensor? momentum_factor) -> ()",
 )
 def window_apply_(
     targets: Sequence[Tensor],
@@ -83,12 +86,13 @@ def window_apply_(
     block_size: int,
     density: float,
     weights: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    decay: Tensor,
+    target_factor: Tensor,
+    update_factor: Tensor,
+    momentum_factor: Tensor | None,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    dispatch.run("window_apply_", weights, targets, momenta, rows, weights, scale, step, decay)
+    update = Update(weights, target_factor, update_factor, momentum_factor)
+    dispatch.run("window_apply_", weights, targets, momenta, rows, update)
 
 
 @custom_op("efcp::dense_dots", mutates_args=(), schema="(Tensor rows, Tensor slot) -> Tensor")
@@ -122,7 +126,7 @@ def _(rows, slot):  # type: ignore[no-untyped-def]
 
 
 @window_apply_.register_fake
-def _(targets, momenta, values, indices, numels, block_size, density, weights, scale, step, decay):  # type: ignore[no-untyped-def]
+def _(targets, momenta, values, indices, numels, block_size, density, *update):  # type: ignore[no-untyped-def]
     pass
 
 

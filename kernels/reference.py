@@ -18,7 +18,8 @@ from efcp.kernels.addresses import (
     dense_address,
     gradient_addresses,
 )
-from efcp.kernels.blocks import Rows
+from efcp.kernels.blocks import SparseRows
+from efcp.kernels.update import Update
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
 DENSE_PART = 1 << 22  # entries of a dense window in a temporary, but on a CPU, whose cache they are to stay in
@@ -46,7 +47,7 @@ def largest(a: Tensor, k: int) -> Tensor:
     return torch.nonzero_static(chosen, size=k * len(a))[:, 1].view(-1, k)
 
 
-def all_finite(grads: Sequence[Tensor]) -> Tensor:
+def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
     if not torch.compiler.is_compiling():  # this is the one operation that is compiled as it stands here
         gradient_addresses(grads)
     norms = torch._foreach_norm(list(grads), 2, accumulation_dtype(grads[0].dtype))
@@ -54,7 +55,7 @@ def all_finite(grads: Sequence[Tensor]) -> Tensor:
 
 
 def compress_(
-    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
+    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[SparseRows], slot: Tensor, finite: Tensor
 ) -> None:
     check_group(rows, grads=grads, errors=errors)
     check_numbers(rows[0].values, slot=slot, finite=finite)
@@ -79,13 +80,13 @@ def compress_(
                 e.copy_(torch.where(finite, rest.to(e.dtype), e))
 
 
-def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
     check_group(rows)
     check_numbers(rows[0].values, slot=slot)
-    window, device = rows[0].values.shape[1], slot.device
-    dots = torch.zeros(window, dtype=torch.float64, device=device)
+    window_size, device = rows[0].values.shape[1], slot.device
+    dots = torch.zeros(window_size, dtype=torch.float64, device=device)
     for values, indices, blocks in rows:
-        for part in blocks.parts(min(PART, PART // (window * blocks.kept) * blocks.size)):
+        for part in blocks.parts(min(PART, PART // (window_size * blocks.kept) * blocks.size)):
             index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
             value = values[part.blocks, :, : part.kept].double()
             newest = torch.zeros(len(index), part.length, dtype=torch.float64, device=device)
@@ -105,32 +106,26 @@ def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
 
 
 def window_apply_(
-    targets: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    rows: Sequence[Rows],
-    weights: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    decay: Tensor,
+    targets: Sequence[Tensor], momenta: Sequence[Tensor], rows: Sequence[SparseRows], update: Update
 ) -> None:
     check_group(rows, targets=targets, momenta=momenta)
     values = rows[0].values
-    check_weights(values, weights, values.shape[1])
-    check_numbers(values, scale=scale, step=step, decay=decay)
+    check_weights(values, update.weights, values.shape[1])
+    check_numbers(values, **update.factors(len(momenta) > 0))
     dtype = accumulation_dtype(targets[0].dtype)
-    weights, scale, step, decay = (x.to(dtype) for x in (weights, scale, step, decay))
+    weights, target_factor, update_factor = (x.to(dtype) for x in update[:3])
     for number, (target, (values, indices, blocks)) in enumerate(zip(targets, rows, strict=True)):
-        window = values.shape[1]
-        for part in blocks.parts(min(PART, PART // (window * blocks.kept) * blocks.size)):
+        window_size = values.shape[1]
+        for part in blocks.parts(min(PART, PART // (window_size * blocks.kept) * blocks.size)):
             index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
             terms = values[part.blocks, :, : part.kept].to(dtype) * weights[:, None]
-            update = torch.zeros(len(index), part.length, dtype=dtype, device=target.device)
-            update.scatter_add_(1, index.flatten(1), terms.flatten(1))
-            update = update.flatten()
-            if momenta:
-                update += decay * momenta[number][part.elements].to(dtype)
-                momenta[number][part.elements].copy_(update)
-            target[part.elements].copy_(scale * target[part.elements].to(dtype) + step * update)
+            u = torch.zeros(len(index), part.length, dtype=dtype, device=target.device)
+            u.scatter_add_(1, index.flatten(1), terms.flatten(1))
+            u = u.flatten()
+            if update.momentum_factor is not None:
+                u += update.momentum_factor.to(dtype) * momenta[number][part.elements].to(dtype)
+                momenta[number][part.elements].copy_(u)
+            target[part.elements].copy_(target_factor * target[part.elements].to(dtype) + update_factor * u)
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

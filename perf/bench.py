@@ -34,7 +34,6 @@ import argparse
 import gc
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -53,8 +52,9 @@ from efcp.perf import breakdown, memory, report
 from efcp.perf.command import PROVIDERS, ending, locked
 from efcp.perf.implementations import DEFINITION, OPERATIONS, OURS, PUBLISHED, Implementation
 from efcp.perf.problems import Case, Problem
+from efcp.perf.source import commit
 from efcp.perf.tables import write_csv
-from efcp.perf.timing import Run, Timer
+from efcp.perf.timing import Call, Timer
 
 __all__ = ["COLUMNS", "environment", "main", "measure", "sweep"]
 
@@ -63,7 +63,7 @@ COLUMNS = [
     *("p20_ms", "p50_ms", "p80_ms", "runs", "bytes", "GB/s", "bound", "bandwidth GB/s", "of bandwidth"),
     *("temporary bytes", "timer", "machine", "threads", "versions", "commit"),
 ]
-BOUNDS = {"all_finite": "read", "window_dots": "read"}  # the others read and write: "copy"
+BOUNDS = {"norm_is_finite": "read", "window_dots": "read"}  # the others read and write: "copy"
 GRAPH_ELEMENTS = 1 << 24  # up to this size ours is also replayed from a CUDA graph
 PARTS = {"sweep": "bench.csv", "breakdown": "breakdown.csv", "memory": "memory.csv"}
 
@@ -72,23 +72,28 @@ GRAPH = ", graph"
 COMPARED = 1 << 22  # elements together, so that no temporary is large
 SMALL, MEDIUM, LARGE = 25 << 12, 1 << 22, 1 << 24  # 102,400, 4.2M and 16.8M elements
 LARGEST = 24415 << 12  # 100 million
-Plan = list[tuple[Case, Sequence[str]]]
+Grid = list[tuple[Case, Sequence[str]]]
 
 
-def grid(quick: bool) -> Plan:
+def grid(quick: bool) -> Grid:
     """The cases, and the operations that are measured on each."""
     every, step = tuple(OPERATIONS), ("step",)
-    plan: Plan
+    points: Grid
     if quick:
-        plan = [(Case(1 << 20, 64, density), every) for density in (0.001, 0.01, 0.05)]
-        return [*plan, (Case(SMALL, 64, 0.01), step), (Case(1 << 18, 64, 0.01), step), (Case(1 << 20, 16, 0.01), step)]
-    plan = [(Case(LARGE, 256, density), every) for density in DENSITIES]
-    plan += [(Case(MEDIUM, 256, density), every) for density in (0.001, 0.01, 0.05, 0.1)]
-    plan += [(Case(MEDIUM, 256, 0.01, block), every) for block in (256, 1024, 16384, 32768)]
-    plan += [(Case(MEDIUM, window, 0.01), every) for window in (16, 64, 1024, 2048)]
-    plan += [(Case(MEDIUM, 256, 0.01, dtype=dtype), every) for dtype in ("bf16/bf16/bf16", "fp32/fp32/fp32")]
-    plan += [(Case(SMALL, 256, 0.01), every), (Case(1 << 20, 256, 0.01), every)]
-    return [*plan, (Case(1 << 26, 256, 0.01), step), (Case(LARGEST, 256, 0.01), step)]
+        points = [(Case(1 << 20, 64, density), every) for density in (0.001, 0.01, 0.05)]
+        return [
+            *points,
+            (Case(SMALL, 64, 0.01), step),
+            (Case(1 << 18, 64, 0.01), step),
+            (Case(1 << 20, 16, 0.01), step),
+        ]
+    points = [(Case(LARGE, 256, density), every) for density in DENSITIES]
+    points += [(Case(MEDIUM, 256, density), every) for density in (0.001, 0.01, 0.05, 0.1)]
+    points += [(Case(MEDIUM, 256, 0.01, block), every) for block in (256, 1024, 16384, 32768)]
+    points += [(Case(MEDIUM, window, 0.01), every) for window in (16, 64, 1024, 2048)]
+    points += [(Case(MEDIUM, 256, 0.01, dtype=dtype), every) for dtype in ("bf16/bf16/bf16", "fp32/fp32/fp32")]
+    points += [(Case(SMALL, 256, 0.01), every), (Case(1 << 20, 256, 0.01), every)]
+    return [*points, (Case(1 << 26, 256, 0.01), step), (Case(LARGEST, 256, 0.01), step)]
 
 
 @cache
@@ -101,24 +106,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         except PackageNotFoundError:
             return f"no {name}"
 
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        own = git("ls-files", "__init__.py")  # not so where installed inside another project
-        commit = git("rev-parse", "--short", "HEAD") if own else ""
-        changed = git("status", "--porcelain", "--untracked-files=no") if own else ""
-    except OSError:  # no git
-        commit = changed = ""
     names = ("efcp", "torch", "triton", "numba")
     return {
         "device": device.type,
         "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "versions": ", ".join([f"python {platform.python_version()}", *map(installed, names)]),
-        "commit": commit + ("+" if changed else ""),
+        "commit": commit(),
     }
 
 
@@ -178,7 +172,7 @@ def _measurements(operation: str, problem: Problem, timer: Timer, seconds: float
     definition = implementations[DEFINITION]
     first = {DEFINITION: timer.milliseconds(definition.run)}
     right = [result.clone() for result in definition.results()]
-    runs: dict[str, Run] = {DEFINITION: definition.run}
+    runs: dict[str, Call] = {DEFINITION: definition.run}
     for name, implementation in implementations.items():
         if name == DEFINITION:
             continue
@@ -217,7 +211,7 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _graph(timer: Timer, implementation: Implementation) -> Run | None:
+def _graph(timer: Timer, implementation: Implementation) -> Call | None:
     try:
         return timer.as_graph(implementation.run)
     except RuntimeError as error:
@@ -243,11 +237,11 @@ def _row(operation: str, name: str, case: Case, timer: Timer, status: str) -> di
     return {column: values.get(column) for column in COLUMNS}
 
 
-def sweep(plan: Plan, timer: Timer, seconds: float, path: Path) -> pd.DataFrame:
+def sweep(points: Grid, timer: Timer, seconds: float, path: Path) -> pd.DataFrame:
     """Measures operations on cases; the CSV is written anew after each, so that an interruption loses little."""
     rows: list[dict[str, Any]] = []
-    with tqdm(total=sum(len(operations) for _, operations in plan), unit="measured") as progress:
-        for case, operations in plan:
+    with tqdm(total=sum(len(operations) for _, operations in points), unit="measured") as progress:
+        for case, operations in points:
             where = (
                 f"d={case.numel / 1e6:.1f}M m={case.window} {100 * case.density:g}% B={case.block_size} {case.dtype}"
             )

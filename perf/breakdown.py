@@ -1,8 +1,8 @@
 """Where the time of a step of SparseMFAC goes, for models of many parameters: compress, dots, algebra, apply, Python.
 
-compress is `all_finite` and `compress_`, algebra the Gram matrix and M-FAC's weights, Python what is left of a step.
-On a GPU times are those between CUDA events, with the gaps in which it waits for Python; there Python is what is left
-of a step by the host's clock, which ends when the GPU has done all.
+compress is `norm_is_finite` and `compress_`, algebra the Gram matrix and M-FAC's weights, Python what is left of a
+step. On a GPU times are those between CUDA events, with the gaps in which it waits for Python; there Python is what is
+left of a step by the host's clock, which ends when the GPU has done all.
 
 The columns of breakdown.csv are those of one phase of one model: quantiles over steps in ms; `step` is the whole one.
 """
@@ -35,7 +35,7 @@ COLUMNS = [
 MEASURED = ("CNN, 95k", "small transformer, 4.3M", "ResNet-18, 11.7M")
 WINDOW, DENSITY = 256, 0.01
 TIMED: tuple[tuple[Any, str, str], ...] = (  # owner, name, phase
-    (kernels, "all_finite", "compress"),
+    (kernels, "norm_is_finite", "compress"),
     (kernels, "compress_", "compress"),
     (kernels, "window_dots", "dots"),
     (kernels, "window_apply_", "apply"),

@@ -23,7 +23,7 @@ from torch.optim import SGD, Adam
 
 from efcp import SparseMFAC
 from efcp import kernels as dispatched
-from efcp.kernels import reference, use_backend
+from efcp.kernels import Update, reference, use_backend
 from efcp.perf.problems import DEFAULT_DTYPE, DTYPES, Problem
 from efcp.perf.published import PublishedMFAC, RowMajorWindow
 
@@ -79,8 +79,8 @@ def returning(function: Callable[[], Tensor], **options: Any) -> Implementation:
 
 def finite_implementations(p: Problem) -> dict[str, Implementation]:
     return {
-        OURS: returning(lambda: dispatched.all_finite([p.grad]), capturable=True),
-        DEFINITION: returning(lambda: reference.all_finite([p.grad])),
+        OURS: returning(lambda: dispatched.norm_is_finite([p.grad]), capturable=True),
+        DEFINITION: returning(lambda: reference.norm_is_finite([p.grad])),
     }
 
 
@@ -139,7 +139,7 @@ def apply_implementations(p: Problem) -> dict[str, Implementation]:
         return Implementation(lambda: apply(target), lambda: [target.clone()], **options)
 
     def ours(window_apply_: Callable[..., None], target: Tensor) -> None:
-        window_apply_([target], [], p.rows, p.weights, one, one, one)
+        window_apply_([target], [], p.rows, Update(p.weights, one, one))
 
     implementations = {
         OURS: build(partial(ours, dispatched.window_apply_), tolerance=rounding(p.target), capturable=True),
@@ -227,7 +227,7 @@ def step_implementations(p: Problem) -> dict[str, Implementation]:
 
 
 OPERATIONS: dict[str, Callable[[Problem], dict[str, Implementation]]] = {
-    "all_finite": finite_implementations,
+    "norm_is_finite": finite_implementations,
     "compress_": compress_implementations,
     "window_dots": dots_implementations,
     "window_apply_": apply_implementations,

@@ -37,7 +37,7 @@ import efcp
 from efcp.perf import models
 from efcp.perf.tables import write_csv
 
-__all__ = ["Plan", "largest_models", "measure", "measure_here", "shampoo_bytes"]
+__all__ = ["Candidate", "largest_models", "measure", "measure_here", "shampoo_bytes"]
 
 COLUMNS = [
     *("model", "d", "optimizer", "m", "density", "values", "error", "device", "how", "state bytes", "estimated bytes"),
@@ -50,7 +50,7 @@ SECONDS = 120  # for one measurement
 
 
 @dataclass(frozen=True)
-class Plan:
+class Candidate:
     """An optimizer for a model."""
 
     model: str
@@ -92,7 +92,7 @@ class Plan:
         }
 
 
-def plans(quick: bool) -> Iterator[tuple[Plan, bool]]:
+def candidates(quick: bool) -> Iterator[tuple[Candidate, bool]]:
     """What is looked at, and whether it is measured or only estimated."""
     resnet, bert, large = "ResNet-18, 11.7M", "BERT-base, 109M", "TinyLlama, 1.1B"
     measured = (
@@ -103,14 +103,17 @@ def plans(quick: bool) -> Iterator[tuple[Plan, bool]]:
             for density in DENSITIES:
                 key = (window, density)
                 here = key in measured if model == resnet else model == bert and key == (64, 0.01) and not quick
-                yield Plan(model, "SparseMFAC", {"window": window, "density": density}), here
+                yield Candidate(model, "SparseMFAC", {"window": window, "density": density}), here
         for dtypes in ({"error_dtype": "bfloat16"}, {"value_dtype": "float32"}):
-            yield Plan(model, "SparseMFAC", {"window": 64, "density": 0.01, **dtypes}), model == resnet and not quick
-        yield Plan(model, "LowRankMFAC", {"window": 64}), model == resnet and not quick
-        yield Plan(model, "DenseMFAC", {"window": 64}), model == resnet and not quick
-        yield Plan(model, "DenseMFAC", {"window": 1024}), False
-        yield Plan(model, "Adam"), model == resnet or (model == bert and not quick)
-        yield Plan(model, "SGD", {"momentum": 0.9}), model == resnet and not quick
+            yield (
+                Candidate(model, "SparseMFAC", {"window": 64, "density": 0.01, **dtypes}),
+                model == resnet and not quick,
+            )
+        yield Candidate(model, "LowRankMFAC", {"window": 64}), model == resnet and not quick
+        yield Candidate(model, "DenseMFAC", {"window": 64}), model == resnet and not quick
+        yield Candidate(model, "DenseMFAC", {"window": 1024}), False
+        yield Candidate(model, "Adam"), model == resnet or (model == bert and not quick)
+        yield Candidate(model, "SGD", {"momentum": 0.9}), model == resnet and not quick
 
 
 def shampoo_bytes(shapes: models.Shapes) -> int:
@@ -129,12 +132,12 @@ def shampoo_bytes(shapes: models.Shapes) -> int:
     return total
 
 
-def measure_here(plan: Plan, device: torch.device) -> dict[str, int | None]:
+def measure_here(candidate: Candidate, device: torch.device) -> dict[str, int | None]:
     """State, resident, temporary and peak bytes of an optimizer, in this process, which should be fresh."""
     warm_up = [torch.nn.Parameter(torch.zeros(1 << 17, device=device))]  # what libraries need once
-    shapes = models.MODELS[plan.model]()
+    shapes = models.MODELS[candidate.model]()
     for params in (warm_up, [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]):
-        optimizer = plan.build(params)
+        optimizer = candidate.build(params)
         for param in params:
             param.grad = torch.ones_like(param)
             param.data.add_(1)  # so that its pages are there
@@ -186,9 +189,9 @@ def _peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM:")
 
 
-def measured(plan: Plan, device: torch.device) -> dict[str, Any]:
+def measured(candidate: Candidate, device: torch.device) -> dict[str, Any]:
     """`measure_here` in a process of its own; or a status that says what went wrong."""
-    request = json.dumps({"plan": asdict(plan), "device": device.type})
+    request = json.dumps({"candidate": asdict(candidate), "device": device.type})
     command = [sys.executable, "-m", "efcp.perf.memory", request]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
@@ -204,11 +207,11 @@ def measured(plan: Plan, device: torch.device) -> dict[str, Any]:
 def measure(device: torch.device, path: Path, quick: bool) -> pd.DataFrame:
     """Writes memory.csv."""
     rows: list[dict[str, Any]] = []
-    for plan, here in tqdm(list(plans(quick)), desc="memory", unit="case"):
-        estimated = plan.estimate(models.MODELS[plan.model]())
-        row = {**plan.row, "how": "estimate", "state bytes": estimated, "estimated bytes": estimated}
+    for candidate, here in tqdm(list(candidates(quick)), desc="memory", unit="case"):
+        estimated = candidate.estimate(models.MODELS[candidate.model]())
+        row = {**candidate.row, "how": "estimate", "state bytes": estimated, "estimated bytes": estimated}
         if here:
-            row |= {"how": "measured", "device": device.type, "state bytes": None, **measured(plan, device)}
+            row |= {"how": "measured", "device": device.type, "state bytes": None, **measured(candidate, device)}
         rows.append(row)
     for model in dict.fromkeys(row["model"] for row in rows):
         shapes = models.MODELS[model]()
@@ -242,12 +245,12 @@ def largest_models(memories: tuple[int, ...] = (16, 24, 40, 80, 141)) -> pd.Data
     """
     rows = []
     for name, (optimizer, options) in FITTED.items():
-        plan = Plan("", optimizer, options)
+        candidate = Candidate("", optimizer, options)
         for memory in memories:
             low, high = 1, memory * GIB // 8  # parameter and gradient alone
             while high - low > 1000:
                 middle = (low + high) // 2
-                fits = 8 * middle + plan.estimate([(middle,)]) <= memory * GIB
+                fits = 8 * middle + candidate.estimate([(middle,)]) <= memory * GIB
                 low, high = (middle, high) if fits else (low, middle)
             rows.append({"optimizer": name, "memory GiB": memory, "largest d": low, "how": "estimate"})
     return pd.DataFrame(rows)
@@ -255,7 +258,7 @@ def largest_models(memories: tuple[int, ...] = (16, 24, 40, 80, 141)) -> pd.Data
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    print(json.dumps(measure_here(Plan(**request["plan"]), torch.device(request["device"]))))
+    print(json.dumps(measure_here(Candidate(**request["candidate"]), torch.device(request["device"]))))
 
 
 if __name__ == "__main__":

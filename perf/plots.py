@@ -42,7 +42,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "SGD, foreach": {"color": "#6f6f6f", "marker": "P", "linestyle": ":", "markerfacecolor": "white"},
 }
 OPERATIONS: dict[str, dict[str, Any]] = {
-    "all_finite": {"color": "#b8b8b8", "marker": "s"},
+    "norm_is_finite": {"color": "#b8b8b8", "marker": "s"},
     "compress_": {"color": "#e08a2e", "marker": "v"},
     "window_dots": {"color": "#2f8f6b", "marker": "D"},
     "window_apply_": {"color": "#a02c6e", "marker": "^"},

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from efcp.kernels import MAX_BLOCK_SIZE, Blocks, Rows
+from efcp.kernels import MAX_BLOCK_SIZE, Blocks, SparseRows
 
 __all__ = ["DTYPES", "Case", "Problem"]
 
@@ -82,7 +82,7 @@ class Case:
         """
         grad, error, _ = (self.numel * dtype.itemsize for dtype in DTYPES[self.dtype])
         floors = {
-            "all_finite": grad,
+            "norm_is_finite": grad,
             "compress_": grad + 2 * error + self.window_bytes // self.window,
             "window_dots": self.window_bytes,
             "window_apply_": self.window_bytes + 2 * grad,
@@ -149,8 +149,8 @@ class Problem:
         return self.grad.device
 
     @property
-    def rows(self) -> list[Rows]:
-        return [Rows(self.values, self.indices, self.case.blocks)]
+    def rows(self) -> list[SparseRows]:
+        return [SparseRows(self.values, self.indices, self.case.blocks)]
 
     @contextmanager
     def newest_row_kept(self) -> Iterator[None]:

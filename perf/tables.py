@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +15,7 @@ __all__ = [
     "read_csv",
     "read_measured",
     "read_rows",
+    "table",
     "timed",
     "write_csv",
 ]
@@ -165,6 +166,25 @@ def markdown(frame: pd.DataFrame) -> str:
             return "" if pd.isna(value) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
-    lines = [list(map(str, frame.columns)), ["---"] * frame.shape[1]]
-    lines += [[text(value) for value in row] for row in frame.astype(object).itertuples(index=False)]
+    rows = frame.astype(object).itertuples(index=False)
+    return table([frame.columns, *([text(value) for value in row] for row in rows)])
+
+
+def table(rows: Sequence[Iterable[object]], *, aligned: bool = False) -> str:
+    """A table in Markdown.
+
+    Args:
+        rows: of the table, the heads of its columns first.
+        aligned: for reading as plain text: all but the first column to the right.
+    """
+    lines = [[str(cell) for cell in row] for row in rows]
+    rule = ["---"] * len(lines[0])
+    if aligned:
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        lines = [
+            [cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))]
+            for line in lines
+        ]
+        rule = ["-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(widths)]
+    lines.insert(1, rule)
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -20,7 +20,8 @@ MOST_RUNS = 100
 LEAST_RUNS = 3
 SLOW = 2
 
-Run = Callable[[], Any]
+Call = Callable[[], Any]
+"""What is timed."""
 
 
 class Timer:
@@ -45,12 +46,12 @@ class Timer:
         return "CUDA events" if self.device.type == "cuda" else "wall clock"
 
     @property
-    def transfers(self) -> dict[str, tuple[Run, int]]:
+    def transfers(self) -> dict[str, tuple[Call, int]]:
         """Copying and reading memory: what does it, and the bytes that it moves."""
         size = self._source.nbytes
         return {"copy": (lambda: self._copied.copy_(self._source), 2 * size), "read": (self._source.sum, size)}
 
-    def milliseconds(self, run: Run) -> float:
+    def milliseconds(self, run: Call) -> float:
         """Of one run, out of cold caches."""
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -66,7 +67,7 @@ class Timer:
         return (time.perf_counter() - before) * 1e3
 
     def in_turn(
-        self, runs: Mapping[str, Run], seconds: Mapping[str, float], first: Mapping[str, float] | None = None
+        self, runs: Mapping[str, Call], seconds: Mapping[str, float], first: Mapping[str, float] | None = None
     ) -> dict[str, np.ndarray]:
         """Milliseconds of each run of several, one after the other in turn, so that all meet the same disturbances.
 
@@ -90,7 +91,7 @@ class Timer:
                 spent[name] += time.perf_counter() - before
         return {name: np.array(t) for name, t in times.items()}
 
-    def temporary_bytes(self, run: Run) -> int | None:
+    def temporary_bytes(self, run: Call) -> int | None:
         """How much more memory is allocated at most during a run than before it; None on a CPU, which does not tell."""
         if self.device.type != "cuda":
             return None
@@ -101,7 +102,7 @@ class Timer:
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    def as_graph(self, run: Run) -> Run | None:
+    def as_graph(self, run: Call) -> Call | None:
         """The replay of a CUDA graph of a run that has been run before; None on a CPU."""
         if self.device.type != "cuda":
             return None

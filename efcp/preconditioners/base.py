@@ -30,7 +30,7 @@ class Preconditioner(ABC):
     def options(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def allocate(self, window: int, device: torch.device) -> dict[str, Any]:
+    def allocate(self, window_size: int, device: torch.device) -> dict[str, Any]:
         """What the preconditioner keeps beside the Gram matrix, for a window of zero rows.
 
         Tensors on the device, and numbers that are never negative. The names of the Gram matrix's own state

@@ -49,10 +49,10 @@ class GGT(Preconditioner):
         require(is_number(self.beta2) and 0 < self.beta2 <= 1, "beta2", "lie in (0, 1]", self.beta2)
         require_integer("refresh_every", self.refresh_every, 1)
 
-    def allocate(self, window: int, device: torch.device) -> dict[str, Any]:
+    def allocate(self, window_size: int, device: torch.device) -> dict[str, Any]:
         if self.refresh_every == 1:
             return {}
-        kept = window - min(self.refresh_every, window)  # no row is there yet: the matrix is zero
+        kept = window_size - min(self.refresh_every, window_size)  # no row is there yet: the matrix is zero
         return {
             "eigenvalues": torch.zeros(kept, dtype=torch.float64, device=device),
             "eigenvectors": torch.eye(kept, dtype=torch.float64, device=device),
@@ -73,10 +73,10 @@ class GGT(Preconditioner):
     def _bordered_weights(self, gram: Gram, decay: Tensor, slot: Tensor) -> Tensor:
         """(√A + εI)⁻¹ e_t, A = DSD, from the eigendecomposition of the rows that stay the same for n steps."""
         S, state = gram.matrix, gram.state
-        window, kept = len(S), len(state["eigenvalues"])
-        refresh = state["eigen_age"] >= window - kept or state["eigen_beta2"] != self.beta2
+        window_size, kept = len(S), len(state["eigenvalues"])
+        refresh = state["eigen_age"] >= window_size - kept or state["eigen_beta2"] != self.beta2
         age = 0 if refresh else state["eigen_age"]
-        order = (slot - age - kept + torch.arange(window, device=S.device)) % window  # kept rows, then those replaced
+        order = (slot - age - kept + torch.arange(window_size, device=S.device)) % window_size  # kept, then replaced
 
         def columns(some: Tensor) -> Tensor:
             """Columns of A, their rows in order."""

@@ -42,8 +42,8 @@ class MFAC(Preconditioner):
     def __post_init__(self) -> None:
         require_number("damping", self.damping, 0, open_low=True)
 
-    def allocate(self, window: int, device: torch.device) -> dict[str, Any]:
-        root = torch.eye(window, dtype=torch.float64, device=device) * (window * self.damping) ** -0.5
+    def allocate(self, window_size: int, device: torch.device) -> dict[str, Any]:
+        root = torch.eye(window_size, dtype=torch.float64, device=device) * (window_size * self.damping) ** -0.5
         return {
             "inverse_root": root,
             "inverse_column": root[0] * root[0, 0],
@@ -55,11 +55,11 @@ class MFAC(Preconditioner):
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
         S, state = gram.matrix, gram.state
         R, column = state["inverse_root"], state["inverse_column"]
-        window = len(S)
-        ridge = window * self.damping
+        window_size = len(S)
+        ridge = window_size * self.damping
         x, residual = kernels.update_inverse_root_(R, column, S, slot, ridge)
         capturing = R.is_cuda and torch.cuda.is_current_stream_capturing()  # each replay would do it, or none
-        if (state["inverse_age"] >= window or state["inverse_damping"] != self.damping) and not capturing:
+        if (state["inverse_age"] >= window_size or state["inverse_damping"] != self.damping) and not capturing:
             x, residual = self._refreshed_column(gram, slot)
         state["inverse_age"] += 1
 

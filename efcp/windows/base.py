@@ -19,6 +19,7 @@ from torch import Tensor
 
 from efcp.checkpoint import check_numbers
 from efcp.checks import plain, require_dtype
+from efcp.kernels import Update
 
 
 class Window(ABC):
@@ -50,22 +51,13 @@ class Window(ABC):
         """
 
     @abstractmethod
-    def apply_(
-        self,
-        targets: Sequence[Tensor | None],
-        momenta: Sequence[Tensor],
-        weights: Tensor,
-        scale: Tensor,
-        step: Tensor,
-        decay: Tensor,
-    ) -> None:
-        """target ← scale · target + step · u with u = Σᵢ weightsᵢ · Gᵢ; with momentum ← decay · momentum + u for u.
+    def apply_(self, targets: Sequence[Tensor | None], momenta: Sequence[Tensor], update: Update) -> None:
+        """Adds the weighted sum of the rows to parameters, as `kernels.Update` says.
 
         Args:
             targets: of each parameter (n,) contiguous, changed in place; None stays as it is.
             momenta: of each parameter (n,), changed in place where the target is; empty for none.
-            weights: (m,) float64, on the targets' device.
-            scale, step, decay: () float64, on the targets' device.
+            update: float64, on the targets' device.
         """
 
 
@@ -106,13 +98,13 @@ class SingleWindow(ABC):
         """
 
     @abstractmethod
-    def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
-        """target ← scale · target + Σᵢ weightsᵢ · Gᵢ.
+    def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
+        """target ← factor · target + Σᵢ weightsᵢ · Gᵢ.
 
         Args:
             target: (n,) contiguous, changed in place; of any real floating-point dtype, also another than the rows'.
             weights: (m,) float64.
-            scale: () float64.
+            factor: () float64.
         """
 
 
@@ -135,23 +127,15 @@ class Separate(Window):
     def dots(self, slot: Tensor) -> Tensor:
         return reduce(torch.add, (window.dots(slot) for window in self.windows))
 
-    def apply_(
-        self,
-        targets: Sequence[Tensor | None],
-        momenta: Sequence[Tensor],
-        weights: Tensor,
-        scale: Tensor,
-        step: Tensor,
-        decay: Tensor,
-    ) -> None:
+    def apply_(self, targets: Sequence[Tensor | None], momenta: Sequence[Tensor], update: Update) -> None:
         for number, (window, target) in enumerate(zip(self.windows, targets, strict=True)):
             if target is None:
                 continue
-            if momenta:
-                window.apply_(momenta[number], weights, decay)
-                target.mul_(scale).addcmul_(momenta[number], step)
+            if update.momentum_factor is None:
+                window.apply_(target, update.update_factor * update.weights, update.target_factor)
             else:
-                window.apply_(target, step * weights, scale)
+                window.apply_(momenta[number], update.weights, update.momentum_factor)
+                target.mul_(update.target_factor).addcmul_(momenta[number], update.update_factor)
 
 
 @dataclass(frozen=True)
@@ -170,7 +154,7 @@ class Compressor(ABC):
         return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
 
     @abstractmethod
-    def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
+    def allocate(self, param: Tensor, window_size: int) -> dict[str, Tensor]:
         """New state for a parameter: tensors of a window of zero rows, on the parameter's device.
 
         All that the window keeps from one step to the next is in it. The error, where there is error feedback, is

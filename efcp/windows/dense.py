@@ -18,8 +18,8 @@ PART = 1 << 22  # entries of the window in a temporary
 class Identity(Compressor):
     """Compresses nothing: dense M-FAC (arXiv 2107.03356) and dense GGT (arXiv 1806.02958)."""
 
-    def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
-        return {"rows": torch.zeros(window, param.numel(), dtype=param.dtype, device=param.device)}
+    def allocate(self, param: Tensor, window_size: int) -> dict[str, Tensor]:
+        return {"rows": torch.zeros(window_size, param.numel(), dtype=param.dtype, device=param.device)}
 
     def row_names(self, param: Tensor) -> tuple[str, ...]:
         return ("rows",)
@@ -52,15 +52,15 @@ class DenseWindow(SingleWindow):
     def dots(self, slot: Tensor) -> Tensor:
         return kernels.dense_dots(self.rows, slot)
 
-    def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
+    def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
         dtype = accumulation_dtype(target.dtype)
-        weights, scale = weights.to(dtype), scale.to(dtype)
+        weights, factor = weights.to(dtype), factor.to(dtype)
         for columns in self._parts():
-            total = torch.addmv(target[columns].to(dtype) * scale, self.rows[:, columns].to(dtype).t(), weights)
+            total = torch.addmv(target[columns].to(dtype) * factor, self.rows[:, columns].to(dtype).t(), weights)
             target[columns].copy_(total)
 
     def _parts(self) -> Iterator[slice]:
         """Columns in parts, so that no temporary grows with the parameter."""
-        window, numel = self.rows.shape
-        step = max(4096, PART // window)
+        window_size, numel = self.rows.shape
+        step = max(4096, PART // window_size)
         return (slice(first, first + step) for first in range(0, numel, step))

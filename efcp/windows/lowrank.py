@@ -62,15 +62,15 @@ class LowRank(Compressor):
     def row_names(self, param: Tensor) -> tuple[str, ...]:
         return ("left", "right") if self._factors(param) else Identity().row_names(param)
 
-    def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
+    def allocate(self, param: Tensor, window_size: int) -> dict[str, Tensor]:
         if not self._factors(param):
-            return Identity().allocate(param, window)
+            return Identity().allocate(param, window_size)
         (rows, columns), r, device = _matrix_shape(param), self.rank, param.device
         dtype = accumulation_dtype(param.dtype)
         generator = torch.Generator().manual_seed(0)
         state = {
-            "left": torch.zeros(window, r, rows, dtype=self.value_dtype, device=device),
-            "right": torch.zeros(window, r, columns, dtype=self.value_dtype, device=device),
+            "left": torch.zeros(window_size, r, rows, dtype=self.value_dtype, device=device),
+            "right": torch.zeros(window_size, r, columns, dtype=self.value_dtype, device=device),
             "basis": torch.randn(columns, r, generator=generator, dtype=dtype, device="cpu").to(device),
         }
         if self.error_feedback:
@@ -146,10 +146,10 @@ class LowRankWindow(SingleWindow):
     def clear(self, slot: Tensor) -> None:
         self.right.index_fill_(0, slot, 0.0)
 
-    def apply_(self, target: Tensor, weights: Tensor, scale: Tensor) -> None:
+    def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
         dtype = accumulation_dtype(target.dtype)
         total = target.view(self.left.shape[2], self.right.shape[2]).to(dtype)  # itself where it has this dtype
-        total.mul_(scale)
+        total.mul_(factor)
         for rows in self._parts():
             P = self.left[rows].to(dtype) * weights[rows, None, None].to(dtype)  # (rows, r, R)
             total.addmm_(P.flatten(0, 1).t(), self.right[rows].to(dtype).flatten(0, 1))
@@ -168,6 +168,6 @@ class LowRankWindow(SingleWindow):
 
     def _parts(self) -> Iterator[slice]:
         """Rows in parts, so that no temporary grows with the window."""
-        window, rank, rows = self.left.shape
+        window_size, rank, rows = self.left.shape
         step = max(1, PART // (rank * (rows + self.right.shape[2])))
-        return (slice(first, first + step) for first in range(0, window, step))
+        return (slice(first, first + step) for first in range(0, window_size, step))

@@ -18,7 +18,7 @@ from torch import Tensor
 from efcp import kernels
 from efcp.checkpoint import check_content
 from efcp.checks import is_number, require, require_integer
-from efcp.kernels import Blocks, Rows
+from efcp.kernels import Blocks, SparseRows, Update
 from efcp.windows.base import Compressor, Window, choose_dtypes
 
 CHECKED = 1 << 18  # entries of the window that are looked at together when a state is loaded
@@ -52,9 +52,9 @@ class TopK(Compressor):
         choose_dtypes(self)
         require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
 
-    def allocate(self, param: Tensor, window: int) -> dict[str, Tensor]:
+    def allocate(self, param: Tensor, window_size: int) -> dict[str, Tensor]:
         blocks, device = self._blocks(param.numel()), param.device
-        shape = (blocks.count, window, blocks.kept)
+        shape = (blocks.count, window_size, blocks.kept)
         positions = torch.arange(blocks.kept, dtype=blocks.index_dtype, device=device)  # distinct, as in rows to come
         state = {
             "values": torch.zeros(shape, dtype=self.value_dtype, device=device),
@@ -70,8 +70,8 @@ class TopK(Compressor):
 
     def check(self, where: str, state: dict[str, Any], param: Tensor) -> None:
         super().check(where, state, param)
-        blocks, window = self._blocks(param.numel()), state["values"].shape[1]
-        for part in blocks.parts(max(1, CHECKED // (window * blocks.kept)) * blocks.size):
+        blocks, window_size = self._blocks(param.numel()), state["values"].shape[1]
+        for part in blocks.parts(max(1, CHECKED // (window_size * blocks.kept)) * blocks.size):
             index = state["indices"][part.blocks, :, : part.kept].long()
             check_content(
                 where,
@@ -87,13 +87,13 @@ class TopK(Compressor):
         rows = [self._rows(state, param) for state, param in zip(states, params, strict=True)]
         return SparseWindow(rows, [state["error"] for state in states] if self.error_feedback else [])
 
-    def _rows(self, state: dict[str, Tensor], param: Tensor) -> Rows:
+    def _rows(self, state: dict[str, Tensor], param: Tensor) -> SparseRows:
         values, indices, blocks = state["values"], state["indices"], self._blocks(param.numel())
         require(values.shape[::2] == (blocks.count, blocks.kept), "density and block_size", "stay what they were", self)
         require(values.dtype == self.value_dtype, "value_dtype", f"stay {values.dtype}", self.value_dtype)
         require(("error" in state) == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
         require(indices.shape == values.shape, "the shape of indices", f"be {values.shape}", indices.shape)
-        return Rows(values, indices, blocks)
+        return SparseRows(values, indices, blocks)
 
     def _blocks(self, numel: int) -> Blocks:
         return _blocks(numel, self.block_size, self.density)
@@ -104,7 +104,7 @@ _blocks = lru_cache(maxsize=4096)(Blocks)  # most parameters are as large in eve
 
 @dataclass(frozen=True)
 class SparseWindow(Window):
-    rows: list[Rows]
+    rows: list[SparseRows]
     errors: list[Tensor]  # none without error feedback
 
     def __len__(self) -> int:
@@ -116,17 +116,9 @@ class SparseWindow(Window):
     def dots(self, slot: Tensor) -> Tensor:
         return kernels.window_dots(self.rows, slot)
 
-    def apply_(
-        self,
-        targets: Sequence[Tensor | None],
-        momenta: Sequence[Tensor],
-        weights: Tensor,
-        scale: Tensor,
-        step: Tensor,
-        decay: Tensor,
-    ) -> None:
+    def apply_(self, targets: Sequence[Tensor | None], momenta: Sequence[Tensor], update: Update) -> None:
         some = [number for number, target in enumerate(targets) if target is not None]
         if some:
             chosen = [target for target in targets if target is not None]
             buffers, rows = [momenta[number] for number in some if momenta], [self.rows[number] for number in some]
-            kernels.window_apply_(chosen, buffers, rows, weights, scale, step, decay)
+            kernels.window_apply_(chosen, buffers, rows, update)

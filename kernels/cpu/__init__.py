@@ -15,14 +15,14 @@ microseconds, each parameter one more, and one compilation serves many combinati
 
 Results do not depend on the number of threads. `compress_` and `window_apply_` give the bits of the definition;
 `window_dots`, `dense_dots` and `update_inverse_root_` add up the same float64 terms in another fixed order, and
-`all_finite` adds up the squares of a chunk in float32, of chunks in float64.
+`norm_is_finite` adds up the squares of a chunk in float32, of chunks in float64.
 """
 
 from efcp.kernels.cpu.apply import window_apply_
 from efcp.kernels.cpu.compress import compress_
 from efcp.kernels.cpu.dense import dense_dots
 from efcp.kernels.cpu.dots import window_dots
-from efcp.kernels.cpu.finite import all_finite
+from efcp.kernels.cpu.finite import norm_is_finite
 from efcp.kernels.cpu.inverse_root import update_inverse_root_
 
-__all__ = ["all_finite", "compress_", "dense_dots", "update_inverse_root_", "window_apply_", "window_dots"]
+__all__ = ["compress_", "dense_dots", "norm_is_finite", "update_inverse_root_", "window_apply_", "window_dots"]

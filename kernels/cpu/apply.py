@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from efcp.kernels.addresses import check_weights
-from efcp.kernels.blocks import Rows
+from efcp.kernels.blocks import SparseRows
 from efcp.kernels.cpu.convert import blend_block, index_at, number_at, value_at
 from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, NONE, SIZES
 from efcp.kernels.cpu.launch import launch_of, run, scalar_address, table_row, take_share
 from efcp.kernels.cpu.llvm import EIGHT, eight_terms, eight_terms_of_rows, pieces_and_arguments, prefetch
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel
+from efcp.kernels.update import Update
 
 FETCHING_ROWS = 16  # of the window; after so many `window_apply_` fetches a portion of the parameter into the cache
 SHORT = 16  # entries of a row in a block, up to which `window_apply_` takes eight at a time across rows
@@ -28,18 +29,21 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
     def apply(call: int) -> None:
         (
             _, table, parameters, largest, target_code, momentum_code, weights, weight_code,
-            scale, scale_code, step, step_code, decay, decay_code, window,
+            for_target, target_factor_code, for_update, update_factor_code, for_momentum, momentum_factor_code,
+            window_size,
         ) = pieces_and_arguments(call, 14)  # fmt: skip
-        target_factor = real(number_at(scale_code, scale, 0))
-        update_factor = real(number_at(step_code, step, 0))
-        momentum_factor = real(number_at(decay_code, decay, 0))
-        weight = np.empty(window, real)
-        for i in range(window):
+        target_factor = real(number_at(target_factor_code, for_target, 0))
+        update_factor = real(number_at(update_factor_code, for_update, 0))
+        momentum_factor = real(0)
+        if momentum_factor_code != NONE:
+            momentum_factor = real(number_at(momentum_factor_code, for_momentum, 0))
+        weight = np.empty(window_size, real)
+        for i in range(window_size):
             weight[i] = real(number_at(weight_code, weights, i))
-        spread, spread_kept = np.empty(window * SHORT if eight else 0, np.float32), np.int64(0)
+        spread, spread_kept = np.empty(window_size * SHORT if eight else 0, np.float32), np.int64(0)
         update = np.zeros(largest, real)
         target_size = SIZES[target_code]
-        portion = 64 * (largest * target_size * FETCHING_ROWS // (64 * window) + 1)  # bytes
+        portion = 64 * (largest * target_size * FETCHING_ROWS // (64 * window_size) + 1)  # bytes
         first, last = take_share(call)
         while first < last:
             begin = np.int64(0)
@@ -49,19 +53,19 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                 )
                 if eight and spread_kept != kept <= SHORT:  # a weight for each entry of a block
                     spread_kept = kept
-                    for i in range(window):
+                    for i in range(window_size):
                         spread[i * kept : (i + 1) * kept] = weight[i]
                 for block in range(max(first, begin) - begin, min(last, end) - begin):
                     start = block * size
                     length = min(size, numel - start)
                     chosen = kept if length == size else kept_in_tail
-                    before = block * window * kept  # entries
+                    before = block * window_size * kept  # entries
                     unfetched, behind = target + start * target_size, target + (start + length) * target_size
-                    for first_row in range(0, window, FETCHING_ROWS):
+                    for first_row in range(0, window_size, FETCHING_ROWS):
                         for line in range(unfetched, min(unfetched + portion, behind), 64):
                             prefetch(line)
                         unfetched += portion
-                        last_row = min(first_row + FETCHING_ROWS, window)
+                        last_row = min(first_row + FETCHING_ROWS, window_size)
                         # Three loops, as one that can do all is slow with few entries.
                         if eight and chosen == kept <= SHORT:
                             rest = last_row * kept - (last_row - first_row) * kept % EIGHT
@@ -98,23 +102,22 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
 
 
 def window_apply_(
-    targets: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    rows: Sequence[Rows],
-    weights: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    decay: Tensor,
+    targets: Sequence[Tensor], momenta: Sequence[Tensor], rows: Sequence[SparseRows], update: Update
 ) -> None:
     launch = launch_of(rows, targets=targets, momenta=momenta)
     dtype, (values, indices, _) = targets[0].dtype, rows[0]
-    window = values.shape[1]
-    weights = check_weights(values, weights, window)
+    window_size = values.shape[1]
+    weights = check_weights(values, update.weights, window_size)
+    factors = [
+        number
+        for name, factor in update.factors(len(momenta) > 0).items()
+        for number in (scalar_address(name, factor), CODES[factor.dtype])
+    ]
+    if not momenta:
+        factors += [0, NONE]
     arguments = (
         *launch.arguments, CODES[dtype], CODES[momenta[0].dtype] if momenta else NONE,
-        weights.data_ptr(), CODES[weights.dtype],
-        scalar_address("scale", scale), CODES[scale.dtype], scalar_address("step", step), CODES[step.dtype],
-        scalar_address("decay", decay), CODES[decay.dtype], window,
+        weights.data_ptr(), CODES[weights.dtype], *factors, window_size,
     )  # fmt: skip
     kernel = _apply_kernel(dtype is torch.float64, CODES[values.dtype], indices.itemsize)
-    run(kernel, arguments, launch.blocks, launch.elements + launch.entries * window)
+    run(kernel, arguments, launch.blocks, launch.elements + launch.entries * window_size)

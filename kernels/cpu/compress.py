@@ -12,7 +12,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from efcp.kernels.blocks import Rows
+from efcp.kernels.blocks import SparseRows
 from efcp.kernels.cpu.convert import add_block, read_block, store_index, store_value, write_block
 from efcp.kernels.cpu.dtypes import CODES, FLOAT32, FLOAT64, NONE, SIZES
 from efcp.kernels.cpu.launch import launch_of, run, scalar_address, slot_address, table_row, take_share
@@ -205,7 +205,7 @@ def _compress_kernel(wide: bool) -> Kernel:
     @cached_kernel(wide)
     def compress(call: int) -> None:
         (
-            _, table, parameters, largest, grad_code, error_code, value_code, index_size, slot, finite, window,
+            _, table, parameters, largest, grad_code, error_code, value_code, index_size, slot, finite, window_size,
         ) = pieces_and_arguments(call, 10)  # fmt: skip
         row = load_i64(slot, 0)
         most = integer(np.iinfo(integer).max)
@@ -227,7 +227,7 @@ def _compress_kernel(wide: bool) -> Kernel:
                     start = block * size
                     length = min(size, numel - start)
                     chosen = kept if length == size else kept_in_tail
-                    entry = (block * window + row) * kept
+                    entry = (block * window_size + row) * kept
                     if grad == 0:
                         for j in range(chosen):
                             store_value(value_code, values, entry + j, np.float32(0))
@@ -269,7 +269,7 @@ def _compress_kernel(wide: bool) -> Kernel:
 
 
 def compress_(
-    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
+    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[SparseRows], slot: Tensor, finite: Tensor
 ) -> None:
     launch = launch_of(rows, grads=grads, errors=errors)
     dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)

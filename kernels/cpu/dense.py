@@ -61,9 +61,9 @@ def _dense_kernel() -> Kernel:
     @cached_kernel()
     def dense(call: int) -> None:
         """Sums over the pieces, which are columns: (pieces, m), into `sums`."""
-        pieces, code, rows, window, columns, slot, sums = pieces_and_arguments(call, 6)
+        pieces, code, rows, window_size, columns, slot, sums = pieces_and_arguments(call, 6)
         row = load_i64(slot, 0)
-        part, total = np.empty(PART, np.float64), np.empty(window, np.float64)
+        part, total = np.empty(PART, np.float64), np.empty(window_size, np.float64)
         first, last = take_share(call)
         while first < last:
             for piece in range(first, last):
@@ -72,11 +72,11 @@ def _dense_kernel() -> Kernel:
                 while start < stop:
                     length = min(PART, stop - start)
                     _widen(code, rows, row * columns + start, length, part)
-                    for i in range(window):
+                    for i in range(window_size):
                         total[i] += _dot(code, rows, i * columns + start, part, length)
                     start += length
-                for i in range(window):
-                    store_f64(sums, piece * window + i, total[i])
+                for i in range(window_size):
+                    store_f64(sums, piece * window_size + i, total[i])
             first, last = take_share(call)
 
     return dense
@@ -84,9 +84,9 @@ def _dense_kernel() -> Kernel:
 
 def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
     address = dense_address(rows, slot)
-    (window, columns), code = rows.shape, CODES[rows.dtype]
+    (window_size, columns), code = rows.shape, CODES[rows.dtype]
     pieces = max(1, min(columns // PART, PIECES))
-    sums = torch.empty(pieces * window, dtype=torch.float64, device=CPU)
-    arguments = (code, address, window, columns, slot_address(slot, window), sums.data_ptr())
-    run(_dense_kernel(), arguments, pieces, window * columns)
-    return add_up(sums, pieces, window)
+    sums = torch.empty(pieces * window_size, dtype=torch.float64, device=CPU)
+    arguments = (code, address, window_size, columns, slot_address(slot, window_size), sums.data_ptr())
+    run(_dense_kernel(), arguments, pieces, window_size * columns)
+    return add_up(sums, pieces, window_size)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efcp.kernels.blocks import Rows
+from efcp.kernels.blocks import SparseRows
 from efcp.kernels.cpu.convert import index_at, value_at
 from efcp.kernels.cpu.dtypes import CODES, FLOAT16, FLOAT32, SIZES
 from efcp.kernels.cpu.launch import CPU, PIECES, launch_of, run, slot_address, table_row, take_share
@@ -114,14 +114,14 @@ def _may_overlap(
 
 @jit
 def _add_dots_of_few(
-    value_code: int, index_size: int, values: int, indices: int, window: int, kept: int, row: int, newest: np.ndarray,
-    unit: float, shift: int, tables: np.ndarray, found: np.ndarray, total: np.ndarray,
+    value_code: int, index_size: int, values: int, indices: int, window_size: int, kept: int, row: int,
+    newest: np.ndarray, unit: float, shift: int, tables: np.ndarray, found: np.ndarray, total: np.ndarray,
 ) -> None:  # fmt: skip
     """Adds to `total` the inner products of the rows of a block with one of them, which `newest` holds in this unit."""
     tables[:] = 0
     for j in range(row * kept, (row + 1) * kept):
         _include(tables, shift, index_at(index_size, indices, j))
-    entries, inverse = window * kept, np.uint64((1 << 32) // kept + 1)
+    entries, inverse = window_size * kept, np.uint64((1 << 32) // kept + 1)
     for start in range(0, entries, PORTION):
         stop, address = min(start + PORTION, entries), tables.ctypes.data
         count = _may_overlap(
@@ -143,7 +143,7 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
 
     @cached_kernel(value_code, index_size)
     def dots(call: int) -> None:
-        pieces, table, parameters, largest, sums, blocks, slot, window, few = pieces_and_arguments(call, 8)
+        pieces, table, parameters, largest, sums, blocks, slot, window_size, few = pieces_and_arguments(call, 8)
         row = load_i64(slot, 0)
         shift = 0
         while (largest - 1) >> shift > 255:
@@ -151,7 +151,7 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
         newest = np.zeros(largest, np.float32)
         tables = np.empty(TABLES, np.uint8)
         found = np.empty(PORTION + 4, np.uint64)
-        total = np.empty(window, np.float64)
+        total = np.empty(window_size, np.float64)
         first, last = take_share(call)
         while first < last:
             for piece in range(first, last):
@@ -162,7 +162,7 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
                     end, numel, size, kept, kept_in_tail, values, indices, _, _ = table_row(table, parameters, number)
                     for block in range(max(first_block, begin) - begin, min(last_block, end) - begin):
                         chosen = kept if (block + 1) * size <= numel else kept_in_tail
-                        entry = block * window * kept
+                        entry = block * window_size * kept
                         own = entry + row * kept
                         unit = 1.0
                         if narrow:
@@ -177,10 +177,10 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
                         if chosen == kept <= few:  # padding may hold anything
                             _add_dots_of_few(
                                 value_code, index_size, values + entry * bytes_a_value, indices + entry * index_size,
-                                window, kept, row, newest, unit, shift, tables, found, total,
+                                window_size, kept, row, newest, unit, shift, tables, found, total,
                             )  # fmt: skip
                         else:
-                            for i in range(window):
+                            for i in range(window_size):
                                 first_entry = entry + i * kept
                                 rest = first_entry + (chosen - chosen % EIGHT if eight else 0)
                                 eight_dots = no_sums()
@@ -196,8 +196,8 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
                         for j in range(own, own + chosen):
                             newest[index_at(index_size, indices, j)] = np.float32(0)
                     begin = end
-                for i in range(window):
-                    store_f64(sums, piece * window + i, total[i])
+                for i in range(window_size):
+                    store_f64(sums, piece * window_size + i, total[i])
             first, last = take_share(call)
 
     return dots
@@ -222,23 +222,23 @@ def _add_up_kernel() -> Kernel:
     return add_up
 
 
-def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
     launch = launch_of(rows)
     values, indices, _ = rows[0]
-    window = values.shape[1]
+    window_size = values.shape[1]
     pieces = max(1, min(launch.blocks, PIECES))
-    sums = torch.empty(pieces * window, dtype=torch.float64, device=CPU)
-    few = FEW if LOOKS_UP_BYTES and window >= LANES else 0  # of fewer rows a block may not have 64 entries
-    arguments = (*launch.arguments, sums.data_ptr(), launch.blocks, slot_address(slot, window), window, few)
+    sums = torch.empty(pieces * window_size, dtype=torch.float64, device=CPU)
+    few = FEW if LOOKS_UP_BYTES and window_size >= LANES else 0  # of fewer rows a block may not have 64 entries
+    arguments = (*launch.arguments, sums.data_ptr(), launch.blocks, slot_address(slot, window_size), window_size, few)
     kernel = _dots_kernel(CODES[values.dtype], indices.itemsize)
-    run(kernel, arguments, pieces, launch.entries * window)
-    return add_up(sums, pieces, window)
+    run(kernel, arguments, pieces, launch.entries * window_size)
+    return add_up(sums, pieces, window_size)
 
 
-def add_up(sums: Tensor, pieces: int, window: int) -> Tensor:
+def add_up(sums: Tensor, pieces: int, window_size: int) -> Tensor:
     """The sums of pieces (pieces · m,), added in order: (m,)."""
     if pieces == 1:
         return sums
-    total = torch.empty(window, dtype=torch.float64, device=CPU)
-    run(_add_up_kernel(), (sums.data_ptr(), pieces, total.data_ptr()), window, pieces * window)
+    total = torch.empty(window_size, dtype=torch.float64, device=CPU)
+    run(_add_up_kernel(), (sums.data_ptr(), pieces, total.data_ptr()), window_size, pieces * window_size)
     return total

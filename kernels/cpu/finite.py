@@ -1,4 +1,4 @@
-"""`all_finite`: sums of squares, of chunks in float32, of all chunks in float64."""
+"""`norm_is_finite`: sums of squares, of chunks in float32, of all chunks in float64."""
 
 import math
 from array import array
@@ -18,7 +18,7 @@ from efcp.kernels.cpu.llvm import load_f32, load_f64, load_i64, load_u16, pieces
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
 from efcp.kernels.reference import accumulation_dtype
 
-CHUNK = 4096  # elements of a gradient, the unit in which `all_finite` is shared out
+CHUNK = 4096  # elements of a gradient, the unit in which `norm_is_finite` is shared out
 
 
 @partial(jit, fastmath={"reassoc", "contract"})
@@ -78,7 +78,7 @@ def _squares_kernel() -> Kernel:
     return squares
 
 
-def all_finite(grads: Sequence[Tensor]) -> Tensor:
+def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
     found = gradient_addresses(grads, CPU)
     dtype, numels = grads[0].dtype, [grad.numel() for grad in grads]
     ends = list(accumulate(-(-numel // CHUNK) for numel in numels))

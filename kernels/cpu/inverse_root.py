@@ -66,10 +66,10 @@ COORDINATES, SUMS_OF_PIECES = range(2)
 
 
 @jit
-def _sum_of_pieces(scratch: int, first: int, pieces: int, window: int) -> np.ndarray:
-    total = np.zeros(window, np.float64)
+def _sum_of_pieces(scratch: int, first: int, pieces: int, window_size: int) -> np.ndarray:
+    total = np.zeros(window_size, np.float64)
     for piece in range(first, first + pieces):
-        _add_multiple(total, 1.0, _float64s(scratch, piece * window, window), window)
+        _add_multiple(total, 1.0, _float64s(scratch, piece * window_size, window_size), window_size)
     return total
 
 
@@ -78,31 +78,31 @@ def _reflect_kernel() -> Kernel:
     @cached_kernel()
     def reflect(call: int) -> None:
         """The pass over R, but for row t."""
-        pieces, root, column, gram, slot, scratch, window = pieces_and_arguments(call, 6)
+        pieces, root, column, gram, slot, scratch, window_size = pieces_and_arguments(call, 6)
         t = load_i64(slot, 0)
-        following = (t + 1) % window
-        new = _float64s(gram, t * window, window).copy()
+        following = (t + 1) % window_size
+        new = _float64s(gram, t * window_size, window_size).copy()
         new[t] = 0.0
-        vR = _float64s(column, 0, window).copy()
-        own = _float64s(root, t * window, window)
+        vR = _float64s(column, 0, window_size).copy()
+        own = _float64s(root, t * window_size, window_size)
         norm = math.sqrt(vR[t])
         factor = -1 / (norm * (norm + abs(own[t])))
-        _add_multiple(vR, math.copysign(norm, own[t]), own, window)
+        _add_multiple(vR, math.copysign(norm, own[t]), own, window_size)
         first, last = take_share(call)
         while first < last:
             for piece in range(first, last):
-                row_sum = _float64s(scratch, (SUMS_OF_PIECES + piece) * window, window)
-                column_sum = _float64s(scratch, (SUMS_OF_PIECES + pieces + piece) * window, window)
+                row_sum = _float64s(scratch, (SUMS_OF_PIECES + piece) * window_size, window_size)
+                column_sum = _float64s(scratch, (SUMS_OF_PIECES + pieces + piece) * window_size, window_size)
                 row_sum[:] = 0.0
                 column_sum[:] = 0.0
-                for i in range(piece * window // pieces, (piece + 1) * window // pieces):
-                    row = _float64s(root, i * window, window)
+                for i in range(piece * window_size // pieces, (piece + 1) * window_size // pieces):
+                    row = _float64s(root, i * window_size, window_size)
                     p = 0.0
                     if i != t:
-                        p = _add_multiple_and_dot(row, factor * row[t], vR, new, window)
+                        p = _add_multiple_and_dot(row, factor * row[t], vR, new, window_size)
                         row[t] = 0.0
-                        _add_multiples(row_sum, p, column_sum, row[following], row, window)
-                    store_f64(scratch, COORDINATES * window + i, p)
+                        _add_multiples(row_sum, p, column_sum, row[following], row, window_size)
+                    store_f64(scratch, COORDINATES * window_size + i, p)
             first, last = take_share(call)
 
     return reflect
@@ -113,20 +113,20 @@ def _border_kernel() -> Kernel:
     @cached_kernel()
     def border(call: int) -> None:
         """Row t of R, x and the following column."""
-        _, root, column, gram, slot, x, scratch, window, pieces, ridge = pieces_and_arguments(call, 9)
+        _, root, column, gram, slot, x, scratch, window_size, pieces, ridge = pieces_and_arguments(call, 9)
         t, least = load_i64(slot, 0), load_f64(ridge, 0)
-        following = (t + 1) % window
-        p = _float64s(scratch, COORDINATES * window, window)
-        schur = max(least + load_f64(gram, t * window + t) - _dot(p, p, window), least)
-        row = _sum_of_pieces(scratch, SUMS_OF_PIECES, pieces, window)
-        ahead = _sum_of_pieces(scratch, SUMS_OF_PIECES + pieces, pieces, window)
+        following = (t + 1) % window_size
+        p = _float64s(scratch, COORDINATES * window_size, window_size)
+        schur = max(least + load_f64(gram, t * window_size + t) - _dot(p, p, window_size), least)
+        row = _sum_of_pieces(scratch, SUMS_OF_PIECES, pieces, window_size)
+        ahead = _sum_of_pieces(scratch, SUMS_OF_PIECES + pieces, pieces, window_size)
         row[t] = -1.0
         first, last = take_share(call)
         if first < last:
             at_following = -row[following] / math.sqrt(schur)
-            for j in range(window):
+            for j in range(window_size):
                 own = -row[j] / math.sqrt(schur)
-                store_f64(root, t * window + j, own)
+                store_f64(root, t * window_size + j, own)
                 store_f64(column, j, ahead[j] + at_following * own)
                 store_f64(x, j, -row[j] / schur)
 
@@ -138,12 +138,14 @@ def _residual_kernel() -> Kernel:
     @cached_kernel()
     def subtract(call: int) -> None:
         """The pass over S."""
-        pieces, gram, slot, x_at, residual, window, ridge = pieces_and_arguments(call, 6)
-        t, x = load_i64(slot, 0), _float64s(x_at, 0, window)
+        pieces, gram, slot, x_at, residual, window_size, ridge = pieces_and_arguments(call, 6)
+        t, x = load_i64(slot, 0), _float64s(x_at, 0, window_size)
         first, last = take_share(call)
         while first < last:
-            for i in range(first * window // pieces, last * window // pieces):
-                product = _dot(_float64s(gram, i * window, window), x, window) + load_f64(ridge, 0) * x[i]
+            for i in range(first * window_size // pieces, last * window_size // pieces):
+                product = (
+                    _dot(_float64s(gram, i * window_size, window_size), x, window_size) + load_f64(ridge, 0) * x[i]
+                )
                 store_f64(residual, i, np.float64(i == t) - product)
             first, last = take_share(call)
 
@@ -151,16 +153,16 @@ def _residual_kernel() -> Kernel:
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    window = len(R)
-    pieces = -(-window // PIECE_ROWS)
-    x, residual = (torch.empty(window, dtype=torch.float64, device=CPU) for _ in range(2))
-    vectors = torch.empty(SUMS_OF_PIECES + 2 * pieces, window, dtype=torch.float64, device=CPU)
+    window_size = len(R)
+    pieces = -(-window_size // PIECE_ROWS)
+    x, residual = (torch.empty(window_size, dtype=torch.float64, device=CPU) for _ in range(2))
+    vectors = torch.empty(SUMS_OF_PIECES + 2 * pieces, window_size, dtype=torch.float64, device=CPU)
     scratch, number = vectors.data_ptr(), array("d", [ridge])
-    root, gram = (addresses(n, [M], torch.float64, CPU, [window**2])[0] for n, M in (("R", R), ("S", S)))
-    (column_at,), at = addresses("column", [column], torch.float64, CPU, [window]), slot_address(slot, window)
+    root, gram = (addresses(n, [M], torch.float64, CPU, [window_size**2])[0] for n, M in (("R", R), ("S", S)))
+    (column_at,), at = addresses("column", [column], torch.float64, CPU, [window_size]), slot_address(slot, window_size)
     reflect, border, subtract = _reflect_kernel(), _border_kernel(), _residual_kernel()  # all, before R changes
-    ridge_at, work = number.buffer_info()[0], window * window
-    run(reflect, (root, column_at, gram, at, scratch, window), pieces, work)
-    run(border, (root, column_at, gram, at, x.data_ptr(), scratch, window, pieces, ridge_at), 1, window)
-    run(subtract, (gram, at, x.data_ptr(), residual.data_ptr(), window, ridge_at), pieces, work)
+    ridge_at, work = number.buffer_info()[0], window_size * window_size
+    run(reflect, (root, column_at, gram, at, scratch, window_size), pieces, work)
+    run(border, (root, column_at, gram, at, x.data_ptr(), scratch, window_size, pieces, ridge_at), 1, window_size)
+    run(subtract, (gram, at, x.data_ptr(), residual.data_ptr(), window_size, ridge_at), pieces, work)
     return x, residual

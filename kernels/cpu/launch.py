@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from efcp.kernels.addresses import addresses, floating, group_addresses
-from efcp.kernels.blocks import Rows
+from efcp.kernels.blocks import SparseRows
 from efcp.kernels.cpu.llvm import load_i64, take_number
 from efcp.kernels.cpu.machine_code import Kernel, jit
 
@@ -127,7 +127,7 @@ class Launch(NamedTuple):
         return self.table.buffer_info()[0], self.parameters, self.largest
 
 
-def launch_of(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> Launch:
+def launch_of(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> Launch:
     """With the table of `table_row`, whose last two columns are the `others`, in order, or 0 where there are none."""
     layouts = [r.blocks for r in rows]
     ends = list(accumulate(blocks.count for blocks in layouts))
@@ -146,10 +146,10 @@ def scalar_address(name: str, tensor: Tensor, dtype: torch.dtype | None = None) 
     return addresses(name, [tensor], dtype or floating(name, tensor), CPU, [1])[0]
 
 
-def slot_address(slot: Tensor, window: int) -> int:
+def slot_address(slot: Tensor, window_size: int) -> int:
     """The address of the number of a row, which is in the window."""
     address = scalar_address("slot", slot, torch.int64)
     row = ctypes.c_int64.from_address(address).value
-    if not 0 <= row < window:
-        raise IndexError(f"slot must be from 0 to {window - 1}, got {row}")
+    if not 0 <= row < window_size:
+        raise IndexError(f"slot must be from 0 to {window_size - 1}, got {row}")
     return address

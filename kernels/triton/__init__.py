@@ -3,7 +3,7 @@
 | file | what |
 |---|---|
 | `launch.py`, `tuning.py` | many parameters in one launch; the choice of its configuration |
-| `compress.py`, `finite.py` | `compress_` and `all_finite`, for any GPU |
+| `compress.py`, `finite.py` | `compress_` and `norm_is_finite`, for any GPU |
 | `dots.py`, `apply.py` | `window_dots` and `window_apply_` with sums in shared memory, in Gluon: NVIDIA, Triton ≥ 3.8 |
 | `portable.py` | the same two for all others |
 
@@ -16,12 +16,13 @@ from collections.abc import Sequence
 import triton
 from torch import Tensor
 
-from efcp.kernels.blocks import Rows
+from efcp.kernels.blocks import SparseRows
 from efcp.kernels.gpus import architecture
 from efcp.kernels.reference import dense_dots, update_inverse_root_
 from efcp.kernels.triton import portable
 from efcp.kernels.triton.compress import compress_
-from efcp.kernels.triton.finite import all_finite
+from efcp.kernels.triton.finite import norm_is_finite
+from efcp.kernels.update import Update
 
 try:
     from efcp.kernels.triton import apply, dots
@@ -30,7 +31,7 @@ try:
 except ImportError:  # a version of Triton without Gluon
     HAS_GLUON = False
 
-__all__ = ["all_finite", "compress_", "dense_dots", "update_inverse_root_", "window_apply_", "window_dots"]
+__all__ = ["compress_", "dense_dots", "norm_is_finite", "update_inverse_root_", "window_apply_", "window_dots"]
 
 
 def _shared_memory() -> int:
@@ -41,7 +42,7 @@ def _shared_memory() -> int:
     return architecture(target.arch).program_shared if target.backend == "cuda" and target.arch >= 80 else 0
 
 
-def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
     values, _, blocks = rows[0]
     if HAS_GLUON and (candidates := dots.configurations(values, blocks, _shared_memory())):
         return dots.window_dots(rows, slot, candidates)
@@ -49,18 +50,12 @@ def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
 
 
 def window_apply_(
-    targets: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    rows: Sequence[Rows],
-    weights: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    decay: Tensor,
+    targets: Sequence[Tensor], momenta: Sequence[Tensor], rows: Sequence[SparseRows], update: Update
 ) -> None:
     if len(targets) != len(rows):
         raise ValueError(f"targets must hold {len(rows)} tensors, got {len(targets)}")
     values, _, blocks = rows[0]
     if HAS_GLUON and (candidates := apply.configurations(targets[0].dtype, values, blocks, _shared_memory())):
-        apply.window_apply_(targets, momenta, rows, weights, scale, step, decay, candidates)
+        apply.window_apply_(targets, momenta, rows, update, candidates)
     else:
-        portable.window_apply_(targets, momenta, rows, weights, scale, step, decay)
+        portable.window_apply_(targets, momenta, rows, update)

@@ -19,7 +19,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from efcp.kernels.addresses import check_numbers, check_weights
-from efcp.kernels.blocks import Blocks, Rows, kept
+from efcp.kernels.blocks import Blocks, SparseRows, kept
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import (
     DTYPES,
@@ -30,6 +30,7 @@ from efcp.kernels.triton.launch import (
     triton_accumulation_dtype,
 )
 from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
+from efcp.kernels.update import Update
 
 find_block = gluon.jit(find_block.fn)
 ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
@@ -80,7 +81,7 @@ def _load_tile(values, indices, first, last, end, TILE: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
-def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
+def _apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, window_size,
                   TARGET: gl.constexpr, VALUES: gl.constexpr, INDICES: gl.constexpr, MOMENTUM: gl.constexpr,
                   DTYPE: gl.constexpr, WINDOW: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr, TILE: gl.constexpr,
                   COLUMNS: gl.constexpr, CHUNK: gl.constexpr):  # fmt: skip
@@ -95,8 +96,8 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
     row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
     values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
     indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
-    entries = block * window * stride
-    end = gl.load(row + 4) * window * stride
+    entries = block * window_size * stride
+    end = gl.load(row + 4) * window_size * stride
     end = gl.where(aligned, end, -1)  # else no access may take 128 bits
 
     chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
@@ -105,7 +106,7 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
     tile_indices = gl.allocate_shared_memory(INDICES, [TILE], SHARED)
     shared_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
     lanes = gl.arange(0, WINDOW, layout=STEPS)
-    shared_weights.store(gl.load(weights + lanes, mask=lanes < window, other=0.0))
+    shared_weights.store(gl.load(weights + lanes, mask=lanes < window_size, other=0.0))
     zero = gl.zeros([CHUNK], DTYPE, CHUNKS)
     for chunk in range(ROOM // CHUNK):
         chunks.index(chunk).store(zero)
@@ -114,16 +115,18 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
     lane = gl.arange(0, COLUMNS, layout=STEPS)
     back = gl.maximum(kept - COLUMNS, 0)
     spare = ROOM - COLUMNS + lane
-    value, index = _load_tile(values, indices, entries, entries + gl.minimum(rows, window) * stride, end, TILE, TILES)
-    for first in range(0, window, rows):
+    value, index = _load_tile(
+        values, indices, entries, entries + gl.minimum(rows, window_size) * stride, end, TILE, TILES
+    )
+    for first in range(0, window_size, rows):
         tile_values.store(value)
         tile_indices.store(index)
         here = entries + first * stride
         after = here + rows * stride
-        last = entries + gl.minimum(first + 2 * rows, window) * stride
+        last = entries + gl.minimum(first + 2 * rows, window_size) * stride
         value, index = _load_tile(values, indices, after, last, end, TILE, TILES)
         offset = (here % ALIGNED).to(gl.int32)
-        for i in range(0, gl.minimum(rows, window - first)):
+        for i in range(0, gl.minimum(rows, window_size - first)):
             weight = shared_weights.gather(gl.full([COLUMNS], first + i, gl.int32, STEPS), 0)
             for done in range(0, kept, COLUMNS):
                 column = gl.minimum(done, back) + lane
@@ -135,43 +138,42 @@ def _apply_kernel(parameters, owners, weights, scale, step, decay, window,
 
     target = gl.load(row).to(gl.pointer_type(TARGET)) + block * SIZE
     momentum = gl.load(row + 1).to(gl.pointer_type(TARGET if MOMENTUM is None else MOMENTUM)) + block * SIZE
-    scale, step, decay = gl.load(scale).to(DTYPE), gl.load(step).to(DTYPE), gl.load(decay).to(DTYPE)
+    target_factor, update_factor = gl.load(target_factor).to(DTYPE), gl.load(update_factor).to(DTYPE)
+    if MOMENTUM is not None:
+        momentum_factor = gl.load(momentum_factor).to(DTYPE)
     if (length == ROOM) & aligned:
         target, momentum = gl.multiple_of(target, 16), gl.multiple_of(momentum, 16)
         for chunk in range(ROOM // CHUNK):
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
             update = chunks.index(chunk).load(CHUNKS)
             if MOMENTUM is not None:
-                update += decay * gl.load(momentum + position).to(DTYPE)  # stream
+                update += momentum_factor * gl.load(momentum + position).to(DTYPE)  # stream
                 gl.store(momentum + position, update.to(MOMENTUM))  # stream
             old = gl.load(target + position).to(DTYPE)  # stream
-            gl.store(target + position, (scale * old + step * update).to(TARGET))  # stream
+            gl.store(target + position, (target_factor * old + update_factor * update).to(TARGET))  # stream
     else:
         for chunk in range(ROOM // CHUNK):
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
             inside = position < length
             update = chunks.index(chunk).load(CHUNKS)
             if MOMENTUM is not None:
-                update += decay * gl.load(momentum + position, mask=inside).to(DTYPE)
+                update += momentum_factor * gl.load(momentum + position, mask=inside).to(DTYPE)
                 gl.store(momentum + position, update.to(MOMENTUM), mask=inside)
             old = gl.load(target + position, mask=inside).to(DTYPE)
-            gl.store(target + position, (scale * old + step * update).to(TARGET), mask=inside)
+            gl.store(target + position, (target_factor * old + update_factor * update).to(TARGET), mask=inside)
 
 
 def window_apply_(
     targets: Sequence[Tensor],
     momenta: Sequence[Tensor],
-    rows: Sequence[Rows],
-    weights: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    decay: Tensor,
+    rows: Sequence[SparseRows],
+    update: Update,
     candidates: Sequence[Configuration],
 ) -> None:
     """With one of some configurations."""
     table = launch_of(rows, targets=targets, momenta=momenta)
-    weights = check_weights(rows[0].values, weights, rows[0].values.shape[1])
-    check_numbers(rows[0].values, scale=scale, step=step, decay=decay)
+    weights = check_weights(rows[0].values, update.weights, rows[0].values.shape[1])
+    check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
     if table.blocks == 0:
         return
     weights = weights.to(accumulation_dtype(targets[0].dtype))
@@ -181,7 +183,7 @@ def window_apply_(
     def launch(table: Launch, configuration: Configuration) -> None:
         with torch.cuda.device_of(weights):
             _apply_kernel[(table.blocks,)](
-                table.parameters, table.owners, weights, scale, step, decay, values.shape[1],
+                table.parameters, table.owners, weights, *update[1:], values.shape[1],
                 TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
                 MOMENTUM=None if momentum_dtype is None else DTYPES[momentum_dtype],
                 DTYPE=triton_accumulation_dtype(dtype), WINDOW=triton.next_power_of_2(values.shape[1]),
@@ -189,9 +191,9 @@ def window_apply_(
                 ROOM=triton.next_power_of_2(blocks.block_size), **configuration,
             )  # fmt: skip
 
-    def trial(window: Rows) -> Callable[[Configuration], None]:
-        target = torch.zeros(window.blocks.numel, dtype=dtype, device=weights.device)
+    def trial(example: SparseRows) -> Callable[[Configuration], None]:
+        target = torch.zeros(example.blocks.numel, dtype=dtype, device=weights.device)
         momentum = [torch.zeros_like(target, dtype=momentum_dtype)] if momenta else []
-        return lambda configuration: launch(launch_of([window], targets=[target], momenta=momentum), configuration)
+        return lambda configuration: launch(launch_of([example], targets=[target], momenta=momentum), configuration)
 
     launch(table, choose("window_apply_", rows, (dtype, momentum_dtype), candidates, trial))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efcp.kernels.addresses import check_numbers
-from efcp.kernels.blocks import Rows
+from efcp.kernels.blocks import SparseRows
 from efcp.kernels.triton.launch import (
     DTYPES,
     Launch,
@@ -145,13 +145,13 @@ def _compress_block(grad, error, values, indices, finite, length, kept,
 
 
 @triton.jit
-def _compress_kernel(parameters, owners, slot, finite, window,
+def _compress_kernel(parameters, owners, slot, finite, window_size,
                      GRAD: tl.constexpr, ERROR: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr,
                      DTYPE: tl.constexpr, SIZE: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
                      RESIDENT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
-    entries = (block * window + tl.load(slot)) * stride
+    entries = (block * window_size + tl.load(slot)) * stride
     values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries
     indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
     address = tl.load(row)
@@ -177,7 +177,7 @@ def _compress_kernel(parameters, owners, slot, finite, window,
 
 
 def compress_(
-    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[Rows], slot: Tensor, finite: Tensor
+    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[SparseRows], slot: Tensor, finite: Tensor
 ) -> None:
     table = launch_of(rows, grads=grads, errors=errors)
     check_numbers(rows[0].values, slot=slot, finite=finite)
@@ -198,10 +198,10 @@ def compress_(
                 SIZE=blocks.block_size, WIDTH=width, **configuration,
             )  # fmt: skip
 
-    def trial(window: Rows) -> Callable[[Configuration], None]:
-        grad = torch.randn(window.blocks.numel, device=slot.device).to(dtype)
+    def trial(example: SparseRows) -> Callable[[Configuration], None]:
+        grad = torch.randn(example.blocks.numel, device=slot.device).to(dtype)
         error = [torch.zeros_like(grad, dtype=error_dtype)] if errors else []
-        return lambda configuration: launch(launch_of([window], grads=[grad], errors=error), configuration)
+        return lambda configuration: launch(launch_of([example], grads=[grad], errors=error), configuration)
 
     candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, warp_size())
     launch(table, choose("compress_", rows, (dtype, error_dtype), candidates, trial))

@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from efcp.kernels.addresses import check_numbers
-from efcp.kernels.blocks import Blocks, Rows, kept
+from efcp.kernels.blocks import Blocks, SparseRows, kept
 from efcp.kernels.triton.launch import DTYPES, Launch, at_most_registers, find_block, launch_of
 from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
 
@@ -39,14 +39,14 @@ def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configur
     for, have enough bytes in flight; and a thread for every access to the indices of a tile.
     """
     row, room = kept(blocks.block_size, blocks.density), triton.next_power_of_2(blocks.block_size)
-    index_bytes, value_bytes, window = blocks.index_dtype.itemsize, values.element_size(), values.shape[1]
+    index_bytes, value_bytes, window_size = blocks.index_dtype.itemsize, values.element_size(), values.shape[1]
     skip = int(blocks.density <= SKIP_DENSITY)
     least = max(1024, triton.next_power_of_2(row + 16))
     candidates = []
     for tile in (least, 2 * least, 4 * least):
         threads = max(32, min(512, tile * index_bytes // 16))
-        rows = max(threads, min(512, triton.next_power_of_2(min(tile // row, window))))
-        rows_room = max(rows, triton.next_power_of_2(window))
+        rows = max(threads, min(512, triton.next_power_of_2(min(tile // row, window_size))))
+        rows_room = max(rows, triton.next_power_of_2(window_size))
         tiles = 2 * tile * (index_bytes + value_bytes)
         taken = room * value_bytes + tiles + 8 * (tile + rows_room) + RESERVED
         columns = min(1 << (row.bit_length() - 1), threads)
@@ -110,7 +110,7 @@ def _add_rows(total, sums, x, value, offset, first_row, count, kept, width, numb
 
 
 @gluon.jit
-def _dots_kernel(parameters, owners, slot, partial, window, blocks,
+def _dots_kernel(parameters, owners, slot, partial, window_size, blocks,
                  VALUES: gl.constexpr, INDICES: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr,
                  ROWS_ROOM: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr,
                  PER_PROGRAM: gl.constexpr, SKIP: gl.constexpr):  # fmt: skip
@@ -137,9 +137,9 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
         row, block, _, kept, stride, aligned = find_block(parameters, owners, this, SIZE)
         values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
         indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
-        end = gl.load(row + 4) * window * stride
-        here = block * window * stride
-        last = here + window * stride
+        end = gl.load(row + 4) * window_size * stride
+        here = block * window_size * stride
+        last = here + window_size * stride
         width = stride.to(gl.int32)
         rows = gl.minimum((TILE - ALIGNED) // width, ROWS)  # of a tile
         step = (rows * width).to(gl.int64)
@@ -170,7 +170,7 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
             _copy(tile_indices.index(0), tensor, number, number // ALIGNED * ALIGNED < span)
             async_copy.commit_group()
             tile = 0
-            for first_row in range(0, window, rows):
+            for first_row in range(0, window_size, rows):
                 other = (tile + 1) & 1
                 next_x = _look_up(newest, tile_indices.index(other).load(TILES), ROOM)
                 tensor, next_offset, span = _tile(values, tile + 1, step, here, last)
@@ -180,29 +180,29 @@ def _dots_kernel(parameters, owners, slot, partial, window, blocks,
                 async_copy.commit_group()
                 async_copy.wait_group(1)
                 _add_rows(total, sums, x, tile_values.index(tile & 1).load(TILES), offset,
-                          first_row, gl.minimum(rows, window - first_row), kept, width, number,
+                          first_row, gl.minimum(rows, window_size - first_row), kept, width, number,
                           ROWS, ROWS_ROOM, FLAT, LANES)  # fmt: skip
                 x, offset, tile = next_x, next_offset, tile + 1
             async_copy.wait_group(0)
         else:
-            for first_row in range(0, window, rows):
+            for first_row in range(0, window_size, rows):
                 tile = first_row // rows
                 tensor, offset, span = _tile(indices, tile, step, here, last)
                 x = _look_up(newest, gl.load(tensor + number, mask=number < span, other=0), ROOM)
                 tensor, _, span = _tile(values, tile, step, here, last)
                 value = gl.load(tensor + number, mask=_wanted(x, number, span, SKIP) & (number < span), other=0.0)
                 _add_rows(total, sums, x, value, offset,
-                          first_row, gl.minimum(rows, window - first_row), kept, width, number,
+                          first_row, gl.minimum(rows, window_size - first_row), kept, width, number,
                           ROWS, ROWS_ROOM, FLAT, LANES)  # fmt: skip
 
     lane = gl.arange(0, 32 * WARPS, layout=LANES)
-    for first_row in range(0, window, 32 * WARPS):
+    for first_row in range(0, window_size, 32 * WARPS):
         number_of_row = first_row + lane
         sum = total.gather(number_of_row & (ROWS_ROOM - 1), 0)
-        gl.store(partial + program * window + number_of_row, sum, mask=number_of_row < window)
+        gl.store(partial + program * window_size + number_of_row, sum, mask=number_of_row < window_size)
 
 
-def window_dots(rows: Sequence[Rows], slot: Tensor, candidates: Sequence[Configuration]) -> Tensor:
+def window_dots(rows: Sequence[SparseRows], slot: Tensor, candidates: Sequence[Configuration]) -> Tensor:
     """With one of some configurations."""
     table = launch_of(rows)
     values, indices, blocks = rows[0]
@@ -224,7 +224,7 @@ def window_dots(rows: Sequence[Rows], slot: Tensor, candidates: Sequence[Configu
                 )  # fmt: skip
         return partial
 
-    def trial(window: Rows) -> Callable[[Configuration], object]:
-        return lambda configuration: launch(launch_of([window]), configuration)
+    def trial(example: SparseRows) -> Callable[[Configuration], object]:
+        return lambda configuration: launch(launch_of([example]), configuration)
 
     return launch(table, choose("window_dots", rows, (), candidates, trial)).sum(0)

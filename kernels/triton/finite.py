@@ -1,4 +1,4 @@
-"""`all_finite` in Triton: the sum of all squares, in one launch that reads the gradients once."""
+"""`norm_is_finite` in Triton: the sum of all squares, in one launch that reads the gradients once."""
 
 from collections.abc import Sequence
 
@@ -32,7 +32,7 @@ def _squares_kernel(parameters, owners, squares, GRAD: tl.constexpr, DTYPE: tl.c
     tl.store(squares + program, square)
 
 
-def all_finite(grads: Sequence[Tensor]) -> Tensor:
+def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
     found = gradient_addresses(grads)
     dtype, device = grads[0].dtype, grads[0].device
     numels = [grad.numel() for grad in grads]

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efcp.kernels.addresses import group_addresses
-from efcp.kernels.blocks import Blocks, Rows
+from efcp.kernels.blocks import Blocks, SparseRows
 from efcp.kernels.reference import accumulation_dtype
 
 COLUMNS = tl.constexpr(6)
@@ -49,7 +49,7 @@ class Launch(NamedTuple):
         return len(self.owners)
 
 
-def launch_of(rows: Sequence[Rows], **others: Sequence[Tensor | None]) -> Launch:
+def launch_of(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> Launch:
     """The launch for parameters with these windows and up to two other tensors each, x and y in the table.
 
     Args:

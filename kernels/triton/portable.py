@@ -10,21 +10,22 @@ import triton.language as tl
 from torch import Tensor
 
 from efcp.kernels.addresses import check_numbers, check_weights
-from efcp.kernels.blocks import Rows, kept
+from efcp.kernels.blocks import SparseRows, kept
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import DTYPES, at_most_registers, find_block, launch_of, triton_accumulation_dtype
+from efcp.kernels.update import Update
 
 TILE = 2048  # entries of the window in flight in a program
 PROGRAMS = 1056  # at most, a few for each multiprocessor
 
 
 @triton.jit
-def _spread_kernel(parameters, owners, slot, newest, window, VALUES: tl.constexpr, INDICES: tl.constexpr,
+def _spread_kernel(parameters, owners, slot, newest, window_size, VALUES: tl.constexpr, INDICES: tl.constexpr,
                    SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """newest[block, index] = value, for the entries of row `slot`."""
     program = tl.program_id(0).to(tl.int64)
     row, block, _, kept, stride, _ = find_block(parameters, owners, program, SIZE)
-    entries = (block * window + tl.load(slot)) * stride
+    entries = (block * window_size + tl.load(slot)) * stride
     values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries
     indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
     for first in range(0, kept, COLUMNS):
@@ -35,7 +36,7 @@ def _spread_kernel(parameters, owners, slot, newest, window, VALUES: tl.constexp
 
 
 @triton.jit
-def _portable_dots_kernel(parameters, owners, newest, partial, window, blocks, PER_PROGRAM: tl.constexpr,
+def _portable_dots_kernel(parameters, owners, newest, partial, window_size, blocks, PER_PROGRAM: tl.constexpr,
                  VALUES: tl.constexpr, INDICES: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
                  COLUMNS: tl.constexpr):  # fmt: skip
     """partial[program, row] = inner products of the row with `newest`, summed over the blocks of the program."""
@@ -44,60 +45,63 @@ def _portable_dots_kernel(parameters, owners, newest, partial, window, blocks, P
     total = tl.zeros((ROWS,), tl.float64)
     for this in range(program * PER_PROGRAM, tl.minimum((program + 1) * PER_PROGRAM, blocks)):
         row, block, _, kept, stride, _ = find_block(parameters, owners, this, SIZE)
-        entries = (block * window + number) * stride
+        entries = (block * window_size + number) * stride
         values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries[:, None]
         indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries[:, None]
         for first in range(0, kept, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
-            mask = (number < window)[:, None] & (column < kept)[None, :]
+            mask = (number < window_size)[:, None] & (column < kept)[None, :]
             index = tl.load(indices + column[None, :], mask=mask, other=0).to(tl.int32)
             value = tl.load(values + column[None, :], mask=mask, other=0.0).to(tl.float64)
             other = tl.load(newest + this * SIZE + index, mask=mask, other=0.0).to(tl.float64)
             total += tl.sum(value * other, 1)
-    tl.store(partial + program * window + number, total, mask=number < window)
+    tl.store(partial + program * window_size + number, total, mask=number < window_size)
 
 
-def window_dots(rows: Sequence[Rows], slot: Tensor) -> Tensor:
+def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
     table = launch_of(rows)
     values, indices, blocks = rows[0]
     check_numbers(values, slot=slot)
-    window, size = values.shape[1], blocks.block_size
+    window_size, size = values.shape[1], blocks.block_size
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
     tile_rows = TILE // columns
     per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
     programs = triton.cdiv(table.blocks, per_program)
-    partial = torch.empty(programs, window, dtype=torch.float64, device=slot.device)
+    partial = torch.empty(programs, window_size, dtype=torch.float64, device=slot.device)
     if programs > 0:
         newest = torch.zeros(table.blocks * size, dtype=values.dtype, device=slot.device)
         dtypes = {"VALUES": DTYPES[values.dtype], "INDICES": DTYPES[indices.dtype]}
         with torch.cuda.device_of(slot):
             _spread_kernel[(table.blocks,)](
-                table.parameters, table.owners, slot, newest, window, **dtypes, SIZE=size, COLUMNS=columns
+                table.parameters, table.owners, slot, newest, window_size, **dtypes, SIZE=size, COLUMNS=columns
             )
-            _portable_dots_kernel[(programs, triton.cdiv(window, tile_rows))](
-                table.parameters, table.owners, newest, partial, window, table.blocks, PER_PROGRAM=per_program,
+            _portable_dots_kernel[(programs, triton.cdiv(window_size, tile_rows))](
+                table.parameters, table.owners, newest, partial, window_size, table.blocks, PER_PROGRAM=per_program,
                 **dtypes, SIZE=size, ROWS=tile_rows, COLUMNS=columns, **at_most_registers(128),  # else some are spilled
             )  # fmt: skip
     return partial.sum(0)
 
 
 @triton.jit
-def _portable_apply_kernel(parameters, owners, weights, scale, step, decay, scratch, window, blocks,
+def _portable_apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, scratch,
+                  window_size, blocks,
                   TARGET: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr, MOMENTUM: tl.constexpr,
                   DTYPE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Adds row after row to a sum in `scratch`. The indices of a row are distinct, and a barrier separates rows."""
     program = tl.program_id(0).to(tl.int64)
     total = scratch + program * SIZE
-    scale, step, decay = tl.load(scale).to(DTYPE), tl.load(step).to(DTYPE), tl.load(decay).to(DTYPE)
+    target_factor, update_factor = tl.load(target_factor).to(DTYPE), tl.load(update_factor).to(DTYPE)
+    if MOMENTUM is not None:
+        momentum_factor = tl.load(momentum_factor).to(DTYPE)
     for this in range(program, blocks, tl.num_programs(0)):
         row, block, length, kept, stride, _ = find_block(parameters, owners, this, SIZE)
         for first in range(0, length, COLUMNS):
             position = first + tl.arange(0, COLUMNS)
             tl.store(total + position, tl.zeros((COLUMNS,), DTYPE), mask=position < length)
         tl.debug_barrier()
-        values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + block * window * stride
-        indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + block * window * stride
-        for number in range(0, window):
+        values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + block * window_size * stride
+        indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + block * window_size * stride
+        for number in range(0, window_size):
             weight = tl.load(weights + number).to(DTYPE)
             for first in range(0, kept, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
@@ -114,25 +118,19 @@ def _portable_apply_kernel(parameters, owners, weights, scale, step, decay, scra
             mask = position < length
             update = tl.load(total + position, mask=mask, other=0.0)
             if MOMENTUM is not None:
-                update += decay * tl.load(momentum + position, mask=mask, other=0.0).to(DTYPE)
+                update += momentum_factor * tl.load(momentum + position, mask=mask, other=0.0).to(DTYPE)
                 tl.store(momentum + position, update.to(MOMENTUM), mask=mask)
             old = tl.load(target + position, mask=mask, other=0.0).to(DTYPE)
-            tl.store(target + position, (scale * old + step * update).to(TARGET), mask=mask)
+            tl.store(target + position, (target_factor * old + update_factor * update).to(TARGET), mask=mask)
         tl.debug_barrier()
 
 
 def window_apply_(
-    targets: Sequence[Tensor],
-    momenta: Sequence[Tensor],
-    rows: Sequence[Rows],
-    weights: Tensor,
-    scale: Tensor,
-    step: Tensor,
-    decay: Tensor,
+    targets: Sequence[Tensor], momenta: Sequence[Tensor], rows: Sequence[SparseRows], update: Update
 ) -> None:
     table = launch_of(rows, targets=targets, momenta=momenta)
-    weights = check_weights(rows[0].values, weights, rows[0].values.shape[1])
-    check_numbers(rows[0].values, scale=scale, step=step, decay=decay)
+    weights = check_weights(rows[0].values, update.weights, rows[0].values.shape[1])
+    check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
     if table.blocks == 0:
         return
     values, indices, blocks = rows[0]
@@ -142,7 +140,7 @@ def window_apply_(
     scratch = torch.empty(programs * size, dtype=accumulation_dtype(dtype), device=weights.device)
     with torch.cuda.device_of(weights):
         _portable_apply_kernel[(programs,)](
-            table.parameters, table.owners, weights, scale, step, decay, scratch, values.shape[1], table.blocks,
+            table.parameters, table.owners, weights, *update[1:], scratch, values.shape[1], table.blocks,
             TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
             MOMENTUM=DTYPES[momenta[0].dtype] if momenta else None,
             DTYPE=triton_accumulation_dtype(dtype), SIZE=size, COLUMNS=columns,

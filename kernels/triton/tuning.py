@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from efcp.kernels.blocks import Blocks, Rows
+from efcp.kernels.blocks import Blocks, SparseRows
 from efcp.kernels.gpus import architecture
 
 Configuration = dict[str, int]  # constants and options of a launch
@@ -43,10 +43,10 @@ def most_in_flight(candidates: Sequence[tuple[Configuration, int, int]], shared:
 
 def choose(
     operation: str,
-    rows: Sequence[Rows],
+    rows: Sequence[SparseRows],
     dtypes: Sequence[torch.dtype | None],
     candidates: Sequence[Configuration],
-    trial: Callable[[Rows], Callable[[Configuration], object]],
+    trial: Callable[[SparseRows], Callable[[Configuration], object]],
 ) -> Configuration:
     """The configuration for a launch.
 
@@ -63,8 +63,8 @@ def choose(
         return candidates[0]
     target = triton.runtime.driver.active.get_current_target()
     names = "/".join(str(dtype).removeprefix("torch.") for dtype in (*dtypes, values.dtype))
-    density, window = blocks.density, values.shape[1]
-    key = f"{operation} {target.backend}:{target.arch} B={blocks.block_size} density={density} m={window} {names}"
+    layout = f"B={blocks.block_size} density={blocks.density} m={values.shape[1]}"
+    key = f"{operation} {target.backend}:{target.arch} {layout} {names}"
     known = _known(_file())
     if known.get(key) not in candidates:
         if not _autotuning(values.device):
@@ -88,13 +88,13 @@ def _milliseconds(launch: Callable[[], object]) -> float:
         return float("inf")
 
 
-def _scratch(blocks: Blocks, values: Tensor) -> Rows:
+def _scratch(blocks: Blocks, values: Tensor) -> SparseRows:
     """A window of the same kind, with random rows."""
-    blocks, window, device = Blocks(NUMEL, blocks.block_size, blocks.density), values.shape[1], values.device
-    shape, stretch = (blocks.count, window, blocks.kept), blocks.size / blocks.kept
+    blocks, window_size, device = Blocks(NUMEL, blocks.block_size, blocks.density), values.shape[1], values.device
+    shape, stretch = (blocks.count, window_size, blocks.kept), blocks.size / blocks.kept
     begin = torch.arange(blocks.kept, device=device) * stretch
     indices = (begin + torch.rand(shape, device=device) * (stretch - 1)).to(blocks.index_dtype)  # distinct in a row
-    return Rows(torch.randn(shape, dtype=values.dtype, device=device), indices, blocks)
+    return SparseRows(torch.randn(shape, dtype=values.dtype, device=device), indices, blocks)
 
 
 def _file() -> Path:

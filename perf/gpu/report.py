@@ -54,19 +54,20 @@ import triton
 import triton.language as tl
 from tqdm import tqdm
 
-from efcp.kernels import Blocks, Rows
+from efcp.kernels import Blocks, SparseRows, Update
 from efcp.kernels import triton as triton_ops
 from efcp.kernels.gpus import ARCHITECTURES
 from efcp.perf.command import ending, workers
 from efcp.perf.gpu.code import Access, Line, accesses, read_code, source_lines, stream_lines
 from efcp.perf.gpu.occupancy import resident_programs
 from efcp.perf.gpu.offline import Compiled, GPUTarget, compile_for
+from efcp.perf.tables import table
 
-__all__ = ["Case", "Part", "Result", "compile_cases", "make_part", "problems", "unreached"]
+__all__ = ["Case", "Compilation", "CompiledCase", "compile_cases", "compile_one", "problems", "unreached"]
 
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)]
 TARGETS += [GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")]
-OPERATIONS = ("all_finite", "compress_", "window_dots", "window_apply_")
+OPERATIONS = ("norm_is_finite", "compress_", "window_dots", "window_apply_")
 BLOCK_SIZES = (256, 4096, 32768)
 DENSITIES = (0.001, 0.1)
 WINDOWS = (32, 1024)
@@ -107,7 +108,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Result:
+class CompiledCase:
     """A kernel of an operation; or none, and why it was not compiled."""
 
     operation: str
@@ -120,24 +121,24 @@ class Result:
 Job = tuple[GPUTarget, str]  # an operation on a target
 
 
-class Part(NamedTuple):
+class Compilation(NamedTuple):
     """What came of an operation on a target."""
 
     rows: list[dict[str, object]]  # of the table, columns as in the description of this module and `problem`
     reached: list[tuple[str, int]]  # files and lines that its kernels have code from
 
 
-def make_part(target: GPUTarget, operation: str, cases: Sequence[Case]) -> Part:
+def compile_one(target: GPUTarget, operation: str, cases: Sequence[Case]) -> Compilation:
     """Compile an operation in all cases, without Triton's cache, so that kernels have a time."""
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         results = compile_cases(target, operation, cases)
         kernels = [result.kernel for result in results if result.kernel]
         reached = {(str(path), line) for kernel in kernels for path, line in source_lines(kernel)}
-        return Part([_row(result) for result in results], sorted(reached))
+        return Compilation([_row(result) for result in results], sorted(reached))
 
 
-def compile_cases(target: GPUTarget, operation: str, cases: Iterable[Case]) -> list[Result]:
+def compile_cases(target: GPUTarget, operation: str, cases: Iterable[Case]) -> list[CompiledCase]:
     """Compile an operation in all cases, each kernel once."""
     results = []
     with compile_for(target) as compiled:
@@ -149,8 +150,8 @@ def compile_cases(target: GPUTarget, operation: str, cases: Iterable[Case]) -> l
                 launch()
             except Exception as error:  # of any kind: Triton's, LLVM's, or the assembler's
                 last = str(error).strip().splitlines()[-1:]
-                results.append(Result(operation, target, case, None, " ".join([type(error).__name__, *last])))
-            results += [Result(operation, target, case, kernel) for kernel in compiled[before:]]
+                results.append(CompiledCase(operation, target, case, None, " ".join([type(error).__name__, *last])))
+            results += [CompiledCase(operation, target, case, kernel) for kernel in compiled[before:]]
     return results
 
 
@@ -201,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     targets = [target for target in TARGETS if target.arch in (90, "gfx942") or not options.quick]
     folder = None if options.quick else Path(tempfile.gettempdir()) / f"efcp-compile-report-{_version(cases)}"
     with ending(parser, "the same command goes on from what has been compiled" if folder else "nothing is kept"):
-        parts = make_parts(targets, cases, options.processes, folder)
+        parts = compile_all(targets, cases, options.processes, folder)
     rows = [row for part in parts for row in part.rows]
     if options.check:
         status = _check(rows, unreached(place for part in parts for place in part.reached))
@@ -219,7 +220,9 @@ def main(arguments: list[str] | None = None) -> int:
     return status
 
 
-def make_parts(targets: Sequence[GPUTarget], cases: Sequence[Case], processes: int, folder: Path | None) -> list[Part]:
+def compile_all(
+    targets: Sequence[GPUTarget], cases: Sequence[Case], processes: int, folder: Path | None
+) -> list[Compilation]:
     """All operations on all targets, by target.
 
     Args:
@@ -230,7 +233,7 @@ def make_parts(targets: Sequence[GPUTarget], cases: Sequence[Case], processes: i
     """
     jobs = [(target, operation) for target in targets for operation in OPERATIONS]
     files = {job: folder / f"{job[0].arch}-{job[1]}.json" for job in jobs} if folder else {}
-    parts = {job: Part(**json.loads(file.read_text())) for job, file in files.items() if file.is_file()}
+    parts = {job: Compilation(**json.loads(file.read_text())) for job, file in files.items() if file.is_file()}
     todo = [job for job in jobs if job not in parts]
     for job, part in tqdm(_made(todo, cases, processes), total=len(todo), unit="operation"):
         parts[job] = part
@@ -242,13 +245,13 @@ def make_parts(targets: Sequence[GPUTarget], cases: Sequence[Case], processes: i
     return [parts[job] for job in jobs]
 
 
-def _made(jobs: Sequence[Job], cases: Sequence[Case], processes: int) -> Iterator[tuple[Job, Part]]:
+def _made(jobs: Sequence[Job], cases: Sequence[Case], processes: int) -> Iterator[tuple[Job, Compilation]]:
     """Each as soon as it is done."""
     if processes == 1:
-        yield from ((job, make_part(*job, cases)) for job in jobs)
+        yield from ((job, compile_one(*job, cases)) for job in jobs)
         return
     with workers(processes) as pool:
-        submitted = {pool.submit(make_part, *job, cases): job for job in jobs}
+        submitted = {pool.submit(compile_one, *job, cases): job for job in jobs}
         yield from ((submitted[future], future.result()) for future in as_completed(submitted))
 
 
@@ -296,9 +299,7 @@ def markdown(frame: pd.DataFrame, quick: bool) -> str:
         shown = shown.where(shown.notna(), "")
         if (rows["problem"] == "").all():
             shown = shown.drop(columns="problem")
-        text += ["| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
-        text += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in shown.itertuples(index=False)]
-        text.append("")
+        text += [table([shown.columns, *shown.itertuples(index=False)]), ""]
     return "\n".join(text)
 
 
@@ -311,17 +312,18 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
         grads = [meta(r.blocks.numel, dtype=case.grad) for r in rows]
         errors = [meta(r.blocks.numel, dtype=case.error) for r in rows] if case.error else []
         slot, finite = meta(1, dtype=torch.int64), meta((), dtype=torch.bool)
-        numbers = [meta(case.window), *[meta(())] * 3]
+        update = Update(meta(case.window), meta(()), meta(()))
+        with_momenta = update._replace(momentum_factor=meta(()))
         window = (case.block_size, case.density, case.window, case.values)
         calls: dict[tuple[object, ...], Callable[[], object]] = {
-            ("all_finite", case.grad): partial(triton_ops.all_finite, grads),
+            ("norm_is_finite", case.grad): partial(triton_ops.norm_is_finite, grads),
             ("compress_", window, case.grad, case.error): partial(
                 triton_ops.compress_, grads, errors, rows, slot, finite
             ),
             ("window_dots", window): partial(triton_ops.window_dots, rows, slot),
-            ("window_apply_", window, case.grad): partial(triton_ops.window_apply_, grads, [], rows, *numbers),
+            ("window_apply_", window, case.grad): partial(triton_ops.window_apply_, grads, [], rows, update),
             ("window_apply_", window, case.grad, "momentum"): partial(
-                triton_ops.window_apply_, grads, grads, rows, *numbers
+                triton_ops.window_apply_, grads, grads, rows, with_momenta
             ),
         }
         for key, call in calls.items():
@@ -330,11 +332,11 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
                 yield str(key[0]), case, call
 
 
-def _rows(case: Case, numel: int) -> Rows:
+def _rows(case: Case, numel: int) -> SparseRows:
     blocks = Blocks(numel, case.block_size, case.density)
     shape = (blocks.count, case.window, blocks.kept)
     values = torch.empty(shape, dtype=case.values, device="meta")
-    return Rows(values, torch.empty(shape, dtype=blocks.index_dtype, device="meta"), blocks)
+    return SparseRows(values, torch.empty(shape, dtype=blocks.index_dtype, device="meta"), blocks)
 
 
 def _programs(kernel: Compiled) -> int:
@@ -368,7 +370,7 @@ def _configuration(kernel: Compiled) -> str:
     return " ".join(f"{key}={value}" for key, value in kernel.constants.items() if isinstance(value, shown))
 
 
-def _row(result: Result) -> dict[str, object]:
+def _row(result: CompiledCase) -> dict[str, object]:
     kernel = result.kernel
     row: dict[str, object] = {"operation": result.operation, "target": result.target.arch, "case": str(result.case)}
     if kernel is None:
@@ -406,12 +408,12 @@ def _row(result: Result) -> dict[str, object]:
     }
 
 
-def _element_bytes(result: Result) -> int:
+def _element_bytes(result: CompiledCase) -> int:
     """Bytes that are loaded for an element: of a gradient with its error, or a value of the window with its index."""
     case = result.case
     if result.operation == "compress_":
         return case.grad.itemsize + (case.error.itemsize if case.error else 0)
-    if result.operation == "all_finite":
+    if result.operation == "norm_is_finite":
         return case.grad.itemsize
     return case.values.itemsize + Blocks(1, case.block_size, 1.0).index_dtype.itemsize
 

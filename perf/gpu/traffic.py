@@ -39,9 +39,10 @@ from tqdm import tqdm
 
 from efcp import SparseMFAC
 from efcp.analysis.data import DataSet, load_data
-from efcp.kernels import Blocks, Rows
+from efcp.kernels import Blocks, SparseRows, Update
 from efcp.kernels import triton as triton_ops
 from efcp.perf.gpu.gpusim import Access, simulate
+from efcp.perf.tables import table
 
 __all__ = ["Overlap", "Window", "count", "measure", "overlap", "random_window", "trained_window"]
 
@@ -54,7 +55,7 @@ RESULTS = Path("results/gpu")
 class Window:
     """A window of one parameter, and its newest row."""
 
-    rows: Rows
+    rows: SparseRows
     slot: int
 
 
@@ -76,7 +77,7 @@ def random_window(window: int, density: float) -> Window:
     for block in indices:  # all at once would take gigabytes
         order = torch.rand(window, BLOCK_SIZE, generator=generator)
         block.copy_(order.topk(blocks.kept).indices.sort().values)
-    return Window(Rows(torch.randn(shape, generator=generator).bfloat16(), indices, blocks), window // 2)
+    return Window(SparseRows(torch.randn(shape, generator=generator).bfloat16(), indices, blocks), window // 2)
 
 
 def trained_window(window: int, density: float) -> Window:
@@ -101,7 +102,7 @@ def trained_window(window: int, density: float) -> Window:
         optimizer.step()
     state = optimizer.state[first.weight]
     blocks = Blocks(BLOCKS * BLOCK_SIZE, BLOCK_SIZE, density)
-    return Window(Rows(state["values"][:BLOCKS], state["indices"][:BLOCKS], blocks), (steps - 1) % window)
+    return Window(SparseRows(state["values"][:BLOCKS], state["indices"][:BLOCKS], blocks), (steps - 1) % window)
 
 
 def overlap(window: Window) -> Overlap:
@@ -185,9 +186,7 @@ def markdown(frame: pd.DataFrame, arch: int) -> str:
         shown = rows.drop(columns=["operation", "launch"]).dropna(axis="columns", how="all")
         for column in ("bytes loaded", "bytes stored", "bytes", "floor"):
             shown[column] = (shown[column] / 2**20).round(2)
-        text += [f"## {operation}", "", "| " + " | ".join(shown.columns) + " |", "|" + "---|" * len(shown.columns)]
-        text += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in shown.itertuples(index=False)]
-        text.append("")
+        text += [f"## {operation}", "", table([shown.columns, *shown.itertuples(index=False)]), ""]
     return "\n".join(text)
 
 
@@ -211,7 +210,7 @@ def _data() -> DataSet:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Counted:
     operation: str
     about: dict[str, object]  # further columns
     call: Callable[[], object]
@@ -219,42 +218,43 @@ class _Run:
     floor: int
 
 
-def _compress(window: Window, error_dtype: torch.dtype) -> _Run:
+def _compress(window: Window, error_dtype: torch.dtype) -> _Counted:
     rows = window.rows
     grad, error = torch.randn(rows.blocks.numel), torch.zeros(rows.blocks.numel, dtype=error_dtype)
     slot, finite = torch.tensor([window.slot]), torch.tensor(True)
     values, indices = rows.values.clone(), rows.indices.clone()  # the newest row is overwritten
-    written = Rows(values, indices, rows.blocks)
+    written = SparseRows(values, indices, rows.blocks)
     floor = grad.nbytes + 2 * error.nbytes + (values[:, 0].nbytes + indices[:, 0].nbytes)
 
     def run() -> None:
         triton_ops.compress_([grad], [error], [written], slot, finite)
 
     about: dict[str, object] = {"error": str(error_dtype).removeprefix("torch.")}
-    return _Run("compress_", about, run, [grad, error, values, indices], floor)
+    return _Counted("compress_", about, run, [grad, error, values, indices], floor)
 
 
-def _dots(window: Window, support: str) -> _Run:
+def _dots(window: Window, support: str) -> _Counted:
     rows, slot = window.rows, torch.tensor([window.slot])
     about = {"support": support} | {name: round(share, 4) for name, share in vars(overlap(window)).items()}
     reached = [rows.values, rows.indices]
-    return _Run("window_dots", about, lambda: triton_ops.window_dots([rows], slot), reached, _bytes(rows))
+    return _Counted("window_dots", about, lambda: triton_ops.window_dots([rows], slot), reached, _bytes(rows))
 
 
-def _apply(window: Window) -> _Run:
+def _apply(window: Window) -> _Counted:
     rows, target = window.rows, torch.randn(window.rows.blocks.numel)
-    weights, one = torch.randn(rows.values.shape[1]), torch.tensor(1.0)
+    one = torch.tensor(1.0)
+    update = Update(torch.randn(rows.values.shape[1]), one, one)
 
     def run() -> None:
-        triton_ops.window_apply_([target], [], [rows], weights, one, one, one)
+        triton_ops.window_apply_([target], [], [rows], update)
 
     reached = [target, rows.values, rows.indices]
-    return _Run("window_apply_", {}, run, reached, _bytes(rows) + 2 * target.nbytes)
+    return _Counted("window_apply_", {}, run, reached, _bytes(rows) + 2 * target.nbytes)
 
 
 def _moved(access: Access) -> int:
     return min(access.bytes, 32 * access.sectors)
 
 
-def _bytes(rows: Rows) -> int:
+def _bytes(rows: SparseRows) -> int:
     return rows.values.nbytes + rows.indices.nbytes

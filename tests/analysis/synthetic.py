@@ -35,7 +35,7 @@ def invented(run: Run, data: DataSet) -> Result:
     scaling = 30 / (1 + 300 * (options["damping"] or 0)) if window else 1.0
     size = 4 * window * density + 4 if window else 8.0
     record = {
-        **run.plan,
+        **run.settings,
         "steps": run.steps,
         "diverged": False,
         "train_loss": 0.3,

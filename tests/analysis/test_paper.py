@@ -10,7 +10,7 @@ import torch
 
 from efcp.analysis.data import DataSet
 from efcp.analysis.experiments import find_experiment, names, read_experiment
-from efcp.analysis.figures import Results, accuracy_drops, figures
+from efcp.analysis.figures import ExperimentFiles, accuracy_drops, figures
 from efcp.analysis.methods import named_method
 from efcp.analysis.models import resnet20
 from efcp.analysis.optimum import keep_optimum, optimum
@@ -384,7 +384,7 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_question_has_a_plot(whole: Path) -> None:
-    drawn = figures(Results(whole / "whole", "a title"))
+    drawn = figures(ExperimentFiles(whole / "whole", "a title"))
     wanted = {"memory", "windows", "feedback", "breaking", "low-rank", "storage", "heatmaps", "scaling", "cost"}
     assert set(drawn) == wanted
     for name in wanted:
@@ -399,7 +399,7 @@ def test_comparisons_are_drawn_where_there_is_something_to_compare(whole: Path) 
 
     def drawn(kept: pd.Series) -> dict[str, Any]:
         runs[kept].to_csv(path, index=False)
-        return figures(Results(whole / "whole", "a title"))
+        return figures(ExperimentFiles(whole / "whole", "a title"))
 
     assert len(drawn(runs["power_iterations"] != "2")["low-rank"].axes) == 1
     assert "low-rank" not in drawn((runs["power_iterations"] != "2") & (runs["rank"] != "2"))
@@ -427,7 +427,7 @@ def test_the_csv_alone_gives_the_same_table(whole: Path, tmp_path: Path, monkeyp
 
 
 def test_variations_have_labels_of_their_own(whole: Path) -> None:
-    labels = list(Results(whole / "whole", "").summary.index)
+    labels = list(ExperimentFiles(whole / "whole", "").summary.index)
     assert len(labels) == len(set(labels)) == 6 + 4 + 3
     assert "sparse M-FAC 10%, block size 256" in labels
     assert "sparse M-FAC 10%, values float32, error bfloat16" in labels

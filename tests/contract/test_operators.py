@@ -8,7 +8,7 @@ from torch.library import opcheck
 from torch.utils._pytree import tree_leaves
 
 from efcp import SparseMFAC, kernels
-from efcp.kernels import Blocks, Rows, operators
+from efcp.kernels import Blocks, SparseRows, operators
 from tests.contract.optimizers import Regression, assert_same, small
 
 OPERATORS = ["compress_", "window_dots", "update_inverse_root_", "window_apply_"]  # in the order of a step
@@ -26,7 +26,7 @@ def arguments(layout, *, window=3, error_dtype=torch.float32):
     rows = []
     for blocks in (Blocks(numel, block_size, density), Blocks(20, block_size, density)):
         shape = (blocks.count, window, blocks.kept)
-        rows.append(Rows(torch.zeros(shape), torch.zeros(shape, dtype=blocks.index_dtype), blocks))
+        rows.append(SparseRows(torch.zeros(shape), torch.zeros(shape, dtype=blocks.index_dtype), blocks))
     numels = [r.blocks.numel for r in rows]
     errors = [] if error_dtype is None else [torch.zeros(n, dtype=error_dtype) for n in numels]
     finite = torch.tensor(True)
@@ -56,7 +56,8 @@ def test_window_apply_is_a_lawful_operator(layout, dtype, with_momenta):
     targets = [grad.to(dtype) for grad in grads]
     momenta = [torch.randn_like(target) for target in targets] if with_momenta else []
     weights, scalars = torch.randn(3, dtype=torch.float64), torch.tensor([0.9, -0.1, 0.5], dtype=torch.float64)
-    opcheck(operators.window_apply_, (targets, momenta, *operators.unpacked(rows), weights, *scalars.unbind()))
+    factors = [*scalars[:2].unbind(), scalars[2] if with_momenta else None]
+    opcheck(operators.window_apply_, (targets, momenta, *operators.unpacked(rows), weights, *factors))
 
 
 @pytest.mark.parametrize("window", [1, 40])
@@ -73,7 +74,7 @@ def operations(grads, errors, rows, slot, finite):
     gram = torch.outer(dots, dots)
     root = torch.eye(len(dots), dtype=torch.float64)
     weights, _ = kernels.update_inverse_root_(root, root.index_select(0, slot).squeeze(0), gram, slot, 0.5)
-    kernels.window_apply_(grads, errors, rows, weights, step, step, step)
+    kernels.window_apply_(grads, errors, rows, kernels.Update(weights, step, step, step))
     return dots
 
 

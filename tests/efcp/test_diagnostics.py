@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from efcp import EFCP, GGT, DenseMFAC, Identity, SparseMFAC, TopK
+from efcp.kernels import Update
 from tests.efcp.problems import Problem, newest_slot, window_rows
 
 QUANTILES = {"scaling_q25": 0.25, "scaling_q50": 0.5, "scaling_q75": 0.75}
@@ -70,7 +71,7 @@ def test_quantiles_are_exact(numel):
     ratios = []
     for p in params:
         update, one = torch.zeros_like(p), torch.ones((), dtype=torch.float64)
-        optimizer.compressor.bind([optimizer.state[p]], [p]).apply_([update], [], weights, one, one, one)
+        optimizer.compressor.bind([optimizer.state[p]], [p]).apply_([update], [], Update(weights, one, one))
         ratios.append((update / p.grad).abs())
     ratios = torch.cat(ratios).sort().values
     diagnostics = optimizer.diagnostics(quantiles=True)

@@ -19,10 +19,10 @@ from tests.kernels.kernel_cases import (
     FLOAT32,
     FLOAT64,
     Case,
-    check_all_finite,
     check_apply,
     check_compress,
     check_dots,
+    check_norm_is_finite,
 )
 
 CASES = [
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     interpreter._convert_float = round_to_bfloat16(interpreter._convert_float)
     for case in CASES:
         print(case)
-        check_all_finite(triton_ops.all_finite, case)
+        check_norm_is_finite(triton_ops.norm_is_finite, case)
         check_compress(triton_ops.compress_, case)
         check_dots(triton_ops.window_dots, case)
         check_apply(triton_ops.window_apply_, case)

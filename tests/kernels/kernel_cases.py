@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from efcp.kernels import Blocks, Rows, reference
+from efcp.kernels import Blocks, SparseRows, Update, reference
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -110,18 +110,18 @@ class Case:
         """A parameter, or a momentum, of the dtype of the gradient."""
         return make("random", self.numel, self.grad, seed=4 * self.numel + 4)
 
-    def poisoned_window(self) -> Rows:
+    def poisoned_window(self) -> SparseRows:
         """Values of NaN, and the largest of indices."""
         blocks = self.blocks
         shape = (blocks.count, self.window, blocks.kept)
         poison = torch.iinfo(blocks.index_dtype).max
-        return Rows(
+        return SparseRows(
             torch.full(shape, float("nan"), dtype=self.values),
             torch.full(shape, poison, dtype=blocks.index_dtype),
             blocks,
         )
 
-    def random_window(self) -> Rows:
+    def random_window(self) -> SparseRows:
         """Random rows; the padding of the tail is poisoned."""
         generator = torch.Generator().manual_seed(4 * self.numel + 3)
         values, indices, blocks = self.poisoned_window()
@@ -130,13 +130,13 @@ class Case:
             order = torch.rand(count, self.window, part.length, generator=generator).argsort(-1)[..., : part.kept]
             indices[part.blocks, :, : part.kept] = order.sort(-1).values.to(indices.dtype)
             values[part.blocks, :, : part.kept] = torch.randn(order.shape, generator=generator).to(values.dtype)
-        return Rows(values, indices, blocks)
+        return SparseRows(values, indices, blocks)
 
 
 WITHOUT_GRADIENT = 2  # of a group, in `compress_`: a parameter without a tail
 
 
-def tensors_of(rows: Iterable[Rows]) -> Iterable[Tensor]:
+def tensors_of(rows: Iterable[SparseRows]) -> Iterable[Tensor]:
     return chain.from_iterable((values, indices) for values, indices, _ in rows)
 
 
@@ -175,8 +175,8 @@ FINITE = [  # (name, dtype, gradients, whether they are finite)
 ]
 
 
-def check_all_finite(operation, case: Case, allow: Allow = None) -> None:
-    """An implementation of `all_finite` agrees with the definition, also where a gradient is not finite at its end."""
+def check_norm_is_finite(operation, case: Case, allow: Allow = None) -> None:
+    """An implementation of `norm_is_finite` agrees with the definition, also for an Inf or NaN at the end of one."""
     for poison in (None, float("nan"), float("-inf")):
         grads = [member.gradient() for member in case.group]
         if poison is not None:
@@ -187,7 +187,7 @@ def check_all_finite(operation, case: Case, allow: Allow = None) -> None:
         assert_all_same_bits(grads, before, "grad")
         assert actual.shape == ()
         assert actual.dtype == torch.bool
-        assert bool(actual) == bool(reference.all_finite(grads))
+        assert bool(actual) == bool(reference.norm_is_finite(grads))
         assert poison is None or not actual
 
 
@@ -242,8 +242,10 @@ def applied(
     momenta = [member.target().neg() for member in case.group] if with_momenta else []
     before = [tensor.clone() for tensor in tensors_of(rows)]
     register(allow, (*targets, *momenta, *tensors_of(rows)))
-    scale, step, decay = torch.tensor(0.75), torch.tensor(-0.3, dtype=FLOAT64), torch.tensor(0.9, dtype=FLOAT64)
-    operation(targets, momenta, rows, weights, scale, step, decay)
+    update = Update(weights, torch.tensor(0.75), torch.tensor(-0.3, dtype=FLOAT64))
+    if with_momenta:
+        update = update._replace(momentum_factor=torch.tensor(0.9, dtype=FLOAT64))
+    operation(targets, momenta, rows, update)
     assert_all_same_bits(tensors_of(rows), before, "window")
     return targets, momenta
 

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from efcp import kernels
-from efcp.kernels import Blocks, Rows, use_backend
+from efcp.kernels import Blocks, SparseRows, Update, use_backend
 from efcp.kernels.addresses import (
     addresses,
     check_group,
@@ -140,7 +140,7 @@ def make_rows(block_size=8, window=WINDOW, values=torch.bfloat16, sizes=SIZES):
         blocks = Blocks(numel, block_size, 0.5)
         shape = (blocks.count, window, blocks.kept)
         index = torch.arange(blocks.kept, dtype=blocks.index_dtype).expand(shape).contiguous()
-        found.append(Rows(torch.randn(shape).to(values), index, blocks))
+        found.append(SparseRows(torch.randn(shape).to(values), index, blocks))
     return found
 
 
@@ -203,6 +203,9 @@ def test_gradients_must_be_of_one_dtype_and_on_the_device():
 # ---- the operations: one argument after the other is spoilt
 
 
+FACTORS = ("target_factor", "update_factor", "momentum_factor")
+
+
 def all_arguments():
     """Arguments of each operation, all as they must be."""
     one = torch.ones((), dtype=torch.float64)
@@ -211,7 +214,7 @@ def all_arguments():
         return [torch.randn(numel) for numel in SIZES]
 
     return {
-        "all_finite": {"grads": vectors()},
+        "norm_is_finite": {"grads": vectors()},
         "compress_": {
             "grads": vectors(), "errors": vectors(), "rows": make_rows(),
             "slot": torch.tensor([1]), "finite": torch.tensor(True),
@@ -219,7 +222,8 @@ def all_arguments():
         "window_dots": {"rows": make_rows(), "slot": torch.tensor([1])},
         "window_apply_": {
             "targets": vectors(), "momenta": vectors(), "rows": make_rows(),
-            "weights": torch.randn(WINDOW, dtype=torch.float64), "scale": one, "step": one, "decay": one,
+            "weights": torch.randn(WINDOW, dtype=torch.float64),
+            **dict.fromkeys(FACTORS, one),
         },
         "update_inverse_root_": {
             "R": torch.eye(WINDOW, dtype=torch.float64), "column": torch.eye(WINDOW, dtype=torch.float64)[1],
@@ -245,20 +249,20 @@ SPOILT = {
     "fake": lambda t: FakeTensorMode().from_tensor(t),
 }
 SPOILABLE = {
-    "all_finite": ["grads"],
+    "norm_is_finite": ["grads"],
     "compress_": ["grads", "errors", "values", "indices", "slot", "finite"],
     "window_dots": ["values", "indices", "slot"],
-    "window_apply_": ["targets", "momenta", "values", "indices", "weights", "scale", "step", "decay"],
+    "window_apply_": ["targets", "momenta", "values", "indices", "weights", *FACTORS],
     "update_inverse_root_": ["R", "column", "S", "slot"],
 }
-NUMBERS = ("slot", "finite", "weights", "scale", "step", "decay")  # of which those with steps are as good
+NUMBERS = ("slot", "finite", "weights", *FACTORS)  # of which those with steps are as good
 
 
 def spoilt_arguments():
     """(operation, argument, way to spoil it), where that is not allowed."""
     for (operation, names), spoilt in product(SPOILABLE.items(), SPOILT):
         for name in names:
-            any_size = operation == "all_finite" and spoilt.startswith("one element")
+            any_size = operation == "norm_is_finite" and spoilt.startswith("one element")
             has_no_sign = name in ("indices", "slot", "finite") and spoilt == "a negative bit"
             if not (any_size or has_no_sign or (name in NUMBERS and spoilt in ("a step", "expanded"))):
                 yield pytest.param(operation, name, spoilt, id=f"{operation}-{name}-{spoilt}")
@@ -312,11 +316,19 @@ def refusing_backend(request, monkeypatch):
         yield request.param
 
 
+def call(operation, arguments):
+    """Calls an operation, the weights and factors of `window_apply_` in one."""
+    own = dict(arguments)
+    if "weights" in own:
+        own["update"] = Update(*(own.pop(name) for name in ("weights", *FACTORS)))
+    return getattr(kernels, operation)(*own.values())
+
+
 def check_refused(operation, arguments, error, message):
     """An operation raises an error, and leaves all of its arguments as they were."""
     before = [t.clone() for t in tensors_in(arguments)]
     with pytest.raises(error, match=message):
-        getattr(kernels, operation)(*arguments.values())
+        call(operation, arguments)
     for tensor, old in zip(tensors_in(arguments), before, strict=True):
         assert torch.equal(tensor, old)
 
@@ -389,15 +401,16 @@ def test_operations_touch_nothing_beside_their_tensors(sizes, block_size, grad, 
             return inside
 
         rows = [
-            Rows(place(r.values), place(r.indices, 77), r.blocks) for r in make_rows(block_size=block_size, sizes=sizes)
+            SparseRows(place(r.values), place(r.indices, 77), r.blocks)
+            for r in make_rows(block_size=block_size, sizes=sizes)
         ]
         grads, errors, targets, momenta = ([place(torch.randn(n).to(grad)) for n in sizes] for _ in range(4))
         slot, finite, weights = place(torch.tensor([1]), 99), torch.tensor(True), place(torch.randn(WINDOW))
         numbers = [place(torch.tensor(x)) for x in (0.9, -0.1, 0.5)]
-        assert kernels.all_finite(grads)
+        assert kernels.norm_is_finite(grads)
         kernels.compress_(grads, errors, rows, slot, finite)
         dots = kernels.window_dots(rows, slot)
-        kernels.window_apply_(targets, momenta, rows, weights, *numbers)
+        kernels.window_apply_(targets, momenta, rows, Update(weights, *numbers))
         results.append([*errors, *targets, *momenta, dots, *(t for r in rows for t in r[:2])])
     for buffer, numel, sentinel in buffers:
         outside = torch.cat([buffer[:GUARD], buffer[GUARD + numel :]])
@@ -410,6 +423,8 @@ def test_operations_touch_nothing_beside_their_tensors(sizes, block_size, grad, 
 def test_float64_values_are_refused():
     """Kernels read values of 16 and 32 bits: of 64 they would read other numbers."""
     blocks = Blocks(8, 8, 0.5)
-    rows = [Rows(torch.zeros(1, 2, 4, dtype=torch.float64), torch.zeros(1, 2, 4, dtype=blocks.index_dtype), blocks)]
+    rows = [
+        SparseRows(torch.zeros(1, 2, 4, dtype=torch.float64), torch.zeros(1, 2, 4, dtype=blocks.index_dtype), blocks)
+    ]
     with pytest.raises(TypeError, match=r"^values must be of dtype float16, bfloat16, float32, got torch\.float64$"):
         kernels.window_dots(rows, torch.tensor([0]))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from efcp.kernels import reference
+from efcp.kernels import Update, reference
 from tests.kernels.kernel_cases import (
     BFLOAT16,
     FINITE,
@@ -28,11 +28,11 @@ from tests.kernels.kernel_cases import (
     applied,
     assert_all_same_bits,
     assert_same_bits,
-    check_all_finite,
     check_apply,
     check_compress,
     check_compress_without_gradients,
     check_dots,
+    check_norm_is_finite,
     make,
 )
 
@@ -126,22 +126,22 @@ def test_apply_gives_the_bits_of_the_definition(case: Case) -> None:
 
 
 @cases
-def test_all_finite_agrees_with_the_definition(case: Case) -> None:
-    check_all_finite(cpu.all_finite, case)
+def test_norm_is_finite_agrees_with_the_definition(case: Case) -> None:
+    check_norm_is_finite(cpu.norm_is_finite, case)
 
 
 @pytest.mark.parametrize(("name", "dtype", "gradients", "finite"), FINITE, ids=[row[0] for row in FINITE])
-def test_all_finite(name: str, dtype: torch.dtype, gradients: list[list[float]], finite: bool) -> None:
-    assert bool(cpu.all_finite([torch.tensor(grad, dtype=dtype) for grad in gradients])) is finite
+def test_norm_is_finite(name: str, dtype: torch.dtype, gradients: list[list[float]], finite: bool) -> None:
+    assert bool(cpu.norm_is_finite([torch.tensor(grad, dtype=dtype) for grad in gradients])) is finite
 
 
 @pytest.mark.parametrize("position", [0, 150_000, 299_999])
 @pytest.mark.parametrize("gradient", [0, 1, 2])
 def test_a_nan_is_found_in_a_large_gradient(gradient: int, position: int) -> None:
     grads = [torch.zeros(300_000) for _ in range(3)]
-    assert cpu.all_finite(grads)
+    assert cpu.norm_is_finite(grads)
     grads[gradient][position] = float("nan")
-    assert not cpu.all_finite(grads)
+    assert not cpu.norm_is_finite(grads)
 
 
 def test_a_parameter_without_gradient_gets_a_row_of_zeros_also_in_the_tail() -> None:
@@ -165,7 +165,7 @@ def test_as_many_tensors_as_parameters_are_taken() -> None:
     with pytest.raises(ValueError, match=r"^errors must hold 4 tensors, got 3$"):
         cpu.compress_(grads, grads[1:], rows, slot, torch.tensor(True))
     with pytest.raises(ValueError, match=r"^targets must hold 3 tensors, got 4$"):
-        cpu.window_apply_(grads, [], rows[1:], torch.ones(LARGE.window), one, one, one)
+        cpu.window_apply_(grads, [], rows[1:], Update(torch.ones(LARGE.window), one, one))
 
 
 @pytest.mark.parametrize("kind", ["random", "ties", "denormal"])
@@ -315,11 +315,11 @@ def run_all(case: Case) -> dict[str, Tensor]:
     grads, errors = [member.gradient() for member in group], [member.error_before() for member in group]
     targets, momenta = [member.target() for member in group], [member.target() for member in group]
     rows = [member.random_window() for member in group]
-    finite = cpu.all_finite(grads)
+    finite = cpu.norm_is_finite(grads)
     cpu.compress_(grads, errors, rows, slot, finite)
     dots = cpu.window_dots(rows, slot)
-    weights, scale, step, decay = torch.linspace(-1.5, 2.0, case.window), *torch.tensor([0.75, -0.3, 0.9])
-    cpu.window_apply_(targets, momenta, rows, weights, scale, step, decay)
+    update = Update(torch.linspace(-1.5, 2.0, case.window), *torch.tensor([0.75, -0.3, 0.9]))
+    cpu.window_apply_(targets, momenta, rows, update)
     vectors = {"error": errors, "target": targets, "momentum": momenta}
     vectors |= {"values": [r.values for r in rows], "indices": [r.indices for r in rows]}
     every = {f"{what} {number}": tensor for what, tensors in vectors.items() for number, tensor in enumerate(tensors)}
@@ -569,18 +569,18 @@ def test_another_process_finds_the_kernels_in_the_cache() -> None:
 MEMORY = """
 import torch
 from pathlib import Path
-from efcp.kernels import Blocks, Rows, cpu
+from efcp.kernels import Blocks, SparseRows, Update, cpu
 
 def operations(numel):
     blocks = Blocks(numel, 4096, 0.01)
     values = torch.ones(blocks.count, 2, blocks.kept, dtype=torch.bfloat16)
     indices = torch.arange(blocks.kept, dtype=torch.int16).expand(values.shape).contiguous()
-    rows, grads, errors = [Rows(values, indices, blocks)], [torch.ones(numel)], [torch.ones(numel)]
+    rows, grads, errors = [SparseRows(values, indices, blocks)], [torch.ones(numel)], [torch.ones(numel)]
     slot, one = torch.tensor([1]), torch.tensor(1.0)
     yield
-    cpu.compress_(grads, errors, rows, slot, cpu.all_finite(grads))
+    cpu.compress_(grads, errors, rows, slot, cpu.norm_is_finite(grads))
     cpu.window_dots(rows, slot)
-    cpu.window_apply_(grads, errors, rows, torch.ones(2), one, one, one)
+    cpu.window_apply_(grads, errors, rows, Update(torch.ones(2), one, one, one))
     yield
 
 list(operations(1 << 17))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efcp import kernels
-from efcp.kernels import BACKENDS, BackendError, Blocks, Rows, backend_name, dispatch, use_backend
+from efcp.kernels import BACKENDS, BackendError, Blocks, SparseRows, Update, backend_name, dispatch, use_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -89,10 +89,10 @@ def test_a_forced_backend_that_cannot_be_imported_is_an_error(importing, monkeyp
     importing(OSError("broken"))
     text = f"^the backend '{name}', which is forced, does not work: OSError: broken$"
     with use_backend(name), pytest.raises(BackendError, match=text):
-        kernels.all_finite([torch.ones(3)])
+        kernels.norm_is_finite([torch.ones(3)])
     monkeypatch.setenv("EFCP_KERNELS", name)
     with pytest.raises(BackendError, match=text):
-        kernels.all_finite([torch.ones(3)])
+        kernels.norm_is_finite([torch.ones(3)])
     assert not recwarn
 
 
@@ -140,13 +140,13 @@ def test_a_wrong_name_is_refused(monkeypatch):
 
 
 def test_operations_go_to_the_backend(monkeypatch):
-    rows = [Rows(torch.zeros(3, 2, 2), torch.zeros(3, 2, 2, dtype=torch.uint8), Blocks(10, 4, 0.5))]
+    rows = [SparseRows(torch.zeros(3, 2, 2), torch.zeros(3, 2, 2, dtype=torch.uint8), Blocks(10, 4, 0.5))]
     slot, one, x = torch.tensor([0]), torch.tensor(1.0), [torch.zeros(10)]
     calls = {
-        "all_finite": (x,),
+        "norm_is_finite": (x,),
         "compress_": (x, [], rows, slot, torch.tensor(True)),
         "window_dots": (rows, slot),
-        "window_apply_": (x, [], rows, torch.zeros(2), one, one, one),
+        "window_apply_": (x, [], rows, Update(torch.zeros(2), one, one)),
         "update_inverse_root_": (torch.eye(2), torch.ones(2), torch.eye(2), slot, 0.5),
     }
     for name, arguments in calls.items():
@@ -164,14 +164,14 @@ import sys
 
 sys.modules["triton"] = sys.modules["numba"] = None  # import fails from now on
 import torch
-from efcp.kernels import Blocks, Rows, all_finite, backend_name, compress_, window_apply_, window_dots
+from efcp.kernels import Blocks, SparseRows, Update, norm_is_finite, backend_name, compress_, window_apply_, window_dots
 
 assert backend_name(torch.device("cuda", 0)) == backend_name(torch.device("cpu")) == "reference"
-rows = [Rows(torch.zeros(2, 1, 2), torch.zeros(2, 1, 2, dtype=torch.uint8), Blocks(5, 4, 0.5))]
+rows = [SparseRows(torch.zeros(2, 1, 2), torch.zeros(2, 1, 2, dtype=torch.uint8), Blocks(5, 4, 0.5))]
 slot, grad, one = torch.tensor([0]), torch.tensor([1.0, -3.0, 2.0, 0.0, 4.0]), torch.tensor(1.0)
-compress_([grad], [], rows, slot, all_finite([grad]))
+compress_([grad], [], rows, slot, norm_is_finite([grad]))
 assert window_dots(rows, slot).tolist() == [29.0]
-window_apply_([grad], [], rows, -torch.ones(1), one, one, one)
+window_apply_([grad], [], rows, Update(-torch.ones(1), one, one))
 assert grad.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]
 """
     command = [sys.executable, "-W", "error::RuntimeWarning", "-c", script]

@@ -12,10 +12,10 @@ from tests.kernels.kernel_cases import (
     FLOAT16,
     FLOAT64,
     Case,
-    check_all_finite,
     check_apply,
     check_compress,
     check_dots,
+    check_norm_is_finite,
 )
 
 if not torch.cuda.is_available():
@@ -44,7 +44,7 @@ def on_gpu(operation, *arguments):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_definition_and_gpu_agree(case):
-    check_all_finite(partial(on_gpu, triton_ops.all_finite), case)
+    check_norm_is_finite(partial(on_gpu, triton_ops.norm_is_finite), case)
     check_compress(partial(on_gpu, triton_ops.compress_), case)
     check_dots(partial(on_gpu, triton_ops.window_dots), case)
     check_apply(partial(on_gpu, triton_ops.window_apply_), case)

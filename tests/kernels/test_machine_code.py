@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from efcp import kernels
-from efcp.kernels import BackendError, dispatch, use_backend
+from efcp.kernels import BackendError, Update, dispatch, use_backend
 from tests.kernels.kernel_cases import Case
 
 pytest.importorskip("numba")
@@ -244,12 +244,13 @@ def of_window(operation: str) -> list[torch.Tensor]:
         case.random_window(), torch.tensor([2]), case.gradient(), case.error_before(), case.target(), case.target(),
     )  # fmt: skip
     one, finite = torch.tensor(1.0), torch.tensor(True)
+    update = Update(torch.ones(5), one, one, one)
     assert error is not None
     calls: dict[str, Callable[[], Any]] = {
-        "all_finite": lambda: kernels.all_finite([grad]),
+        "norm_is_finite": lambda: kernels.norm_is_finite([grad]),
         "compress_": lambda: kernels.compress_([grad], [error], [rows], slot, finite),
         "window_dots": lambda: kernels.window_dots([rows], slot),
-        "window_apply_": lambda: kernels.window_apply_([target], [momentum], [rows], torch.ones(5), one, one, one),
+        "window_apply_": lambda: kernels.window_apply_([target], [momentum], [rows], update),
     }
     result = calls[operation]()
     return [rows.values, rows.indices, error, target, momentum, *([] if result is None else [result])]
@@ -264,7 +265,7 @@ def of_inverse_root(operation: str) -> list[torch.Tensor]:
 
 
 KERNELS = {
-    "squares": ("all_finite", of_window),
+    "squares": ("norm_is_finite", of_window),
     "compress": ("compress_", of_window),
     "dots": ("window_dots", of_window),
     "add_up": ("window_dots", of_window),
@@ -366,14 +367,14 @@ def backend_and_warning(script: str, *arguments: str, cwd: Path = ROOT, **enviro
     return lines
 
 
-ALL_BUT_ALL_FINITE = ("compress_", "window_dots", "window_apply_", "update_inverse_root_")
-ALL_BUT_INVERSE_ROOT = ("all_finite", "compress_", "window_dots", "window_apply_")
+ALL_BUT_NORM_IS_FINITE = ("compress_", "window_dots", "window_apply_", "update_inverse_root_")
+ALL_BUT_INVERSE_ROOT = ("norm_is_finite", "compress_", "window_dots", "window_apply_")
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size on this system")
 def test_steps_where_a_file_cannot_be_written_to_its_end(tmp_path: Path) -> None:
-    backend, warning = backend_and_warning(LIMIT + STEPS, *ALL_BUT_ALL_FINITE, NUMBA_CACHE_DIR=str(tmp_path))
+    backend, warning = backend_and_warning(LIMIT + STEPS, *ALL_BUT_NORM_IS_FINITE, NUMBA_CACHE_DIR=str(tmp_path))
     assert backend == "cpu"
     assert warning.startswith("efcp: compiled kernels cannot be kept in ")
     assert str(tmp_path) in warning
@@ -387,7 +388,7 @@ def test_steps_where_no_folder_can_be_written(tmp_path: Path) -> None:
     file = tmp_path / "kernels" / "cpu" / "__pycache__"
     file.write_text("a file in place of the folder, below which nobody can write, whatever the permissions\n")
     places = dict.fromkeys(("NUMBA_CACHE_DIR", "HOME", "XDG_CACHE_HOME", "LOCALAPPDATA"), str(file / "below"))
-    backend, warning = backend_and_warning(STEPS, *ALL_BUT_ALL_FINITE, cwd=tmp_path, **places)
+    backend, warning = backend_and_warning(STEPS, *ALL_BUT_NORM_IS_FINITE, cwd=tmp_path, **places)
     assert backend == "cpu"
     assert warning.startswith("efcp: compiled kernels cannot be kept, and each process compiles them: RuntimeError: ")
 

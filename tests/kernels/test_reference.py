@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efcp.kernels import Blocks, Rows, accumulation_dtype, reference
+from efcp.kernels import Blocks, SparseRows, Update, accumulation_dtype, reference
 from tests.kernels.kernel_cases import (
     BFLOAT16,
     FINITE,
@@ -180,7 +180,7 @@ def test_permuted_blocks_give_a_permuted_row(data, number, size, density):
         error = torch.zeros_like(grad)
         values = torch.empty(number, 1, blocks.kept)
         indices = torch.empty(number, 1, blocks.kept, dtype=blocks.index_dtype)
-        rows = [Rows(values, indices, blocks)]
+        rows = [SparseRows(values, indices, blocks)]
         reference.compress_([grad], [error], rows, torch.tensor([0]), torch.tensor(True))
         return values, indices, error.view(number, size)
 
@@ -227,19 +227,20 @@ SCALES = [(1.0, 1.0, 0.0), (0.75, -0.3, 0.9)]
 
 
 @windows
-@pytest.mark.parametrize(("scale", "step", "decay"), SCALES, ids=["plain", "scaled"])
+@pytest.mark.parametrize(("target_factor", "update_factor", "momentum_factor"), SCALES, ids=["plain", "scaled"])
 @pytest.mark.parametrize("with_momentum", [False, True], ids=["no momentum", "momentum"])
-def test_apply_adds_a_weighted_sum_of_dense_rows(case, with_momentum, scale, step, decay):
+def test_apply_adds_a_weighted_sum_of_dense_rows(case, with_momentum, target_factor, update_factor, momentum_factor):
     window = case.random_window()
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
     target = case.target()
     momentum = target.neg() * 2
     update = weights @ dense(case, window)
     if with_momentum:
-        update += decay * momentum.double()
-    expected = scale * target.double() + step * update
-    scalars = torch.tensor([scale, step, decay], dtype=FLOAT64)
-    reference.window_apply_([target], [momentum] if with_momentum else [], [window], weights, *scalars)
+        update += momentum_factor * momentum.double()
+    expected = target_factor * target.double() + update_factor * update
+    factors = [target_factor, update_factor, momentum_factor][: 3 if with_momentum else 2]
+    applied_as = Update(weights, *torch.tensor(factors, dtype=FLOAT64))
+    reference.window_apply_([target], [momentum] if with_momentum else [], [window], applied_as)
     torch.testing.assert_close(target, expected.to(case.grad), **TOLERANCE[case.grad])
     if with_momentum:
         torch.testing.assert_close(momentum, update.to(case.grad), **TOLERANCE[case.grad])
@@ -248,10 +249,10 @@ def test_apply_adds_a_weighted_sum_of_dense_rows(case, with_momentum, scale, ste
 def test_a_momentum_is_rounded_but_the_update_taken_from_it_is_not():
     """1 + 2⁻⁹ is no bfloat16; what it adds to −1 is."""
     blocks = Blocks(1, 1, 1.0)
-    rows = Rows(torch.tensor([[[2.0**-9]]], dtype=BFLOAT16), torch.zeros(1, 1, 1, dtype=torch.uint8), blocks)
+    rows = SparseRows(torch.tensor([[[2.0**-9]]], dtype=BFLOAT16), torch.zeros(1, 1, 1, dtype=torch.uint8), blocks)
     target, momentum = torch.tensor([-1.0], dtype=BFLOAT16), torch.tensor([1.0], dtype=BFLOAT16)
     one = torch.tensor(1.0)
-    reference.window_apply_([target], [momentum], [rows], torch.ones(1), one, one, one)
+    reference.window_apply_([target], [momentum], [rows], Update(torch.ones(1), one, one, one))
     assert target.item() == 2.0**-9
     assert momentum.item() == 1.0
 
@@ -302,9 +303,9 @@ def test_products_of_a_group_are_sums_over_its_parameters(case):
 @pytest.mark.parametrize("with_momenta", [False, True], ids=["no momenta", "momenta"])
 @pytest.mark.parametrize("case", GROUPS, ids=str)
 def test_a_window_is_applied_to_a_group_as_to_its_parameters(case, with_momenta):
-    def each(targets, momenta, rows, *scalars):
+    def each(targets, momenta, rows, update):
         for i, (target, row) in enumerate(zip(targets, rows, strict=True)):
-            reference.window_apply_([target], momenta[i : i + 1], [row], *scalars)
+            reference.window_apply_([target], momenta[i : i + 1], [row], update)
 
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
     expected = applied(each, case, with_momenta, weights)
@@ -314,8 +315,8 @@ def test_a_window_is_applied_to_a_group_as_to_its_parameters(case, with_momenta)
 
 
 @pytest.mark.parametrize(("name", "dtype", "gradients", "finite"), FINITE, ids=[row[0] for row in FINITE])
-def test_all_finite(name, dtype, gradients, finite):
-    assert bool(reference.all_finite([torch.tensor(grad, dtype=dtype) for grad in gradients])) is finite
+def test_norm_is_finite(name, dtype, gradients, finite):
+    assert bool(reference.norm_is_finite([torch.tensor(grad, dtype=dtype) for grad in gradients])) is finite
 
 
 def test_work_in_parts_gives_the_same_bits(monkeypatch):

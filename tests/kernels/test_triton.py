@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from efcp.kernels import Blocks, Rows, reference
+from efcp.kernels import Blocks, SparseRows, Update, reference
 from efcp.perf.gpu.gpusim import SimulationError, why_unavailable
 from tests.kernels.kernel_cases import (
     BFLOAT16,
@@ -23,11 +23,11 @@ from tests.kernels.kernel_cases import (
     FLOAT64,
     Case,
     assert_all_same_bits,
-    check_all_finite,
     check_apply,
     check_compress,
     check_compress_without_gradients,
     check_dots,
+    check_norm_is_finite,
     tensors_of,
 )
 
@@ -93,7 +93,7 @@ def test_apply_agrees_with_the_definition(case):
 @cases
 def test_finite_agrees_with_the_definition(case):
     with simulate(case.arch, check_races=True) as simulator:
-        check_all_finite(triton_ops.all_finite, case, simulator.allow)
+        check_norm_is_finite(triton_ops.norm_is_finite, case, simulator.allow)
 
 
 @pytest.mark.parametrize(("dtype", "grads", "expected"), [f[1:] for f in FINITE], ids=[f[0] for f in FINITE])
@@ -102,7 +102,7 @@ def test_what_is_finite(dtype, grads, expected):
     with simulate(90) as simulator:
         for grad in grads:
             simulator.allow(grad)
-        assert triton_ops.all_finite(grads).item() == expected
+        assert triton_ops.norm_is_finite(grads).item() == expected
 
 
 @pytest.mark.parametrize("case", PORTABLE, ids=str)
@@ -121,7 +121,7 @@ def test_supports_that_hardly_meet():
     values[:, 7] = 1.5
     values[:, 63] = 2.0
     indices[:, 63] = indices[:, 7]
-    rows = [Rows(values, indices, blocks)]
+    rows = [SparseRows(values, indices, blocks)]
     with simulate(90) as simulator:
         for tensor in (values, indices):
             simulator.allow(tensor)
@@ -143,7 +143,7 @@ def simulated(*tensors, **options):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_warps_and_programs_does_not_matter(operations, seed):
     case = Case(30003, 4096, 0.05, window=5, slot=0)
-    numbers = [torch.tensor(x) for x in (0.75, -0.3, 0.9)]
+    update = Update(torch.linspace(-1.5, 2.0, 5), *(torch.tensor(x) for x in (0.75, -0.3, 0.9)))
 
     def run(schedule):
         rows, target, momentum, error, grad = (
@@ -151,7 +151,7 @@ def test_the_order_of_warps_and_programs_does_not_matter(operations, seed):
         )  # fmt: skip
         with simulated(*tensors_of([rows]), target, momentum, error, grad, schedule=schedule):
             products = operations.window_dots([rows], torch.tensor([2]))
-            operations.window_apply_([target], [momentum], [rows], torch.linspace(-1.5, 2.0, 5), *numbers)
+            operations.window_apply_([target], [momentum], [rows], update)
             triton_ops.compress_([grad], [error], [rows], torch.tensor([case.slot]), torch.tensor(True))
         return products, target, momentum, error, rows.values, rows.indices
 
@@ -165,7 +165,7 @@ def collide(density):
     indices = torch.stack([torch.arange(blocks.kept) + 37 * row for row in range(window)])[None].short()
     values = torch.randint(1, 9, indices.shape, generator=torch.Generator().manual_seed(0)).to(BFLOAT16)
     one = torch.ones(())
-    return [torch.zeros(4096)], [], [Rows(values, indices, blocks)], torch.ones(window), one, one, one
+    return [torch.zeros(4096)], [], [SparseRows(values, indices, blocks)], Update(torch.ones(window), one, one)
 
 
 def simulate_collision(operation, density, **options):
@@ -223,7 +223,11 @@ def test_tensors_that_begin_anywhere(shift):
     def moved(operation):
         def run(*arguments):
             def move(x):
-                return Rows(shifted(x.values), shifted(x.indices), x.blocks) if isinstance(x, Rows) else shifted(x)
+                return (
+                    SparseRows(shifted(x.values), shifted(x.indices), x.blocks)
+                    if isinstance(x, SparseRows)
+                    else shifted(x)
+                )
 
             there = [[move(x) if x is not None else None for x in a] if isinstance(a, list) else a for a in arguments]
             with simulate(90) as simulator:
@@ -239,7 +243,7 @@ def test_tensors_that_begin_anywhere(shift):
     def flat(arguments):
         found = []
         for x in (x for a in arguments if isinstance(a, list) for x in a if x is not None):
-            found += [x.values, x.indices] if isinstance(x, Rows) else [x]
+            found += [x.values, x.indices] if isinstance(x, SparseRows) else [x]
         return found
 
     check_compress(moved(triton_ops.compress_), case)
@@ -285,7 +289,7 @@ def test_addresses_are_computed_in_64_bits(monkeypatch, operators):
         with simulated(*tensors_of(rows), *grads, *errors, *targets, *momenta):
             operations = operators if there else reference
             products = operations.window_dots(rows, slot)
-            operations.window_apply_(targets, momenta, rows, torch.linspace(-1.5, 2.0, 7), one, one, one)
+            operations.window_apply_(targets, momenta, rows, Update(torch.linspace(-1.5, 2.0, 7), one, one, one))
             (triton_ops if there else reference).compress_(grads, errors, rows, slot, torch.tensor(True))
         results.append([products, *targets, *momenta, *errors, *tensors_of(rows)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5, equal_nan=True)

@@ -21,7 +21,7 @@ EVERY = tuple(OPERATIONS)
 TINY = Case(8 * 256, 5, 0.1, block_size=256)
 ODD = Case(7 * 63, 3, 0.05, block_size=63)
 IMPLEMENTATIONS = {
-    "all_finite": {"efcp", "definition"},
+    "norm_is_finite": {"efcp", "definition"},
     "compress_": {"efcp", "definition", "torch.topk", "published"},
     "window_dots": {"efcp", "definition", "torch.sparse", "published"},
     "window_apply_": {"efcp", "definition", "torch.sparse", "published"},
@@ -156,7 +156,7 @@ def test_a_wrong_result_that_took_long_breaks_nothing(
 def test_floors() -> None:
     floors = Case(1 << 20, 256, 0.01).floors
     row = 256 * 41 * 4  # blocks · k · (bfloat16 and int16)
-    assert floors["all_finite"] == 4 << 20
+    assert floors["norm_is_finite"] == 4 << 20
     assert floors["compress_"] == (12 << 20) + row
     assert floors["window_dots"] == 256 * row
     assert floors["window_apply_"] == 256 * row + (8 << 20)

@@ -296,7 +296,7 @@ def small(monkeypatch):
     def run(grads, *_):
         _double_kernel[(1,)](grads[0], grads[0], 4 * SIZE, SIZE=SIZE, num_warps=operations.num_warps)
 
-    operations = SimpleNamespace(all_finite=run, compress_=run, window_apply_=run, window_dots=lambda *_: None)
+    operations = SimpleNamespace(norm_is_finite=run, compress_=run, window_apply_=run, window_dots=lambda *_: None)
     operations.num_warps = 4
     monkeypatch.setattr(compile_report, "triton_ops", operations)
     monkeypatch.setattr(compile_report, "quick_cases", lambda: [Case(SIZE, 0.01, *[torch.float32] * 3, 4)])
@@ -329,25 +329,25 @@ def test_goes_on_where_it_was_interrupted(small, monkeypatch, tmp_path):
     cases = compile_report.quick_cases()
 
     def parts():
-        return compile_report.make_parts([SM90], cases, 1, tmp_path / "parts")
+        return compile_report.compile_all([SM90], cases, 1, tmp_path / "parts")
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    expected = compile_report.make_parts([SM90], cases, 1, None)
+    expected = compile_report.compile_all([SM90], cases, 1, None)
     small.window_dots = interrupt
     with pytest.raises(KeyboardInterrupt):
         parts()
-    small.all_finite = small.compress_ = interrupt  # these are done
+    small.norm_is_finite = small.compress_ = interrupt  # these are done
     small.window_dots = lambda *_: None
     assert [len(part.rows) for part in parts()] == [len(part.rows) for part in expected] == [1, 1, 0, 1]
 
 
 def test_processes_share_the_work(monkeypatch):
     """Each compiles with the operations as they are."""
-    monkeypatch.setattr(compile_report, "OPERATIONS", ("all_finite",))
+    monkeypatch.setattr(compile_report, "OPERATIONS", ("norm_is_finite",))
     cases = [Case(4096, 0.01, *[torch.float32] * 3, 4)]
-    ((first,), (second,)) = (part.rows for part in compile_report.make_parts([SM90, GFX942], cases, 2, None))
+    ((first,), (second,)) = (compiled.rows for compiled in compile_report.compile_all([SM90, GFX942], cases, 2, None))
     assert (first["kernel"], second["kernel"]) == ("_squares_kernel", "_squares_kernel")
     assert (first["target"], second["target"]) == (90, "gfx942")
 

@@ -9,18 +9,18 @@ import torch
 
 import efcp
 from efcp.perf import memory, models
-from efcp.perf.memory import Plan, largest_models, measure_here, measured, shampoo_bytes
+from efcp.perf.memory import Candidate, largest_models, measure_here, measured, shampoo_bytes
 
 CPU = torch.device("cpu")
 TINY = "tiny"
 SHAPES: models.Shapes = [(63, 100), (63,), (4097,)]
-PLANS = [
-    Plan(TINY, "SparseMFAC", {"window": 8, "density": 0.05}),
-    Plan(TINY, "SparseMFAC", {"window": 8, "density": 0.05, "error_dtype": "bfloat16", "value_dtype": "float32"}),
-    Plan(TINY, "LowRankMFAC", {"window": 8}),
-    Plan(TINY, "DenseMFAC", {"window": 8}),
-    Plan(TINY, "Adam"),
-    Plan(TINY, "SGD", {"momentum": 0.9}),
+CANDIDATES = [
+    Candidate(TINY, "SparseMFAC", {"window": 8, "density": 0.05}),
+    Candidate(TINY, "SparseMFAC", {"window": 8, "density": 0.05, "error_dtype": "bfloat16", "value_dtype": "float32"}),
+    Candidate(TINY, "LowRankMFAC", {"window": 8}),
+    Candidate(TINY, "DenseMFAC", {"window": 8}),
+    Candidate(TINY, "Adam"),
+    Candidate(TINY, "SGD", {"momentum": 0.9}),
 ]
 
 
@@ -29,34 +29,40 @@ def _tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(models.MODELS, TINY, lambda: SHAPES)
 
 
-@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: f"{plan.optimizer}-{len(plan.options)}")
-def test_measured_state_is_the_estimate(plan: Plan) -> None:
-    result = measure_here(plan, CPU)
-    assert result["state bytes"] == plan.estimate(SHAPES)
+@pytest.mark.parametrize(
+    "candidate", CANDIDATES, ids=lambda candidate: f"{candidate.optimizer}-{len(candidate.options)}"
+)
+def test_measured_state_is_the_estimate(candidate: Candidate) -> None:
+    result = measure_here(candidate, CPU)
+    assert result["state bytes"] == candidate.estimate(SHAPES)
     assert result["peak bytes"] is not None
     assert result["peak bytes"] > result["state bytes"]
 
 
 def test_state_of_adam_and_sgd_is_known() -> None:
     numel = models.numel(SHAPES)
-    assert Plan(TINY, "SGD", {"momentum": 0.9}).estimate(SHAPES) == 4 * numel
-    assert Plan(TINY, "Adam").estimate(SHAPES) == 8 * numel + 4 * len(SHAPES)  # and a step counter each
+    assert Candidate(TINY, "SGD", {"momentum": 0.9}).estimate(SHAPES) == 4 * numel
+    assert Candidate(TINY, "Adam").estimate(SHAPES) == 8 * numel + 4 * len(SHAPES)  # and a step counter each
 
 
 def test_a_process_of_its_own_sees_the_state_grow() -> None:
-    plan = Plan("ResNet-18, 11.7M", "SGD", {"momentum": 0.9})
-    result = measured(plan, CPU)
+    candidate = Candidate("ResNet-18, 11.7M", "SGD", {"momentum": 0.9})
+    result = measured(candidate, CPU)
     assert result["state bytes"] == 4 * 11_689_512
     assert 0.9 < result["resident bytes"] / result["state bytes"] < 2
 
 
 def test_a_failure_is_told() -> None:
-    assert "has no attribute 'Nadir'" in measured(Plan("CNN, 95k", "Nadir"), CPU)["status"]
+    assert "has no attribute 'Nadir'" in measured(Candidate("CNN, 95k", "Nadir"), CPU)["status"]
 
 
 def test_the_csv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "plans", lambda quick: [(plan, number < 2) for number, plan in enumerate(PLANS)])
-    monkeypatch.setattr(memory, "measured", lambda plan, device: measure_here(Plan(**asdict(plan)), device))
+    monkeypatch.setattr(
+        memory, "candidates", lambda quick: [(candidate, number < 2) for number, candidate in enumerate(CANDIDATES)]
+    )
+    monkeypatch.setattr(
+        memory, "measured", lambda candidate, device: measure_here(Candidate(**asdict(candidate)), device)
+    )
     memory.measure(CPU, tmp_path / "memory.csv", quick=True)
     frame = pd.read_csv(tmp_path / "memory.csv")
     assert list(frame.columns) == memory.COLUMNS

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from efcp.kernels import Blocks, Rows
+from efcp.kernels import Blocks, SparseRows, Update
 from efcp.kernels.triton import portable
 from efcp.perf.gpu.offline import GPUTarget, compile_for
 
@@ -33,9 +33,9 @@ def test_the_barrier_between_rows_orders_global_memory(target):
     """
     blocks, one = Blocks(4096, 4096, 0.1), torch.ones(())
     values = torch.zeros(1, 4, blocks.kept)
-    rows = [Rows(values, values.to(blocks.index_dtype), blocks)]
+    rows = [SparseRows(values, values.to(blocks.index_dtype), blocks)]
     with compile_for(TARGETS[target]) as compiled:
-        portable.window_apply_([torch.zeros(4096)], [], rows, torch.ones(4), one, one, one)
+        portable.window_apply_([torch.zeros(4096)], [], rows, Update(torch.ones(4), one, one))
     assert compiled[0].num_warps > 1
     code = compiled[0].stages["llir"].read_text()
     fenced = r'fence syncscope\("workgroup"\) release.*\n.*@llvm\.amdgcn\.s\.barrier\(\).*\n.*("workgroup"\) acquire)'

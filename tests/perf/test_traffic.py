@@ -14,7 +14,7 @@ if reason := why_unavailable():
 import triton
 import triton.language as tl
 
-from efcp.kernels import Blocks, Rows
+from efcp.kernels import Blocks, SparseRows
 from efcp.perf.gpu import traffic
 from efcp.perf.gpu.traffic import Window, count, overlap, random_window
 
@@ -65,11 +65,11 @@ def test_overlap_by_hand():
     indices = torch.tensor([[[0, 1], [1, 3], [2, 3], [1, 2]]] * 4, dtype=torch.int16)
     values = torch.ones(4, 4, 2)
     values[:, 1, 1] = 0
-    shares = overlap(Window(Rows(values, indices, Blocks(16, 4, 0.5)), 1))
+    shares = overlap(Window(SparseRows(values, indices, Blocks(16, 4, 0.5)), 1))
     assert shares.entries_met == pytest.approx(2 / 6)  # element 1, in rows 0 and 3
     assert (shares.groups_of_8, shares.groups_of_16) == (1, 1)  # 8 entries are a block
     indices[1:, 0], indices[1:, 3] = torch.tensor([0, 2]), torch.tensor([0, 3])
-    shares = overlap(Window(Rows(values, indices, Blocks(16, 4, 0.5)), 1))
+    shares = overlap(Window(SparseRows(values, indices, Blocks(16, 4, 0.5)), 1))
     assert (shares.groups_of_8, shares.groups_of_16) == (1 / 4, 1 / 2)
 
 

@@ -1,0 +1,30 @@
+"""The numbers of `window_apply_`: how the rows of a window become an update, and an update a step of the parameters."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Update(NamedTuple):
+    """target ← target_factor · target + update_factor · u, with u = Σᵢ weightsᵢ · Gᵢ over the rows Gᵢ of a window.
+
+    With momenta (heavy ball): momentum ← momentum_factor · momentum + u, and the target follows the momentum in place
+    of u. All are tensors on the targets' device, floating point: weights (m,), factors ().
+    """
+
+    weights: Tensor
+    target_factor: Tensor
+    update_factor: Tensor
+    momentum_factor: Tensor | None = None  # with momenta, and only there
+
+    def factors(self, with_momenta: bool) -> dict[str, Tensor]:
+        """The factors by name.
+
+        Raises:
+            ValueError: where the factor of momenta is missing, or is given without them.
+        """
+        if (self.momentum_factor is not None) != with_momenta:
+            allowed = "be a tensor where there are momenta" if with_momenta else "be None without momenta"
+            raise ValueError(f"momentum_factor must {allowed}, got {self.momentum_factor!r}")
+        factors = {"target_factor": self.target_factor, "update_factor": self.update_factor}
+        return factors if self.momentum_factor is None else {**factors, "momentum_factor": self.momentum_factor}

@@ -11,20 +11,92 @@ Versions of the state, in `version` of what all parameters share:
     1  dtypes by name in param groups
 """
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from efcp.checks import plain
+from efcp.gram import check_gram
+from efcp.options import check_keys, check_options, made_from
+from efcp.parameter_sets import fill
+from efcp.preconditioners import Preconditioner
+from efcp.shared_state import VERSION, allocate_shared
+from efcp.windows import Compressor
 
-VERSION = 1  # of the states that are written
 NAMED = 3  # in a warning
 COUNTERS = ("step", "skipped_steps", "skipped_in_a_row", "imprecise_steps")
 SINCE_VERSION_1 = ("skipped_in_a_row", "imprecise_steps", "pending", "version")
 WINDOWS_OF_VERSION_0 = {"values", "left", "rows"}
+
+
+def checked(
+    state_dict: dict[str, Any],
+    own_groups: Sequence[dict[str, Any]],
+    compressor: Compressor,
+    preconditioner: Preconditioner,
+    defaults: dict[str, Any],
+    optimizer: str,
+) -> dict[str, Any]:
+    """A state dict as this version would have written it, its tensors protected from casting by `Exact`.
+
+    Args:
+        state_dict: the state to load, which stays as it is.
+        own_groups: the param groups of the optimizer that loads it.
+        compressor, preconditioner: of that optimizer.
+        defaults: of the options that are neither's.
+        optimizer: its name, for messages.
+
+    Raises:
+        ValueError: if the state does not fit the optimizer, or is damaged.
+    """
+    check_structure(state_dict)
+    check_same("state_dict", "the number of param groups", len(state_dict["param_groups"]), len(own_groups))
+    groups, states = [], dict[Any, dict[str, Any]]()
+    shared = allocate_shared(own_groups[0]["window"], preconditioner, torch.device("meta"))
+    defaults = {**defaults, **_defaults(compressor), **_defaults(preconditioner)}
+    names = (*defaults, *compressor.options, *preconditioner.options)
+    params = {key for group in state_dict["param_groups"] for key in group["params"]}
+    check_version(saved for key, saved in state_dict["state"].items() if key in params)
+    homes = [key for key, saved in state_dict["state"].items() if key in params and "gram" in saved]
+    for number, (saved_group, group) in enumerate(zip(state_dict["param_groups"], own_groups, strict=True)):
+        where = f"param_groups[{number}]"
+        of_group = made_from(compressor, group)
+        check_same(where, "the number of parameters", len(saved_group["params"]), len(group["params"]))
+        for part in (of_group, preconditioner):
+            check_kind(where, saved_group, part)
+        check_keys(where, optimizer, saved_group.items(), names)
+        loaded = with_defaults(saved_group, group, defaults)
+        check_fixed(where, loaded, group, ["window", *compressor.options, *preconditioner.fixed])
+        groups.append(loaded)
+        for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
+            here = f"{where}, parameter {position}"
+            if key not in state_dict["state"]:
+                continue
+            saved = upgraded(state_dict["state"][key], shared if key in homes else {}, p)
+            expected = dict(shared) if key in homes else {}
+            if "numel" in saved:
+                used = {"momentum": "momentum" in saved, "beta1": "average" in saved, "window": group["window"]}
+                fill(expected, torch.empty_like(p, device="meta"), used, of_group, set(shared))
+            check_tensors(here, saved, expected)
+            if key in homes:
+                check_gram(here, {name: saved[name] for name in shared})
+            if "numel" in saved:
+                of_group.check(here, {name: saved[name] for name in expected.keys() - shared.keys()}, p)
+            states[key] = saved
+    if len(homes) != 1 and (homes or any("numel" in saved for saved in states.values())):
+        raise ValueError(f"state_dict: there must be one Gram matrix, got {len(homes)}; the state is damaged")
+    check_options(groups, compressor, preconditioner)
+    others = {key: saved for key, saved in state_dict["state"].items() if key not in params}
+    exact = {key: Exact(saved) for key, saved in states.items()}
+    return {**state_dict, "param_groups": groups, "state": {**others, **exact}}
+
+
+def _defaults(part: Compressor | Preconditioner) -> dict[str, Any]:
+    """The defaults of the options that have one; those of a user's compressor or preconditioner need not."""
+    return {field.name: plain(field.default) for field in fields(part) if field.default is not MISSING}
 
 
 class HasOptions(Protocol):
@@ -54,12 +126,6 @@ def _copied(value: Any, device: torch.device) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_copied(item, device) for item in value)
     return value
-
-
-def check_state_names(part: HasOptions, state: dict[str, Any], taken: set[str]) -> None:
-    """Raises ValueError if a compressor or preconditioner gives its state names that are used for other things."""
-    if clash := sorted(taken & state.keys()):
-        raise ValueError(f"the state of {type(part).__name__} must not have names that are taken: {', '.join(clash)}")
 
 
 def check_same(where: str, name: str, saved: Any, own: Any) -> None:
@@ -184,18 +250,3 @@ def check_tensors(where: str, saved: dict[str, Any], expected: dict[str, Any]) -
             check_same(where, f"the type of {name}", type(value).__name__, type(own).__name__)
             if name == "numel":
                 check_same(where, "the number of elements", value, own)
-
-
-def check_content(where: str, name: str, holds: bool | Tensor, allowed: str) -> None:
-    """Raises ValueError unless what a state holds is allowed."""
-    if not holds:
-        raise ValueError(f"{where}: {name} must {allowed}; the state is damaged")
-
-
-def check_numbers(where: str, state: dict[str, Any]) -> None:
-    """Checks that tensors are finite, and that numbers are, and not negative."""
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            check_content(where, name, value.isfinite().all(), "be finite")
-        else:
-            check_content(where, name, 0 <= value < math.inf, "be finite and not negative")

@@ -1,8 +1,10 @@
 """Checks of arguments: errors that name the argument, what is allowed, and the value."""
 
+import math
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def require(condition: bool, name: str, allowed: str, value: Any) -> None:
@@ -48,3 +50,18 @@ def from_plain(value: Any) -> Any:
     """The dtype that a name such as "float32" stands for; any other value as it is."""
     dtype = getattr(torch, value, None) if isinstance(value, str) else None
     return dtype if isinstance(dtype, torch.dtype) else value
+
+
+def check_content(where: str, name: str, holds: bool | Tensor, allowed: str) -> None:
+    """Raises ValueError unless what a state holds is allowed."""
+    if not holds:
+        raise ValueError(f"{where}: {name} must {allowed}; the state is damaged")
+
+
+def check_numbers(where: str, state: dict[str, Any]) -> None:
+    """Checks that tensors are finite, and that numbers are, and not negative."""
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            check_content(where, name, value.isfinite().all(), "be finite")
+        else:
+            check_content(where, name, 0 <= value < math.inf, "be finite and not negative")

@@ -9,26 +9,25 @@ need u itself. It is recomputed from the windows, one parameter at a time.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from efcp.gram import Gram
 from efcp.kernels import Update, accumulation_dtype
-from efcp.parameters import Member
+from efcp.parameter_sets import ParameterSet
 
 QUANTILES = {"scaling_q25": 0.25, "scaling_q50": 0.5, "scaling_q75": 0.75}
 
 
-def norms_and_rotation(gram: Gram, members: Iterable[Member]) -> dict[str, float | None]:
+def norms_and_rotation(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, float | None]:
     """The norms of g, c, e and u, and cos(c, u). `EFCP.diagnostics` says what each key means.
 
     Args:
         gram: the Gram matrix, with the weights of the newest update.
-        members: all parameters that have a window.
+        sets: all parameters that have a window.
     """
-    members = list(members)
     S, weights = gram.matrix, gram.state["weights"]
     slot = (gram.state["step"] - 1) % len(S)
     product = S @ weights
@@ -36,15 +35,15 @@ def norms_and_rotation(gram: Gram, members: Iterable[Member]) -> dict[str, float
     compressed, update, inner = squares.tolist()
     lengths = math.sqrt(compressed) * math.sqrt(update)
     return {
-        "grad_norm": _norm([m.param.grad for m in members if m.param.grad is not None]),
+        "grad_norm": _norm([p.grad for s in sets for p in s.params if p.grad is not None]),
         "compressed_norm": math.sqrt(compressed),
-        "error_norm": _norm([m.state["error"] for m in members if "error" in m.state]) or 0.0,
+        "error_norm": _norm([state["error"] for s in sets for state in s.states if "error" in state]) or 0.0,
         "update_norm": math.sqrt(update),
         "cosine": max(-1.0, min(1.0, inner / lengths)) if lengths > 0 else None,
     }
 
 
-def scaling_quantiles(gram: Gram, members: Iterable[Member]) -> dict[str, float | None]:
+def scaling_quantiles(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, float | None]:
     """Quantiles of |u/g| over the entries with g ≠ 0. `EFCP.diagnostics` says what each key means.
 
     They are exact, and only the ratios of one parameter are in memory at a time. Non-negative float32 numbers have the
@@ -53,10 +52,10 @@ def scaling_quantiles(gram: Gram, members: Iterable[Member]) -> dict[str, float 
 
     Args:
         gram: the Gram matrix, with the weights of the newest update.
-        members: all parameters that have a window. Those without a gradient are left out.
+        sets: each parameter that has a window by itself. Those without a gradient are left out.
     """
-    members, weights = [m for m in members if m.param.grad is not None], gram.state["weights"]
-    upper = _count(keys >> 16 for keys in _ratio_bits(members, weights))
+    sets, weights = [s for s in sets if s.params[0].grad is not None], gram.state["weights"]
+    upper = _count(keys >> 16 for keys in _ratio_bits(sets, weights))
     total = int(upper.sum())
     if total == 0:
         return dict.fromkeys(QUANTILES)
@@ -65,7 +64,7 @@ def scaling_quantiles(gram: Gram, members: Iterable[Member]) -> dict[str, float 
     bins = torch.searchsorted(ends, wanted, right=True)
     wanted -= ends[bins] - upper[bins]  # ranks within the bins
     lower = [torch.zeros(1 << 16, dtype=torch.int64, device="cpu") for _ in QUANTILES]
-    for keys in _ratio_bits(members, weights):
+    for keys in _ratio_bits(sets, weights):
         for counts, chosen in zip(lower, bins.tolist(), strict=True):
             counts += _count([keys[keys >> 16 == chosen] & 0xFFFF])
     low = torch.stack([torch.searchsorted(c.cumsum(0), w, right=True) for c, w in zip(lower, wanted, strict=True)])
@@ -80,14 +79,14 @@ def _norm(tensors: list[Tensor]) -> float | None:
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
 
 
-def _ratio_bits(members: list[Member], weights: Tensor) -> Iterator[Tensor]:
+def _ratio_bits(sets: Sequence[ParameterSet], weights: Tensor) -> Iterator[Tensor]:
     """The bits of |u/g| as float32, parameter by parameter: (entries with g ≠ 0,) int32."""
-    for member in members:
-        param = member.param
+    for single in sets:
+        (param,) = single.params
         assert param.grad is not None
         grad = param.grad.reshape(-1).to(accumulation_dtype(param.dtype))
         update, one = torch.zeros_like(grad), torch.ones((), dtype=torch.float64, device=param.device)
-        member.window.apply_([update], [], Update(weights.to(param.device), one, one))
+        single.window.apply_([update], [], Update(weights.to(param.device), one, one))
         yield (update / grad)[grad != 0].abs().float().view(torch.int32)
 
 

@@ -1,4 +1,4 @@
-"""The Gram matrix S = G Gᵀ of the whole window, as a ring buffer, and whether it still matches the windows.
+"""The Gram matrix S = G Gᵀ of the whole window, as a ring buffer.
 
 Row and column `slot` belong to the gradient that was written there last; slots are filled in turn. A step replaces one
 row of the window, hence one row and column of S. State:
@@ -11,16 +11,14 @@ row of the window, hence one row and column of S. State:
     pending            bool             from when a step starts to change windows until it ends; S is unknown meanwhile
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efcp.checkpoint import check_content, check_numbers
-from efcp.checks import require
+from efcp.checks import check_content, check_numbers, require
 from efcp.kernels import is_fake
 
 ROUNDING = 1e-9  # of the inner product of two rows, in their lengths: sums in another order differ by less
@@ -120,37 +118,3 @@ class Gram:
 def is_on_cpu(tensor: Tensor) -> bool:
     """Whether the host can read a number of a tensor without waiting for a device."""
     return tensor.is_cpu and not is_fake(tensor)
-
-
-class Origin:
-    """The windows that a Gram matrix was computed from: which tensors of which parameters, and in which version.
-
-    This notices parameters that leave, and states that are deleted, replaced or written from outside: PyTorch raises a
-    tensor's version at each write, the kernels here do not.
-
-    Args:
-        windows: parameters, each with the tensors of its window.
-    """
-
-    def __init__(self, windows: Iterable[tuple[Tensor, Sequence[Tensor]]] = ()) -> None:
-        self._seen = {
-            id(param): (param, [weakref.ref(tensor) for tensor in tensors], _versions(tensors))
-            for param, tensors in windows
-        }
-
-    def changed(self, windows: Iterable[tuple[Tensor, Sequence[Tensor]]]) -> list[Tensor]:
-        """The parameters whose windows have come, gone or changed since."""
-        changed, gone = [], dict(self._seen)
-        for param, tensors in windows:
-            _, seen, versions = gone.pop(id(param), (param, [], []))
-            same = len(seen) == len(tensors) and versions == _versions(tensors)
-            if not (same and all(ref() is tensor for ref, tensor in zip(seen, tensors, strict=True))):
-                changed.append(param)
-        return changed + [param for param, _, _ in gone.values()]
-
-
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    try:
-        return [tensor._version for tensor in tensors]
-    except RuntimeError:  # inference tensors have none
-        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -16,7 +16,6 @@ import inspect
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
 from functools import partial, reduce
 from itertools import chain
 from typing import Any
@@ -25,31 +24,18 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from efcp.checkpoint import (
-    VERSION,
-    Exact,
-    check_fixed,
-    check_kind,
-    check_same,
-    check_state_names,
-    check_structure,
-    check_tensors,
-    check_version,
-    other_names,
-    upgraded,
-    with_defaults,
-)
-from efcp.checks import from_plain, plain, require, require_integer, require_number
+from efcp.checkpoint import Exact, check_tensors, checked, other_names
+from efcp.checks import plain, require
 from efcp.diagnostics import norms_and_rotation, scaling_quantiles
-from efcp.gram import Gram, Origin, allocate_gram, check_gram
+from efcp.gram import Gram, allocate_gram, check_gram
 from efcp.lookout import Lookout
-from efcp.options import check_keys, check_parts
-from efcp.parameters import Member, ParameterSet, check_gradient, check_parameter, check_state, new_tensors_are_fake
+from efcp.options import OPTIONS, agreed, agreed_preconditioner, check_keys, check_options, check_parts, made_from
+from efcp.parameter_sets import ParameterSet, dtypes, fill
+from efcp.parameters import check_gradient, check_parameter, check_state, names, new_tensors_are_fake
 from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
 from efcp.preconditioners import MFAC, Preconditioner
+from efcp.shared_state import Origin, allocate_shared, show
 from efcp.windows import Compressor, TopK
-
-OPTIONS = ("lr", "window", "momentum", "beta1", "weight_decay", "max_update_norm", "maximize")
 
 
 class EFCP(Optimizer):
@@ -97,7 +83,7 @@ class EFCP(Optimizer):
         maximize: bool = False,
     ) -> None:
         refuse_zero_redundancy_optimizer()
-        check_parts(compressor, preconditioner, OPTIONS)
+        check_parts(compressor, preconditioner)
         self.compressor, self.preconditioner = compressor, preconditioner
         self.shared: dict[str, Any] = {}
         self._origin, self._lookout = Origin(), Lookout()
@@ -138,7 +124,8 @@ class EFCP(Optimizer):
         if not self.param_groups:
             return loss
         self._check_tensors()
-        max_update_norm, preconditioner = self._agreed("max_update_norm"), self._agreed_preconditioner()
+        max_update_norm = agreed(self.param_groups, "max_update_norm")
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         if all(p.grad is None for p in self._params()):
             return loss
 
@@ -147,7 +134,8 @@ class EFCP(Optimizer):
         self._check_windows(changed)
         adopted = self._adopt_shared(windows, changed)
         shared = self._gram().state  # before windows that belong to it
-        sets = self._parameter_sets()
+        self._fill(all_parameters=False)
+        sets = self._sets()
         gram = Gram(shared, max(s.rounding for s in sets))
         if changed or gram.state["pending"]:
             self._mend(gram, sets, adopted)
@@ -157,7 +145,7 @@ class EFCP(Optimizer):
         slot = gram.next_slot(finite)
         for s in sets:
             s.push(slot, finite)
-        gram.replace(slot, self._dots(gram, sets, slot))
+        gram.replace(slot, _dots(gram, sets, slot))
         weights = preconditioner.weights(gram, slot)
         gram.state["pending"] = False
         if sum(len(s.params) for s in sets) > len(windows):  # some are new
@@ -180,7 +168,7 @@ class EFCP(Optimizer):
         A step of M-FAC that is replayed from a CUDA graph does not: call this once in `window` replays, or rounding
         errors gather.
         """
-        self._agreed_preconditioner().refresh(self._gram())
+        agreed_preconditioner(self.param_groups, self.preconditioner).refresh(self._gram())
 
     @property
     def skipped_steps(self) -> int:
@@ -210,10 +198,10 @@ class EFCP(Optimizer):
                 scaling_q25, scaling_q50, scaling_q75: quantiles of |u/g| over all entries with g ≠ 0; of N sorted
                     numbers the quantile q is number ⌊q (N − 1)⌋, counted from 0.
         """
-        gram = Gram(self.shared or allocate_gram(self._agreed("window"), next(self._params()).device))
-        members = list(self._members())
-        result = norms_and_rotation(gram, members)
-        return {**result, **scaling_quantiles(gram, members)} if quantiles else result
+        own = self.shared or allocate_gram(agreed(self.param_groups, "window"), next(self._params()).device)
+        gram, sets = Gram(own), self._sets(alone=True)
+        result = norms_and_rotation(gram, sets)
+        return {**result, **scaling_quantiles(gram, sets)} if quantiles else result
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -226,7 +214,7 @@ class EFCP(Optimizer):
                 group[name] = plain(group[name])
             refuse_deepspeed_parameters(group["params"])
             self._check_params(group["params"])
-            self._check_options([self.param_groups[0], group])
+            check_options([self.param_groups[0], group], self.compressor, self.preconditioner)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -244,21 +232,23 @@ class EFCP(Optimizer):
             ValueError: for a state of another window, compressor, preconditioner or model, and for a damaged one; it
                 says what is wrong, and nothing has been changed.
         """
-        names = ""
+        warning = ""
 
         def check(_: Optimizer, loaded: dict[str, Any]) -> dict[str, Any]:
-            nonlocal names
-            checked = self._checked(loaded)
-            names = other_names(loaded["param_groups"], self.param_groups)
-            return checked
+            nonlocal warning
+            preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
+            own = self.param_groups, self.compressor, preconditioner, _defaults()
+            fitting = checked(loaded, *own, type(self).__name__)
+            warning = other_names(loaded["param_groups"], self.param_groups)
+            return fitting
 
         handle = self.register_load_state_dict_pre_hook(check)  # after those of users
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
-        if names:
-            warnings.warn(names, stacklevel=2)
+        if warning:
+            warnings.warn(warning, stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the optimizer, with `shared` in the state of the first parameter that has a window.
@@ -288,17 +278,14 @@ class EFCP(Optimizer):
         if "shared" not in state:  # of load_state_dict
             homes = (own for param, own in self.state.items() if isinstance(param, Tensor) and "gram" in own)
             home = next(homes, None)
-            self.shared = {name: home[name] for name in self._allocate_shared(torch.device("meta"))} if home else {}
+            self.shared = {name: home[name] for name in self._new_shared(torch.device("meta"))} if home else {}
         self.defaults.pop("differentiable", None)  # else it would be an option of groups to come
         self._origin, self._lookout = Origin(self._windows()), Lookout()
 
     def allocate_state(self) -> None:
         """Allocates all state now, instead of when a parameter has its first gradient."""
         self._gram()
-        for group in self.param_groups:
-            compressor = self._compressor_of(group)
-            for p in group["params"]:
-                self._fill(self.state[p], p, group, compressor)
+        self._fill(all_parameters=True)
         windows = self._windows()
         self._origin = Origin(windows)
         self._show_shared(windows)
@@ -308,107 +295,64 @@ class EFCP(Optimizer):
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
-    def _agreed(self, name: str, groups: list[dict[str, Any]] | None = None) -> Any:
-        """The value of an option on which all param groups must agree."""
-        values = [group[name] for group in groups or self.param_groups]
-        require(all(v == values[0] for v in values), name, "be the same in all param groups", values)
-        return values[0]
-
-    def _agreed_preconditioner(self, groups: list[dict[str, Any]] | None = None) -> Preconditioner:
-        options = {name: from_plain(self._agreed(name, groups)) for name in self.preconditioner.options}
-        return type(self.preconditioner)(**options)
-
-    def _compressor_of(self, group: dict[str, Any]) -> Compressor:
-        return type(self.compressor)(**{name: from_plain(group[name]) for name in self.compressor.options})
-
-    def _gram(self) -> Gram:
-        """The Gram matrix, on the device of the first parameter."""
-        window_size, device = self._agreed("window"), next(self._params()).device
-        if not self.shared:
-            self.shared.update(self._allocate_shared(device))
-        for name, value in self.shared.items():
-            if isinstance(value, Tensor) and value.device != device:
-                self.shared[name] = value.to(device)
-        require(
-            len(self.shared["gram"]) == window_size,
-            "window",
-            f"stay what it was, {len(self.shared['gram'])}",
-            window_size,
-        )
-        return Gram(self.shared)
-
-    def _parameter_sets(self) -> list[ParameterSet]:
-        """The parameters that have a window; those with a first gradient get theirs."""
-        sets = []
+    def _with_windows(self) -> Iterator[tuple[dict[str, Any], Compressor, Tensor, dict[str, Any]]]:
+        """The parameters that have a window by now: param group, compressor, parameter, state of each."""
         for group in self.param_groups:
-            compressor, alike = self._compressor_of(group), defaultdict[Any, list[Tensor]](list)
-            for p in group["params"]:
-                if p.grad is not None or compressor.row_names(p)[0] in self.state.get(p, {}):
-                    self._fill(self.state[p], p, group, compressor)
-                    alike[p.device, p.dtype, self._dtypes(p)].append(p)
-            sets += [ParameterSet(group, compressor, some, [self.state[p] for p in some]) for some in alike.values()]
-        return sets
-
-    def _dtypes(self, param: Tensor) -> tuple[torch.dtype | None, ...]:
-        """The dtypes of gradient, error, momentum and average. They may differ from the parameter's."""
-        state = self.state[param]
-        own = (state[name].dtype for name in ("error", "momentum", "average") if name in state)
-        return (None if param.grad is None else param.grad.dtype), *own
-
-    def _members(self) -> Iterator[Member]:
-        """The parameters that have a window by now."""
-        for group in self.param_groups:
-            compressor = self._compressor_of(group)
+            compressor = made_from(self.compressor, group)
             for p in group["params"]:
                 state = self.state.get(p, {})
                 if compressor.row_names(p)[0] in state:
-                    yield Member(p, state, compressor)
+                    yield group, compressor, p, state
 
-    # ---- state
-
-    def _allocate_shared(self, device: torch.device) -> dict[str, Any]:
-        """New state that all parameters share."""
-        window_size = self._agreed("window")
-        with torch.inference_mode(False):
-            gram, own = allocate_gram(window_size, device), self._agreed_preconditioner().allocate(window_size, device)
-        check_state_names(self.preconditioner, own, {*gram, "version"})
-        return {**gram, **own, "version": VERSION}
-
-    def _fill(self, state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor) -> None:
-        """Allocates what a parameter's state lacks: window, momentum, average."""
-        if compressor.row_names(param)[0] not in state:
-            with torch.inference_mode(False):  # else no later step outside inference mode could update it
-                rows = compressor.allocate(param, group["window"])
-            check_state_names(compressor, rows, self._shared_names() | {"numel", "momentum", "average"})
-            state.update({**rows, "numel": param.numel()})  # all or nothing
-        for name, decay in (("momentum", group["momentum"]), ("average", group["beta1"])):
-            if decay > 0 and name not in state:
-                with torch.inference_mode(False):
-                    state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
-
-    def _shared_names(self) -> set[str]:
-        meta = torch.device("meta")
-        return {*allocate_gram(1, meta), *self.preconditioner.allocate(1, meta), "version"}
-
-    @staticmethod
-    def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor) -> Tensor:
-        """The inner products of all rows with row `slot`, summed over all parameters."""
-        return reduce(torch.add, gram.on_its_device(s.dots(slot) for s in sets))
+    def _sets(self, alone: bool = False) -> list[ParameterSet]:
+        """The parameters that have a window, those together whose kernels can be launched together; or each alone."""
+        alike: dict[Any, tuple[dict[str, Any], Compressor, list[Tensor], list[dict[str, Any]]]] = {}
+        for group, compressor, p, state in self._with_windows():
+            key = p if alone else (id(group), p.device, p.dtype, dtypes(p, state))
+            _, _, params, states = alike.setdefault(key, (group, compressor, [], []))
+            params.append(p)
+            states.append(state)
+        return [ParameterSet(*arguments) for arguments in alike.values()]
 
     def _windows(self) -> list[tuple[Tensor, list[Tensor]]]:
         """The parameters that have a window by now, each with the tensors of it."""
-        return [(m.param, [m.state[name] for name in m.compressor.row_names(m.param)]) for m in self._members()]
+        return [(p, [state[name] for name in c.row_names(p)]) for _, c, p, state in self._with_windows()]
+
+    def _gram(self) -> Gram:
+        """The Gram matrix, on the device of the first parameter."""
+        window_size, device = agreed(self.param_groups, "window"), next(self._params()).device
+        if not self.shared:
+            self.shared.update(self._new_shared(device))
+        for name, value in self.shared.items():
+            if isinstance(value, Tensor) and value.device != device:
+                self.shared[name] = value.to(device)
+        own = len(self.shared["gram"])
+        require(own == window_size, "window", f"stay what it was, {own}", window_size)
+        return Gram(self.shared)
+
+    # ---- state
+
+    def _new_shared(self, device: torch.device) -> dict[str, Any]:
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
+        return allocate_shared(agreed(self.param_groups, "window"), preconditioner, device)
+
+    def _fill(self, all_parameters: bool) -> None:
+        """Allocates what states lack, of parameters that have a gradient or a window; or of all."""
+        for group in self.param_groups:
+            compressor = made_from(self.compressor, group)
+            for p in group["params"]:
+                if all_parameters or p.grad is not None or compressor.row_names(p)[0] in self.state.get(p, {}):
+                    fill(self.state[p], p, group, compressor, set(self.shared))
 
     def _check_windows(self, changed: list[Tensor]) -> None:
         """Checks windows that something else than a step has written, the way loaded states are checked."""
         if not changed:
             return
-        written, called = set(changed), dict(self._names())
-        for member in self._members():
-            if member.param in written:
-                names = (*member.compressor.row_names(member.param), "error")
-                own = {name: member.state[name] for name in names if name in member.state}
-                member.compressor.check(called[member.param], own, member.param)
+        written, called = set(changed), dict(names(self.param_groups))
+        for _, compressor, p, state in self._with_windows():
+            if p in written:
+                own = {name: state[name] for name in (*compressor.row_names(p), "error") if name in state}
+                compressor.check(called[p], own, p)
 
     def _adopt_shared(self, windows: list[tuple[Tensor, list[Tensor]]], changed: list[Tensor]) -> bool:
         """Adopts the shared state found in a parameter's state if all states were replaced; returns whether it did.
@@ -420,7 +364,7 @@ class EFCP(Optimizer):
         shown = [self.state[p] for p, _ in windows if "gram" in self.state[p]]
         if len(shown) != 1 or shown[0]["gram"] is self.shared.get("gram"):
             return False
-        expected = self._allocate_shared(torch.device("meta"))
+        expected = self._new_shared(torch.device("meta"))
         check_tensors("optimizer.state", shown[0], expected)
         check_gram("optimizer.state", {name: shown[0][name] for name in expected})
         self.shared = {name: shown[0][name] for name in expected}
@@ -433,21 +377,16 @@ class EFCP(Optimizer):
         """
         shown = gram.matrix.clone() if adopted and not gram.state["pending"] else None
         gram.state["pending"] = True
-        gram.recompute(lambda slot: self._dots(gram, sets, slot))
+        gram.recompute(lambda slot: _dots(gram, sets, slot))
         if shown is not None and gram.agrees_with(shown):
             gram.matrix.copy_(shown)
         else:
-            self._agreed_preconditioner().refresh(gram)
+            agreed_preconditioner(self.param_groups, self.preconditioner).refresh(gram)
 
     def _show_shared(self, windows: list[tuple[Tensor, list[Tensor]]]) -> None:
-        """Puts `shared` into the state of the first parameter that has a window, and takes it from all others."""
         home = windows[0][0] if windows else next(self._params(), None)
-        for param, state in self.state.items():
-            if param is not home and isinstance(param, Tensor) and "gram" in state:
-                for name in sorted(self.shared, key="gram".__eq__):  # by which it is known, last
-                    state.pop(name, None)
         if home is not None:
-            self.state[home].update(self.shared)
+            show(self.shared, self.state, home)
 
     def _mark_changes(self) -> None:
         """Records in `pending` whether windows have changed since S was computed. Called before a state is saved."""
@@ -456,48 +395,20 @@ class EFCP(Optimizer):
             self.shared["pending"] |= bool(self._origin.changed(windows))
             self._show_shared(windows)
 
+    # ---- checks
+
     def _name(self, param: Tensor) -> str:
         """What errors call a parameter."""
-        return next((name for p, name in self._names() if p is param), "a parameter of no param group")
-
-    def _names(self) -> Iterator[tuple[Tensor, str]]:
-        """What errors call each parameter."""
-        for number, group in enumerate(self.param_groups):
-            names = dict(enumerate(group.get("param_names", ())))  # fewer where users have added to params
-            for position, p in enumerate(group["params"]):
-                name = f" ({names[position]})" if position in names else ""
-                yield p, f"param_groups[{number}], parameter {position}{name}"
+        return next((name for p, name in names(self.param_groups) if p is param), "a parameter of no param group")
 
     def _non_finite(self) -> list[str]:
         """The names of parameters with an Inf or NaN in the gradient. Waits for the device."""
-        return [name for p, name in self._names() if p.grad is not None and not p.grad.isfinite().all()]
+        known = names(self.param_groups)
+        return [name for p, name in known if p.grad is not None and not p.grad.isfinite().all()]
 
-    # ---- checks
-
-    def _check_options(self, groups: list[dict[str, Any]]) -> None:
-        for group in groups:
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                require(lr.numel() == 1, "lr", "have one element", lr)
-            else:
-                require_number("lr", lr, 0)
-            require_number("momentum", group["momentum"], 0, 1)
-            require_number("beta1", group["beta1"], 0, 1)
-            require_number("weight_decay", group["weight_decay"], 0)
-            require_integer("window", group["window"], 1)
-            require(isinstance(group["maximize"], bool), "maximize", "be True or False", group["maximize"])
-            if group["max_update_norm"] is not None:
-                require_number("max_update_norm", group["max_update_norm"], 0, open_low=True)
-            self._compressor_of(group)
-        self._agreed("max_update_norm", groups)
-        self._agreed("window", groups)
-        self._agreed_preconditioner(groups)
-
-    def _option_names(self) -> tuple[str, ...]:
-        return (*OPTIONS, *self.compressor.options, *self.preconditioner.options)
-
-    def _check_keys(self, group: dict[str, Any], where: str = "param group") -> None:
-        check_keys(where, type(self).__name__, group.items(), self._option_names())
+    def _check_keys(self, group: dict[str, Any]) -> None:
+        own = (*OPTIONS, *self.compressor.options, *self.preconditioner.options)
+        check_keys("param group", type(self).__name__, group.items(), own)
 
     def _check_params(self, params: list[Tensor]) -> None:
         if len(set(params)) < len(params):
@@ -509,7 +420,7 @@ class EFCP(Optimizer):
         """Checks all gradients and states before a step changes anything."""
         fake = new_tensors_are_fake()
         for group in self.param_groups:
-            compressor = self._compressor_of(group)
+            compressor = made_from(self.compressor, group)
             for p in group["params"]:
                 name, state = partial(self._name, p), self.state.get(p, {})
                 if p.grad is not None:
@@ -517,50 +428,13 @@ class EFCP(Optimizer):
                 if "numel" in state:
                     check_state(name, p, state, compressor)
 
-    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The state dict with its tensors protected from casting. Raises ValueError if it does not fit."""
-        check_structure(state_dict)
-        check_same("state_dict", "the number of param groups", len(state_dict["param_groups"]), len(self.param_groups))
-        groups, states = [], dict[Any, dict[str, Any]]()
-        shared = self._allocate_shared(torch.device("meta"))
-        params = {key for group in state_dict["param_groups"] for key in group["params"]}
-        check_version(saved for key, saved in state_dict["state"].items() if key in params)
-        homes = [key for key, saved in state_dict["state"].items() if key in params and "gram" in saved]
-        for number, (saved_group, group) in enumerate(zip(state_dict["param_groups"], self.param_groups, strict=True)):
-            where = f"param_groups[{number}]"
-            compressor = self._compressor_of(group)
-            check_same(where, "the number of parameters", len(saved_group["params"]), len(group["params"]))
-            for part in (compressor, self.preconditioner):
-                check_kind(where, saved_group, part)
-            self._check_keys(saved_group, where)
-            loaded = with_defaults(saved_group, group, self._class_defaults())
-            check_fixed(where, loaded, group, ["window", *compressor.options, *self.preconditioner.fixed])
-            groups.append(loaded)
-            for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
-                here = f"{where}, parameter {position}"
-                if key not in state_dict["state"]:
-                    continue
-                saved = upgraded(state_dict["state"][key], shared if key in homes else {}, p)
-                expected = dict(shared) if key in homes else {}
-                if "numel" in saved:
-                    used = {"momentum": "momentum" in saved, "beta1": "average" in saved, "window": group["window"]}
-                    self._fill(expected, torch.empty_like(p, device="meta"), used, compressor)
-                check_tensors(here, saved, expected)
-                if key in homes:
-                    check_gram(here, {name: saved[name] for name in shared})
-                if "numel" in saved:
-                    compressor.check(here, {name: saved[name] for name in expected.keys() - shared.keys()}, p)
-                states[key] = saved
-        if len(homes) != 1 and (homes or any("numel" in saved for saved in states.values())):
-            raise ValueError(f"state_dict: there must be one Gram matrix, got {len(homes)}; the state is damaged")
-        self._check_options(groups)
-        others = {key: saved for key, saved in state_dict["state"].items() if key not in params}
-        exact = {key: Exact(saved) for key, saved in states.items()}
-        return {**state_dict, "param_groups": groups, "state": {**others, **exact}}
 
-    def _class_defaults(self) -> dict[str, Any]:
-        """The defaults of all options that have one; those of a user's compressor or preconditioner need not."""
-        arguments = inspect.signature(EFCP).parameters
-        own = [field for part in (self.compressor, self.preconditioner) for field in fields(part)]
-        parts = {field.name: plain(field.default) for field in own if field.default is not MISSING}
-        return {**{name: arguments[name].default for name in OPTIONS}, **parts}
+def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor) -> Tensor:
+    """The inner products of all rows with row `slot`, summed over all parameters."""
+    return reduce(torch.add, gram.on_its_device(s.dots(slot) for s in sets))
+
+
+def _defaults() -> dict[str, Any]:
+    """The defaults of the options of every optimizer."""
+    arguments = inspect.signature(EFCP).parameters
+    return {name: arguments[name].default for name in OPTIONS}

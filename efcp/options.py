@@ -1,4 +1,4 @@
-"""Which keys a param group may have: options, and what others keep there, but no misspelt option.
+"""The options of param groups: their values, and which other keys may be there, but no misspelt option.
 
 Schedulers, wrappers and users put keys of their own into param groups (`initial_lr`, `rho`, `layer_id`), as
 `torch.optim` lets them. A misspelt option would silently do nothing, so it is an error. So is an option of a compressor
@@ -6,28 +6,79 @@ that has the name of another's.
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
+from torch import Tensor
+
+from efcp.checks import from_plain, require, require_integer, require_number
 from efcp.preconditioners import Preconditioner
 from efcp.windows import Compressor
+
+OPTIONS = ("lr", "window", "momentum", "beta1", "weight_decay", "max_update_norm", "maximize")  # of every optimizer
 
 FLAGS = ("foreach", "fused", "capturable", "differentiable")  # of torch.optim; frameworks set them everywhere
 LETTERS_PER_EDIT = 5  # of an option's name, for each edit that counts as a slip
 
 
-def check_parts(compressor: Compressor, preconditioner: Preconditioner, others: tuple[str, ...]) -> None:
-    """Checks that param groups can hold the options of a compressor and a preconditioner, which may be a user's own.
+Part = TypeVar("Part", Compressor, Preconditioner)
 
-    Args:
-        others: names that are options of the optimizer itself.
+
+def made_from(part: Part, group: dict[str, Any]) -> Part:
+    """A compressor or preconditioner of the same kind, with the options of a param group."""
+    return type(part)(**{name: from_plain(group[name]) for name in part.options})
+
+
+def agreed(groups: Sequence[dict[str, Any]], name: str) -> Any:
+    """The value of an option.
+
+    Raises:
+        ValueError: where param groups do not agree on it.
+    """
+    values = [group[name] for group in groups]
+    require(all(v == values[0] for v in values), name, "be the same in all param groups", values)
+    return values[0]
+
+
+def agreed_preconditioner(groups: Sequence[dict[str, Any]], kind: Preconditioner) -> Preconditioner:
+    """The preconditioner with the options on which all param groups must agree."""
+    return made_from(kind, {name: agreed(groups, name) for name in kind.options})
+
+
+def check_options(groups: Sequence[dict[str, Any]], compressor: Compressor, preconditioner: Preconditioner) -> None:
+    """Checks the options of all param groups together.
+
+    Raises:
+        ValueError: for values that are not allowed, and where groups must agree and do not.
+    """
+    for group in groups:
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            require(lr.numel() == 1, "lr", "have one element", lr)
+        else:
+            require_number("lr", lr, 0)
+        require_number("momentum", group["momentum"], 0, 1)
+        require_number("beta1", group["beta1"], 0, 1)
+        require_number("weight_decay", group["weight_decay"], 0)
+        require_integer("window", group["window"], 1)
+        require(isinstance(group["maximize"], bool), "maximize", "be True or False", group["maximize"])
+        if group["max_update_norm"] is not None:
+            require_number("max_update_norm", group["max_update_norm"], 0, open_low=True)
+        made_from(compressor, group)
+    agreed(groups, "max_update_norm")
+    agreed(groups, "window")
+    agreed_preconditioner(groups, preconditioner)
+
+
+def check_parts(compressor: Compressor, preconditioner: Preconditioner) -> None:
+    """Checks that param groups can hold the options of a compressor and a preconditioner, which may be a user's own.
 
     Raises:
         TypeError: for something else, and for one that cannot be made from its options.
         ValueError: where two of them have an option of the same name.
     """
-    taken = {*others, "params", "param_names"}
+    taken = {*OPTIONS, "params", "param_names"}
     for part, base in ((compressor, Compressor), (preconditioner, Preconditioner)):
         name = base.__name__.lower()
         if not isinstance(part, base):

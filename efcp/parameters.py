@@ -1,8 +1,7 @@
-"""Parameters in a step: what they and their gradients must be, and those that are stepped together."""
+"""What parameters, their gradients and their states must be in a step, and what errors call them."""
 
-from collections.abc import Callable
-from functools import cached_property
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +9,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 
 from efcp import kernels
-from efcp.checks import require
-from efcp.windows import Compressor, Window
+from efcp.windows import Compressor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def names(param_groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
+    """What errors call each parameter."""
+    for number, group in enumerate(param_groups):
+        known = dict(enumerate(group.get("param_names", ())))  # fewer where users have added to params
+        for position, p in enumerate(group["params"]):
+            name = f" ({known[position]})" if position in known else ""
+            yield p, f"param_groups[{number}], parameter {position}{name}"
 
 
 def check_parameter(name: Callable[[], str], param: Tensor) -> None:
@@ -150,105 +157,3 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-class Member(NamedTuple):
-    """A parameter, its state, and the compressor that has made its window."""
-
-    param: Tensor
-    state: dict[str, Any]
-    compressor: Compressor
-
-    @property
-    def window(self) -> Window:
-        """The window of this parameter alone."""
-        return self.compressor.bind([self.state], [self.param])
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """The elements as a contiguous (n,) tensor without a negative bit: a view where possible, else a copy."""
-    if tensor.is_neg():
-        tensor = tensor.resolve_neg()
-    if not tensor.is_contiguous():
-        tensor = tensor.contiguous()
-    return tensor if tensor.dim() == 1 else tensor.view(-1)
-
-
-class ParameterSet:
-    """Parameters with the same options, device and dtypes, whose kernels are launched together, in one step."""
-
-    def __init__(
-        self, group: dict[str, Any], compressor: Compressor, params: list[Tensor], states: list[dict[str, Any]]
-    ) -> None:
-        self.group, self.params, self.states, self.device = group, params, states, params[0].device
-        self.window = compressor.bind(states, params)
-        require(len(self.window) == group["window"], "window", f"stay what it was, {len(self.window)}", group["window"])
-
-    @property
-    def rounding(self) -> float:
-        """The machine epsilon of the arithmetic in which the rows of the window are summed."""
-        written = self.states[0]["momentum"] if self.group["momentum"] > 0 else self.params[0]
-        return torch.finfo(kernels.accumulation_dtype(written.dtype)).eps
-
-    @cached_property
-    def grads(self) -> list[Tensor | None]:
-        """The gradients, (n,) each and contiguous."""
-        return [None if p.grad is None else flat(p.grad) for p in self.params]
-
-    def norm_is_finite(self) -> Tensor:
-        """() bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow."""
-        grads = [grad for grad in self.grads if grad is not None]
-        return kernels.norm_is_finite(grads) if grads else torch.ones((), dtype=torch.bool, device=self.device)
-
-    def push(self, slot: Tensor, finite: Tensor) -> None:
-        """Takes the gradients into row `slot` of the window; without a gradient the row becomes zero.
-
-        Args:
-            slot: (1,) int64.
-            finite: () bool.
-        """
-        slot, finite = slot.to(self.device, non_blocking=True), finite.to(self.device, non_blocking=True)
-        self.window.push(self._averaged(finite), slot, finite)
-
-    def dots(self, slot: Tensor) -> Tensor:
-        """The inner products of all rows with row `slot`, a (1,) int64: (m,) float64."""
-        return self.window.dots(slot.to(self.device, non_blocking=True))
-
-    def update_(self, weights: Tensor, finite: Tensor) -> None:
-        """θ ← (1 − lr·wd) θ − lr Σᵢ wᵢ Gᵢ, with heavy ball where there is momentum; all as it was where not finite.
-
-        Args:
-            weights: (m,) float64, zero where not finite.
-            finite: () bool.
-        """
-        weights, finite = weights.to(self.device, non_blocking=True), finite.to(self.device, non_blocking=True)
-        lr, weight_decay = self.group["lr"], self.group["weight_decay"]
-        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-        taken = finite.double()
-        update_factor = taken * (lr if self.group["maximize"] else -lr)
-        target_factor = 1 - taken * lr * weight_decay if weight_decay > 0 else torch.ones_like(taken)
-        update, momenta = kernels.Update(weights, target_factor, update_factor), []
-        if self.group["momentum"] > 0:
-            momenta = [state["momentum"] for state in self.states]
-            kept = torch.where(finite, torch.full_like(taken, self.group["momentum"]), 1.0)
-            update = update._replace(momentum_factor=kept)
-        targets = [None if p.grad is None else flat(p) for p in self.params]
-        self.window.apply_(targets, momenta, update)
-        written = [(p, target) for p, target in zip(self.params, targets, strict=True) if target is not None]
-        for p, target in written:
-            if p.is_neg() or not p.is_contiguous():
-                p.copy_(target.view(p.shape))
-        torch.autograd.graph.increment_version([p for p, _ in written])  # kernels write behind autograd's back
-
-    def _averaged(self, finite: Tensor) -> list[Tensor | None]:
-        """The averages of gradients that beta1 asks for; without beta1 the gradients themselves."""
-        beta1 = self.group["beta1"]
-        if beta1 == 0:
-            return self.grads
-        averages: list[Tensor | None] = []
-        for grad, state in zip(self.grads, self.states, strict=True):
-            if grad is not None:
-                average = state["average"]
-                torch.where(finite, average.lerp(grad.to(average.dtype), 1 - beta1), average, out=average)
-            averages.append(None if grad is None else state["average"])
-        return averages

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efcp.checkpoint import check_numbers
-from efcp.checks import plain, require_dtype
+from efcp.checks import check_numbers, plain, require_dtype
 from efcp.kernels import Update
 
 

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from efcp import kernels
-from efcp.checkpoint import check_content
-from efcp.checks import is_number, require, require_integer
+from efcp.checks import check_content, is_number, require, require_integer
 from efcp.kernels import Blocks, SparseRows, Update
 from efcp.windows.base import Compressor, Window, choose_dtypes
 

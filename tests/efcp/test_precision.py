@@ -153,7 +153,7 @@ def test_inner_products_of_dense_rows_are_summed_in_float64(dtype, window, numel
     dots = DenseWindow(rows).dots(torch.tensor([slot]))
     exact, size = rows.double() @ rows[slot].double(), rows.double().abs() @ rows[slot].double().abs()
     assert dots.dtype == torch.float64
-    assert ((dots - exact).abs() <= 1e-14 * size).all()
+    assert ((dots - exact).abs() <= 1e-12 * size).all()  # 20,000 terms, in any order
 
 
 # ---- skipped steps

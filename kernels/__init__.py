@@ -5,6 +5,7 @@
 | `reference.py` | the definition, in PyTorch |
 | `blocks.py` | the layout: blocks, rows, padding |
 | `update.py` | the numbers of `window_apply_` |
+| `lowbit.py` | numbers in 8 and 4 bits |
 | `addresses.py` | what a tensor must be for compiled code to read and write it |
 | `dispatch.py` | the choice of a backend |
 | `cpu/` | compiled by Numba, for CPUs |
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor
 
 from efcp.kernels import dispatch, operators, reference
-from efcp.kernels.addresses import has_plain_storage, is_fake
+from efcp.kernels.addresses import Momenta, has_plain_storage, is_fake
 from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks, SparseRows
 from efcp.kernels.dispatch import BACKENDS, BackendError, backend_name, use_backend
+from efcp.kernels.lowbit import LowBit, allocate_lowbit
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.update import Update
 
@@ -29,15 +31,20 @@ __all__ = [
     "MAX_BLOCK_SIZE",
     "BackendError",
     "Blocks",
+    "LowBit",
     "SparseRows",
     "Update",
     "accumulation_dtype",
+    "add_lowbit_",
+    "allocate_lowbit",
+    "average_",
     "backend_name",
     "compress_",
     "dense_dots",
     "has_plain_storage",
     "is_fake",
     "norm_is_finite",
+    "store_lowbit_",
     "update_inverse_root_",
     "use_backend",
     "window_apply_",
@@ -86,19 +93,72 @@ def compress_(
         dispatch.run("compress_", slot, grads, errors, rows, slot, finite)
 
 
-def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
+def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, finite: Tensor) -> Tensor:
+    """momentum ← β · momentum + (1 − β) · gradient; and the squared norm of what is then stored.
+
+    Arithmetic is in float32 (float64 for float64 momenta), rounded once at the end.
+
+    Args:
+        momenta: of each parameter (n,), contiguous: all floating point, or all in 8 bits. Updated in place. At least
+            one.
+        grads: of each parameter (n,) contiguous, floating point, never changed. None leaves the momentum as it is.
+        beta: β.
+        finite: () bool, on the device of the others; where false, momenta stay as they are.
+
+    Returns:
+        () float64: the sum of the squares of all momenta.
+    """
+    if torch.compiler.is_compiling():
+        return operators.average_(*operators.unpacked_momenta(momenta), grads, beta, finite)
+    return dispatch.run("average_", finite, momenta, grads, beta, finite)
+
+
+def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
+    """target ← target + numbers.
+
+    Args:
+        targets: (n,) each, contiguous, floating point, of one dtype; updated in place. At least one.
+        numbers: of each target n numbers, all in 8 or all in 4 bits.
+    """
+    if torch.compiler.is_compiling():
+        operators.add_lowbit_(targets, [x.codes for x in numbers], [x.scales for x in numbers])
+    else:
+        dispatch.run("add_lowbit_", targets[0], targets, numbers)
+
+
+def store_lowbit_(
+    numbers: Sequence[LowBit], values: Sequence[Tensor], finite: Tensor, keys: Sequence[Tensor] = ()
+) -> None:
+    """numbers ← values, rounded as `efcp.kernels.lowbit` says.
+
+    Args:
+        numbers: all in 8 or all in 4 bits; replaced. At least one.
+        values: of each (n,) contiguous, floating point, of one dtype; never changed.
+        finite: () bool; where false, all stays as it is.
+        keys: of each (1,) int64, of the random numbers for 4 bits: another one for each call. Empty for 8 bits.
+    """
+    if torch.compiler.is_compiling():
+        operators.store_lowbit_([x.codes for x in numbers], [x.scales for x in numbers], values, finite, keys)
+    else:
+        dispatch.run("store_lowbit_", values[0], numbers, values, finite, keys)
+
+
+def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ()) -> Tensor:
     """Inner products of every row of the window with row `slot`: one row of the Gram matrix S = G Gᵀ.
+
+    With momenta, in the same pass over the window, also those of every row with the momenta.
 
     Args:
         rows: of each parameter, (blocks, m, k).
         slot: (1,) int64, on the window's device.
+        momenta: of each parameter (n,), contiguous: all floating point, or all in 8 bits; or empty.
 
     Returns:
-        (m,) float64, summed over the parameters.
+        (m,) float64, summed over the parameters; with momenta (2, m), those with the momenta second.
     """
     if torch.compiler.is_compiling():
-        return operators.window_dots(*operators.unpacked(rows), slot)
-    return dispatch.run("window_dots", slot, rows, slot)
+        return operators.window_dots(*operators.unpacked(rows), slot, *operators.unpacked_momenta(momenta))
+    return dispatch.run("window_dots", slot, rows, slot, momenta)
 
 
 def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
@@ -116,20 +176,20 @@ def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
     return dispatch.run("dense_dots", rows, rows, slot)
 
 
-def window_apply_(
-    targets: Sequence[Tensor], momenta: Sequence[Tensor], rows: Sequence[SparseRows], update: Update
-) -> None:
+def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[SparseRows], update: Update) -> None:
     """Adds the weighted sum of the window's rows to parameters; `Update` has the formula.
 
     Args:
         targets: of each parameter (n,) contiguous, floating point, updated in place. Arithmetic is in float32 (float64
             for float64 targets), rounded once at the end.
-        momenta: of each parameter (n,) contiguous, floating point, updated in place; empty for none.
+        momenta: of each parameter (n,) contiguous, floating point, updated in place where the update says so; or in 8
+            bits, only read; or empty.
         rows: of each parameter, (blocks, m, k): the rows Gᵢ of the window.
         update: the weights of the rows, and the factors.
     """
     if torch.compiler.is_compiling():
-        operators.window_apply_(targets, momenta, *operators.unpacked(rows), *update)
+        own, scales = operators.unpacked_momenta(momenta)
+        operators.window_apply_(targets, own, scales, *operators.unpacked(rows), *update)
     else:
         dispatch.run("window_apply_", update.weights, targets, momenta, rows, update)
 

@@ -13,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from efcp.kernels.blocks import SparseRows
+from efcp.kernels.lowbit import BLOCK, LowBit
+from efcp.kernels.update import Update
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAY_LACK = ("grads",)  # arguments that may hold None
-MAY_BE_EMPTY = ("errors", "momenta")  # arguments that may hold nothing, for parameters that have no such tensors
+MAY_BE_EMPTY = ("errors",)  # arguments that may hold nothing, for parameters that have no such tensors
 
 
 def has_plain_storage(kind: type[Tensor]) -> bool:
@@ -125,6 +127,111 @@ def check_group(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -
     """Raises what `group_addresses` raises, for code that needs no addresses. Tensors may all be fake."""
     device, fake = (rows[0].values.device, is_fake(rows[0].values)) if rows else (torch.device("cpu"), False)
     group_addresses(rows, device, fake, **others)
+
+
+Momenta = Sequence[Tensor | LowBit]
+"""The momenta of parameters: all floating point, or all of 8 bits."""
+
+
+def momentum_addresses(
+    momenta: Momenta, device: torch.device, numels: Sequence[int], fake: bool = False
+) -> tuple[list[int], list[int]]:
+    """Addresses of momenta and of their scales, 0 where they are floating point, and for all where there are none.
+
+    Args:
+        momenta: of each parameter (n,), contiguous: floating point, or in 8 bits; all of one dtype. Or empty.
+        device: what all must be on.
+        numels: n of each parameter.
+        fake: as in `addresses`.
+
+    Raises:
+        TypeError, ValueError: as `addresses`.
+    """
+    none = [0] * len(numels)
+    if not momenta:
+        return none, none
+    if isinstance(momenta[0], LowBit):
+        return lowbit_addresses("momenta", momenta, torch.int8, device, numels, fake=fake)
+    dtype = floating("momenta", momenta[0])
+    return addresses("momenta", momenta, dtype, device, numels, fake=fake), none  # type: ignore[arg-type]
+
+
+def lowbit_addresses(
+    name: str,
+    numbers: Momenta,
+    dtype: torch.dtype,
+    device: torch.device,
+    numels: Sequence[int],
+    *,
+    fake: bool = False,
+) -> tuple[list[int], list[int]]:
+    """Addresses of codes and of scales; otherwise as `addresses`.
+
+    Args:
+        dtype: of the codes: torch.int8 for 8 bits, torch.uint8 for 4.
+    """
+    own = []
+    for number, x in enumerate(numbers):
+        if not isinstance(x, LowBit):
+            raise TypeError(f"{name}[{number}] must be a LowBit, as others are, got a {type(x).__name__}")
+        own.append(x)
+    sizes = [numel if dtype is torch.int8 else (numel + 1) // 2 for numel in numels]
+    blocks = [-(-numel // BLOCK[dtype]) for numel in numels]
+    return (
+        addresses(name, [x.codes for x in own], dtype, device, sizes, fake=fake),
+        addresses(f"scales of {name}", [x.scales for x in own], torch.float32, device, blocks, fake=fake),
+    )
+
+
+def average_addresses(momenta: Momenta, grads: Sequence[Tensor | None], finite: Tensor) -> tuple[list[int], ...]:
+    """Addresses of momenta, of scales and of gradients. Raises unless these are what `average_` takes."""
+    if not momenta:
+        raise ValueError("momenta must hold at least one tensor, got none")
+    own = [momentum.codes if isinstance(momentum, LowBit) else momentum for momentum in momenta]
+    numels = [momentum.numel() if isinstance(momentum, Tensor) else 0 for momentum in own]
+    device, fake = finite.device, is_fake(finite)
+    check_numbers(finite, finite=finite)
+    dtype = next((floating("grads", grad) for grad in grads if grad is not None), torch.float32)
+    return (
+        *momentum_addresses(momenta, device, numels, fake),
+        addresses("grads", grads, dtype, device, numels, may_lack=True, fake=fake),
+    )
+
+
+def check_average(momenta: Momenta, grads: Sequence[Tensor | None], finite: Tensor) -> None:
+    """Raises what `average_addresses` raises."""
+    average_addresses(momenta, grads, finite)
+
+
+def check_momenta(rows: Sequence[SparseRows], momenta: Momenta, update: Update) -> None:
+    """Raises what `momentum_addresses` raises; and ValueError where momenta of 8 bits would be written."""
+    momentum_addresses(momenta, rows[0].values.device, [r.blocks.numel for r in rows], is_fake(rows[0].values))
+    if update.writes_momenta and momenta and isinstance(momenta[0], LowBit):
+        raise ValueError("momenta must be floating point where they are written, got 8 bits")
+
+
+def check_lowbit(
+    values: Sequence[Tensor], numbers: Sequence[LowBit], finite: Tensor | None = None, keys: Sequence[Tensor] = ()
+) -> tuple[list[int], ...]:
+    """Addresses of values, codes, scales and keys. Raises unless these are what the operations on them take."""
+    if not numbers:
+        raise ValueError("numbers must hold at least one vector, got none")
+    dtype, device, fake = numbers[0].codes.dtype, values[0].device, is_fake(values[0])
+    if dtype not in BLOCK:
+        raise TypeError(f"codes must be of dtype int8 or uint8, got {dtype}")
+    if finite is not None:
+        check_numbers(values[0], finite=finite)
+    numels = [value.numel() if isinstance(value, Tensor) else 0 for value in values]
+    found_keys = [0] * len(numels)
+    if dtype is torch.uint8 and finite is not None:
+        if len(keys) != len(numels):
+            raise ValueError(f"keys must hold {len(numels)} tensors, got {len(keys)}")
+        found_keys = [addresses("keys", [key], torch.int64, device, [1], fake=fake)[0] for key in keys]
+    return (
+        addresses("values", values, floating("values", values[0]), device, numels, fake=fake),
+        *lowbit_addresses("numbers", numbers, dtype, device, numels, fake=fake),
+        found_keys,
+    )
 
 
 def check_numbers(like: Tensor, **tensors: Tensor) -> None:

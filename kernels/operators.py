@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.library import custom_op
 
 from efcp.kernels import dispatch
+from efcp.kernels.addresses import Momenta
 from efcp.kernels.blocks import Blocks, SparseRows
+from efcp.kernels.lowbit import LowBit
 from efcp.kernels.update import Update
 
 
@@ -53,11 +55,59 @@ def compress_(
     dispatch.run("compress_", slot, grads, errors, rows, slot, finite)
 
 
+def unpacked_momenta(momenta: Momenta) -> tuple[list[Tensor], list[Tensor]]:
+    """(momenta, scales), as the operators take them: codes and their scales, or floating point and no scales."""
+    return (
+        [x.codes if isinstance(x, LowBit) else x for x in momenta],
+        [x.scales for x in momenta if isinstance(x, LowBit)],
+    )
+
+
+def _packed_momenta(momenta: Sequence[Tensor], scales: Sequence[Tensor]) -> Momenta:
+    return [LowBit(*pair) for pair in zip(momenta, scales, strict=True)] if scales else momenta
+
+
+@custom_op(
+    "efcp::average_",
+    mutates_args=("momenta", "scales"),
+    schema="(Tensor(a!)[] momenta, Tensor(b!)[] scales, Tensor?[] grads, float beta, Tensor finite) -> Tensor",
+)
+def average_(
+    momenta: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor | None], beta: float, finite: Tensor
+) -> Tensor:
+    result: Tensor = dispatch.run("average_", finite, _packed_momenta(momenta, scales), grads, beta, finite)
+    return result
+
+
+@custom_op(
+    "efcp::add_lowbit_",
+    mutates_args=("targets",),
+    schema="(Tensor(a!)[] targets, Tensor[] codes, Tensor[] scales) -> ()",
+)
+def add_lowbit_(targets: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    dispatch.run("add_lowbit_", targets[0], targets, _packed_momenta(codes, scales))
+
+
+@custom_op(
+    "efcp::store_lowbit_",
+    mutates_args=("codes", "scales"),
+    schema="(Tensor(a!)[] codes, Tensor(b!)[] scales, Tensor[] values, Tensor finite, Tensor[] keys) -> ()",
+)
+def store_lowbit_(
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    values: Sequence[Tensor],
+    finite: Tensor,
+    keys: Sequence[Tensor],
+) -> None:
+    dispatch.run("store_lowbit_", finite, _packed_momenta(codes, scales), values, finite, keys)
+
+
 @custom_op(
     "efcp::window_dots",
     mutates_args=(),
-    schema="(Tensor[] values, Tensor[] indices, SymInt[] numels, SymInt block_size, float density, Tensor slot) "
-    "-> Tensor",
+    schema="(Tensor[] values, Tensor[] indices, SymInt[] numels, SymInt block_size, float density, Tensor slot, "
+    "Tensor[] momenta, Tensor[] scales) -> Tensor",
 )
 def window_dots(
     values: Sequence[Tensor],
@@ -66,20 +116,24 @@ def window_dots(
     block_size: int,
     density: float,
     slot: Tensor,
+    momenta: Sequence[Tensor],
+    scales: Sequence[Tensor],
 ) -> Tensor:
-    return dispatch.run("window_dots", slot, _packed(values, indices, numels, block_size, density), slot)
+    rows = _packed(values, indices, numels, block_size, density)
+    return dispatch.run("window_dots", slot, rows, slot, _packed_momenta(momenta, scales))
 
 
 @custom_op(
     "efcp::window_apply_",
     mutates_args=("targets", "momenta"),
-    schema="(Tensor(a!)[] targets, Tensor(b!)[] momenta, Tensor[] values, Tensor[] indices, SymInt[] numels, "
-    "SymInt block_size, float density, Tensor weights, Tensor target_factor, Tensor update_factor, "
-    "Tensor? momentum_factor) -> ()",
+    schema="(Tensor(a!)[] targets, Tensor(b!)[] momenta, Tensor[] scales, Tensor[] values, Tensor[] indices, "
+    "SymInt[] numels, SymInt block_size, float density, Tensor weights, Tensor target_factor, Tensor update_factor, "
+    "Tensor? momentum_factor, bool writes_momenta) -> ()",
 )
 def window_apply_(
     targets: Sequence[Tensor],
     momenta: Sequence[Tensor],
+    scales: Sequence[Tensor],
     values: Sequence[Tensor],
     indices: Sequence[Tensor],
     numels: Sequence[int],
@@ -89,10 +143,11 @@ def window_apply_(
     target_factor: Tensor,
     update_factor: Tensor,
     momentum_factor: Tensor | None,
+    writes_momenta: bool,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    update = Update(weights, target_factor, update_factor, momentum_factor)
-    dispatch.run("window_apply_", weights, targets, momenta, rows, update)
+    update = Update(weights, target_factor, update_factor, momentum_factor, writes_momenta)
+    dispatch.run("window_apply_", weights, targets, _packed_momenta(momenta, scales), rows, update)
 
 
 @custom_op("efcp::dense_dots", mutates_args=(), schema="(Tensor rows, Tensor slot) -> Tensor")
@@ -115,9 +170,25 @@ def _(grads, errors, values, indices, numels, block_size, density, slot, finite)
     pass
 
 
+@average_.register_fake
+def _(momenta, scales, grads, beta, finite):  # type: ignore[no-untyped-def]
+    return finite.new_empty((), dtype=torch.float64)
+
+
+@add_lowbit_.register_fake
+def _(targets, codes, scales):  # type: ignore[no-untyped-def]
+    pass
+
+
+@store_lowbit_.register_fake
+def _(codes, scales, values, finite, keys):  # type: ignore[no-untyped-def]
+    pass
+
+
 @window_dots.register_fake
-def _(values, indices, numels, block_size, density, slot):  # type: ignore[no-untyped-def]
-    return values[0].new_empty(values[0].shape[1], dtype=torch.float64)
+def _(values, indices, numels, block_size, density, slot, momenta, scales):  # type: ignore[no-untyped-def]
+    size = values[0].shape[1]
+    return values[0].new_empty((2, size) if momenta else (size,), dtype=torch.float64)
 
 
 @dense_dots.register_fake
@@ -126,7 +197,7 @@ def _(rows, slot):  # type: ignore[no-untyped-def]
 
 
 @window_apply_.register_fake
-def _(targets, momenta, values, indices, numels, block_size, density, *update):  # type: ignore[no-untyped-def]
+def _(targets, momenta, scales, values, indices, numels, block_size, density, *update):  # type: ignore[no-untyped-def]
     pass
 
 

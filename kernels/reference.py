@@ -11,14 +11,21 @@ import torch
 from torch import Tensor
 
 from efcp.kernels.addresses import (
+    Momenta,
+    check_average,
     check_group,
     check_inverse_root,
+    check_lowbit,
+    check_momenta,
     check_numbers,
     check_weights,
     dense_address,
     gradient_addresses,
+    is_fake,
+    momentum_addresses,
 )
 from efcp.kernels.blocks import SparseRows
+from efcp.kernels.lowbit import BLOCK, LowBit, decoded, encoded, parts, replace_
 from efcp.kernels.update import Update
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
@@ -80,19 +87,70 @@ def compress_(
                 e.copy_(torch.where(finite, rest.to(e.dtype), e))
 
 
-def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
+def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, finite: Tensor) -> Tensor:
+    check_average(momenta, grads, finite)
+    total = torch.zeros((), dtype=torch.float64, device=finite.device)
+    for momentum, grad in zip(momenta, grads, strict=True):
+        numel = momentum.codes.numel() if isinstance(momentum, LowBit) else momentum.numel()
+        for elements, blocks in parts(numel, BLOCK[torch.int8], PART):
+            old = decoded(momentum, elements, blocks) if isinstance(momentum, LowBit) else momentum[elements]
+            if grad is not None:
+                dtype = accumulation_dtype(old.dtype)
+                new = old.to(dtype) * beta + grad[elements].to(dtype) * (1 - beta)
+                if isinstance(momentum, LowBit):
+                    replace_(momentum, encoded(new, torch.int8), elements, blocks, finite)
+                    old = decoded(momentum, elements, blocks)
+                else:
+                    old = momentum[elements].copy_(torch.where(finite, new, old.to(dtype)))
+            total += old.double().square().sum()
+    return total
+
+
+def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
+    check_lowbit(targets, numbers)
+    for target, own in zip(targets, numbers, strict=True):
+        for elements, blocks in parts(target.numel(), BLOCK[own.codes.dtype], PART):
+            target[elements] += decoded(own, elements, blocks)
+
+
+def store_lowbit_(
+    numbers: Sequence[LowBit], values: Sequence[Tensor], finite: Tensor, keys: Sequence[Tensor] = ()
+) -> None:
+    check_lowbit(values, numbers, finite, keys)
+    for number, (own, value) in enumerate(zip(numbers, values, strict=True)):
+        dtype, key = own.codes.dtype, keys[number] if keys else None
+        for elements, blocks in parts(value.numel(), BLOCK[dtype], PART):
+            new = encoded(value[elements].float(), dtype, elements.start, key)
+            replace_(own, new, elements, blocks, finite)
+
+
+def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ()) -> Tensor:
     check_group(rows)
+    momentum_addresses(momenta, rows[0].values.device, [r.blocks.numel for r in rows], is_fake(rows[0].values))
     check_numbers(rows[0].values, slot=slot)
     window_size, device = rows[0].values.shape[1], slot.device
-    dots = torch.zeros(window_size, dtype=torch.float64, device=device)
-    for values, indices, blocks in rows:
+    dots = torch.zeros(1 + bool(momenta), window_size, dtype=torch.float64, device=device)
+    for number, (values, indices, blocks) in enumerate(rows):
         for part in blocks.parts(min(PART, PART // (window_size * blocks.kept) * blocks.size)):
             index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
             value = values[part.blocks, :, : part.kept].double()
             newest = torch.zeros(len(index), part.length, dtype=torch.float64, device=device)
             newest.scatter_(1, index.index_select(1, slot).squeeze(1), value.index_select(1, slot).squeeze(1))
-            dots += (newest.gather(1, index.flatten(1)).view_as(value) * value).sum((0, 2))
-    return dots
+            vectors = [newest, *(_numbers(x, part.elements).view_as(newest) for x in momenta[number : number + 1])]
+            for own, vector in zip(dots, vectors, strict=True):
+                own += (vector.gather(1, index.flatten(1)).view_as(value) * value).sum((0, 2))
+    return dots if momenta else dots[0]
+
+
+def _numbers(momentum: Tensor | LowBit, elements: slice) -> Tensor:
+    """Some elements of a momentum as float64."""
+    if isinstance(momentum, Tensor):
+        return momentum[elements].double()
+    block = BLOCK[momentum.codes.dtype]
+    first, last = elements.start // block, -(-elements.stop // block)
+    whole = slice(first * block, min(last * block, momentum.codes.numel()))
+    skipped = elements.start - whole.start
+    return decoded(momentum, whole, slice(first, last))[skipped : skipped + elements.stop - elements.start].double()
 
 
 def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
@@ -105,10 +163,9 @@ def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
     return dots
 
 
-def window_apply_(
-    targets: Sequence[Tensor], momenta: Sequence[Tensor], rows: Sequence[SparseRows], update: Update
-) -> None:
-    check_group(rows, targets=targets, momenta=momenta)
+def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[SparseRows], update: Update) -> None:
+    check_group(rows, targets=targets)
+    check_momenta(rows, momenta, update)
     values = rows[0].values
     check_weights(values, update.weights, values.shape[1])
     check_numbers(values, **update.factors(len(momenta) > 0))
@@ -123,8 +180,10 @@ def window_apply_(
             u.scatter_add_(1, index.flatten(1), terms.flatten(1))
             u = u.flatten()
             if update.momentum_factor is not None:
-                u += update.momentum_factor.to(dtype) * momenta[number][part.elements].to(dtype)
-                momenta[number][part.elements].copy_(u)
+                momentum = momenta[number]
+                u += update.momentum_factor.to(dtype) * _numbers(momentum, part.elements).to(dtype)
+                if update.writes_momenta and isinstance(momentum, Tensor):
+                    momentum[part.elements].copy_(u)
             target[part.elements].copy_(target_factor * target[part.elements].to(dtype) + update_factor * u)
 
 

@@ -8,14 +8,16 @@ from torch import Tensor
 class Update(NamedTuple):
     """target ← target_factor · target + update_factor · u, with u = Σᵢ weightsᵢ · Gᵢ over the rows Gᵢ of a window.
 
-    With momenta (heavy ball): momentum ← momentum_factor · momentum + u, and the target follows the momentum in place
-    of u. All are tensors on the targets' device, floating point: weights (m,), factors ().
+    With momenta, momentum_factor · momentum is added to u: the dense part of a direction. Where `writes_momenta`,
+    that sum also becomes the momentum: heavy ball. The tensors are floating point and on the targets' device: weights
+    (m,), factors ().
     """
 
     weights: Tensor
     target_factor: Tensor
     update_factor: Tensor
     momentum_factor: Tensor | None = None  # with momenta, and only there
+    writes_momenta: bool = False
 
     def factors(self, with_momenta: bool) -> dict[str, Tensor]:
         """The factors by name.

@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| `compress`, `dots`, `apply`, `finite`, `dense`, `inverse_root` | an operation: its kernels, and their caller |
+| `compress`, `dots`, `apply`, `average`, `lowbit`, `finite`, `dense`, `inverse_root` | an operation: kernels, caller |
 | `launch.py` | what kernels are told of their parameters, and threads |
 | `convert.py`, `dtypes.py` | numbers of any dtype, to and from float32 |
 | `llvm.py` | what Numba has no words for |
@@ -19,10 +19,22 @@ Results do not depend on the number of threads. `compress_` and `window_apply_` 
 """
 
 from efcp.kernels.cpu.apply import window_apply_
+from efcp.kernels.cpu.average import average_
 from efcp.kernels.cpu.compress import compress_
 from efcp.kernels.cpu.dense import dense_dots
 from efcp.kernels.cpu.dots import window_dots
 from efcp.kernels.cpu.finite import norm_is_finite
 from efcp.kernels.cpu.inverse_root import update_inverse_root_
+from efcp.kernels.cpu.lowbit import add_lowbit_, store_lowbit_
 
-__all__ = ["compress_", "dense_dots", "norm_is_finite", "update_inverse_root_", "window_apply_", "window_dots"]
+__all__ = [
+    "add_lowbit_",
+    "average_",
+    "compress_",
+    "dense_dots",
+    "norm_is_finite",
+    "store_lowbit_",
+    "update_inverse_root_",
+    "window_apply_",
+    "window_dots",
+]

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import check_weights
+from efcp.kernels.addresses import Momenta, check_momenta, check_weights
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.cpu.convert import blend_block, index_at, number_at, value_at
 from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, NONE, SIZES
-from efcp.kernels.cpu.launch import launch_of, run, scalar_address, table_row, take_share
+from efcp.kernels.cpu.launch import launch_of, momentum_code, run, scalar_address, table_row, take_share
 from efcp.kernels.cpu.llvm import EIGHT, eight_terms, eight_terms_of_rows, pieces_and_arguments, prefetch
+from efcp.kernels.cpu.lowbit import read_momentum
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel
 from efcp.kernels.update import Update
 
@@ -30,8 +31,8 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
         (
             _, table, parameters, largest, target_code, momentum_code, weights, weight_code,
             for_target, target_factor_code, for_update, update_factor_code, for_momentum, momentum_factor_code,
-            window_size,
-        ) = pieces_and_arguments(call, 14)  # fmt: skip
+            writes_momenta, window_size,
+        ) = pieces_and_arguments(call, 15)  # fmt: skip
         target_factor = real(number_at(target_factor_code, for_target, 0))
         update_factor = real(number_at(update_factor_code, for_update, 0))
         momentum_factor = real(0)
@@ -42,13 +43,14 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
             weight[i] = real(number_at(weight_code, weights, i))
         spread, spread_kept = np.empty(window_size * SHORT if eight else 0, np.float32), np.int64(0)
         update = np.zeros(largest, real)
+        dense = np.empty(0 if writes_momenta else largest, real)
         target_size = SIZES[target_code]
         portion = 64 * (largest * target_size * FETCHING_ROWS // (64 * window_size) + 1)  # bytes
         first, last = take_share(call)
         while first < last:
             begin = np.int64(0)
             for number in range(parameters):
-                end, numel, size, kept, kept_in_tail, values, indices, target, momentum = table_row(
+                end, numel, size, kept, kept_in_tail, values, indices, target, momentum, scales = table_row(
                     table, parameters, number
                 )
                 if eight and spread_kept != kept <= SHORT:  # a weight for each entry of a block
@@ -92,8 +94,12 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                                 for j in range(entry, entry + chosen):
                                     term = real(value_at(value_code, values, j)) * factor
                                     update[index_at(index_size, indices, j)] += term
-                    if momentum != 0:
+                    if momentum != 0 and writes_momenta:
                         blend_block(momentum_code, momentum, start, length, momentum_factor, update, real(1), False)
+                    elif momentum != 0:
+                        read_momentum(momentum_code, momentum, scales, start, length, dense)
+                        for j in range(length):
+                            update[j] += momentum_factor * dense[j]
                     blend_block(target_code, target, start, length, target_factor, update, update_factor, True)
                 begin = end
             first, last = take_share(call)
@@ -101,10 +107,9 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
     return apply
 
 
-def window_apply_(
-    targets: Sequence[Tensor], momenta: Sequence[Tensor], rows: Sequence[SparseRows], update: Update
-) -> None:
-    launch = launch_of(rows, targets=targets, momenta=momenta)
+def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[SparseRows], update: Update) -> None:
+    check_momenta(rows, momenta, update)
+    launch = launch_of(rows, momenta, targets=targets)
     dtype, (values, indices, _) = targets[0].dtype, rows[0]
     window_size = values.shape[1]
     weights = check_weights(values, update.weights, window_size)
@@ -116,8 +121,9 @@ def window_apply_(
     if not momenta:
         factors += [0, NONE]
     arguments = (
-        *launch.arguments, CODES[dtype], CODES[momenta[0].dtype] if momenta else NONE,
-        weights.data_ptr(), CODES[weights.dtype], *factors, window_size,
+        *launch.arguments, CODES[dtype], momentum_code(momenta),
+        weights.data_ptr(), CODES[weights.dtype], *factors,
+        int(update.writes_momenta), window_size,
     )  # fmt: skip
     kernel = _apply_kernel(dtype is torch.float64, CODES[values.dtype], indices.itemsize)
     run(kernel, arguments, launch.blocks, launch.elements + launch.entries * window_size)

@@ -219,7 +219,7 @@ def _compress_kernel(wide: bool) -> Kernel:
         while first < last:
             begin = np.int64(0)
             for number in range(parameters):
-                end, numel, size, kept, kept_in_tail, values, indices, grad, error = table_row(
+                end, numel, size, kept, kept_in_tail, values, indices, grad, error, _ = table_row(
                     table, parameters, number
                 )
                 keys = all_keys[: min(size, kept + max(kept >> 1, 64))]

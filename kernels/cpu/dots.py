@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from efcp.kernels.addresses import Momenta
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.cpu.convert import index_at, value_at
 from efcp.kernels.cpu.dtypes import CODES, FLOAT16, FLOAT32, SIZES
-from efcp.kernels.cpu.launch import CPU, PIECES, launch_of, run, slot_address, table_row, take_share
+from efcp.kernels.cpu.launch import CPU, PIECES, launch_of, momentum_code, run, slot_address, table_row, take_share
 from efcp.kernels.cpu.llvm import (
     EIGHT,
     LANES,
@@ -40,6 +41,7 @@ from efcp.kernels.cpu.llvm import (
     sum_of_eight,
     trailing_zeros,
 )
+from efcp.kernels.cpu.lowbit import read_momentum
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
 
 FEW = 48  # entries of a row in a block, up to which it is worth finding first which entries of others may meet it
@@ -159,7 +161,9 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
                 first_block, last_block = piece * blocks // pieces, (piece + 1) * blocks // pieces
                 begin = np.int64(0)
                 for number in range(parameters):
-                    end, numel, size, kept, kept_in_tail, values, indices, _, _ = table_row(table, parameters, number)
+                    end, numel, size, kept, kept_in_tail, values, indices, _, _, _ = table_row(
+                        table, parameters, number
+                    )
                     for block in range(max(first_block, begin) - begin, min(last_block, end) - begin):
                         chosen = kept if (block + 1) * size <= numel else kept_in_tail
                         entry = block * window_size * kept
@@ -204,6 +208,52 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
 
 
 @cache
+def _momenta_kernel(value_code: int, index_size: int) -> Kernel:
+    @cached_kernel(value_code, index_size)
+    def with_momenta(call: int) -> None:
+        """Sums over the pieces of products with the newest row, and with the momenta: (pieces, 2, m), into `sums`."""
+        pieces, table, parameters, largest, sums, blocks, slot, window_size, code = pieces_and_arguments(call, 8)
+        row = load_i64(slot, 0)
+        newest, dense = np.zeros(largest, np.float64), np.empty(largest, np.float64)
+        total = np.empty(2 * window_size, np.float64)
+        first, last = take_share(call)
+        while first < last:
+            for piece in range(first, last):
+                total[:] = 0.0
+                first_block, last_block = piece * blocks // pieces, (piece + 1) * blocks // pieces
+                begin = np.int64(0)
+                for number in range(parameters):
+                    end, numel, size, kept, kept_in_tail, values, indices, _, momentum, scales = table_row(
+                        table, parameters, number
+                    )
+                    for block in range(max(first_block, begin) - begin, min(last_block, end) - begin):
+                        length = min(size, numel - block * size)
+                        chosen = kept if length == size else kept_in_tail
+                        read_momentum(code, momentum, scales, block * size, length, dense)
+                        entry = block * window_size * kept
+                        own = entry + row * kept
+                        for j in range(own, own + chosen):
+                            newest[index_at(index_size, indices, j)] = value_at(value_code, values, j)
+                        for i in range(window_size):
+                            with_newest, with_momentum = 0.0, 0.0
+                            for j in range(entry + i * kept, entry + i * kept + chosen):
+                                index = index_at(index_size, indices, j)
+                                value = np.float64(value_at(value_code, values, j))
+                                with_newest += value * newest[index]
+                                with_momentum += value * dense[index]
+                            total[i] += with_newest
+                            total[window_size + i] += with_momentum
+                        for j in range(own, own + chosen):
+                            newest[index_at(index_size, indices, j)] = 0.0
+                    begin = end
+                for i in range(2 * window_size):
+                    store_f64(sums, piece * 2 * window_size + i, total[i])
+            first, last = take_share(call)
+
+    return with_momenta
+
+
+@cache
 def _add_up_kernel() -> Kernel:
     @cached_kernel()
     def add_up(call: int) -> None:
@@ -222,16 +272,20 @@ def _add_up_kernel() -> Kernel:
     return add_up
 
 
-def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
-    launch = launch_of(rows)
+def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ()) -> Tensor:
+    launch = launch_of(rows, momenta)
     values, indices, _ = rows[0]
     window_size = values.shape[1]
     pieces = max(1, min(launch.blocks, PIECES))
-    sums = torch.empty(pieces * window_size, dtype=torch.float64, device=CPU)
+    sums = torch.empty(pieces * window_size * (1 + bool(momenta)), dtype=torch.float64, device=CPU)
+    known = (*launch.arguments, sums.data_ptr(), launch.blocks, slot_address(slot, window_size), window_size)
+    if momenta:
+        kernel = _momenta_kernel(CODES[values.dtype], indices.itemsize)
+        run(kernel, (*known, momentum_code(momenta)), pieces, launch.entries * window_size)
+        return add_up(sums, pieces, 2 * window_size).view(2, window_size)
     few = FEW if LOOKS_UP_BYTES and window_size >= LANES else 0  # of fewer rows a block may not have 64 entries
-    arguments = (*launch.arguments, sums.data_ptr(), launch.blocks, slot_address(slot, window_size), window_size, few)
     kernel = _dots_kernel(CODES[values.dtype], indices.itemsize)
-    run(kernel, arguments, pieces, launch.entries * window_size)
+    run(kernel, (*known, few), pieces, launch.entries * window_size)
     return add_up(sums, pieces, window_size)
 
 

@@ -25,10 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import addresses, floating, group_addresses
+from efcp.kernels.addresses import Momenta, addresses, floating, group_addresses, momentum_addresses
 from efcp.kernels.blocks import SparseRows
+from efcp.kernels.cpu.dtypes import CODES, INT8, NONE
 from efcp.kernels.cpu.llvm import load_i64, take_number
 from efcp.kernels.cpu.machine_code import Kernel, jit
+from efcp.kernels.lowbit import LowBit
 
 CPU = torch.device("cpu")
 PARALLEL = 1 << 15  # elements, or entries of the window, from which on several threads are worth it; as in PyTorch
@@ -45,9 +47,10 @@ def take_share(call: int) -> tuple[int, int]:
 
 
 @jit
-def table_row(table: int, parameters: int, number: int) -> tuple[int, int, int, int, int, int, int, int, int]:
+def table_row(table: int, parameters: int, number: int) -> tuple[int, int, int, int, int, int, int, int, int, int]:
     """A row of the table, which is stored column by column: the number of the first block behind this parameter, n, B,
-    k, k of the tail, and addresses, of values, of indices, and of the two tensors of n elements of an operation."""
+    k, k of the tail, and addresses: of values, of indices, of the two tensors of n elements of an operation, and of the
+    scales of the second where it is in 8 bits."""
     return (
         load_i64(table, number),
         load_i64(table, number + parameters),
@@ -58,6 +61,7 @@ def table_row(table: int, parameters: int, number: int) -> tuple[int, int, int, 
         load_i64(table, number + parameters * 6),
         load_i64(table, number + parameters * 7),
         load_i64(table, number + parameters * 8),
+        load_i64(table, number + parameters * 9),
     )
 
 
@@ -127,8 +131,8 @@ class Launch(NamedTuple):
         return self.table.buffer_info()[0], self.parameters, self.largest
 
 
-def launch_of(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> Launch:
-    """With the table of `table_row`, whose last two columns are the `others`, in order, or 0 where there are none."""
+def launch_of(rows: Sequence[SparseRows], momenta: Momenta = (), **others: Sequence[Tensor | None]) -> Launch:
+    """With the table of `table_row`: the first tensors of an operation, by name, then the second ones, or momenta."""
     layouts = [r.blocks for r in rows]
     ends = list(accumulate(blocks.count for blocks in layouts))
     numels = [blocks.numel for blocks in layouts]
@@ -136,9 +140,21 @@ def launch_of(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> 
     table = [*ends, *numels, *sizes, *(blocks.kept for blocks in layouts), *(blocks.kept_in_tail for blocks in layouts)]
     for column in group_addresses(rows, CPU, **others):
         table += column
-    table += [0] * len(rows) * (2 - len(others))
+    if len(others) < 2:
+        table += [0] * len(rows) * (1 - len(others))
+        for column in momentum_addresses(momenta, CPU, numels):
+            table += column
+    else:
+        table += [0] * len(rows)
     entries = sum(blocks.count * blocks.kept for blocks in layouts)
     return Launch(array("q", table), len(rows), max(sizes), ends[-1], sum(numels), entries)
+
+
+def momentum_code(momenta: Momenta) -> int:
+    """The dtype of momenta, as kernels know it."""
+    if not momenta:
+        return NONE
+    return INT8 if isinstance(momenta[0], LowBit) else CODES[momenta[0].dtype]
 
 
 def scalar_address(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> int:

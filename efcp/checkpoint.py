@@ -8,7 +8,8 @@ Every loaded tensor is checked: kernels use positions as addresses, and one NaN 
 Versions of the state, in `version` of what all parameters share:
 
     0  without a version: no numel, skipped_in_a_row, imprecise_steps and pending; dtypes themselves in param groups
-    1  dtypes by name in param groups
+    1  dtypes by name in param groups; no factor, update_norm and inner_product
+    2  as now
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ from efcp.shared_state import VERSION, allocate_shared
 from efcp.windows import Compressor
 
 NAMED = 3  # in a warning
+FIXED = ("window", "direction", "momentum_dtype")  # options that determine the state
 COUNTERS = ("step", "skipped_steps", "skipped_in_a_row", "imprecise_steps")
 SINCE_VERSION_1 = ("skipped_in_a_row", "imprecise_steps", "pending", "version")
 WINDOWS_OF_VERSION_0 = {"values", "left", "rows"}
@@ -69,7 +71,9 @@ def checked(
             check_kind(where, saved_group, part)
         check_keys(where, optimizer, saved_group.items(), names)
         loaded = with_defaults(saved_group, group, defaults)
-        check_fixed(where, loaded, group, ["window", *compressor.options, *preconditioner.fixed])
+        check_fixed(
+            where, loaded, group, ["window", "direction", "momentum_dtype", *compressor.options, *preconditioner.fixed]
+        )
         groups.append(loaded)
         for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
             here = f"{where}, parameter {position}"
@@ -78,7 +82,7 @@ def checked(
             saved = upgraded(state_dict["state"][key], shared if key in homes else {}, p)
             expected = dict(shared) if key in homes else {}
             if "numel" in saved:
-                used = {"momentum": "momentum" in saved, "beta1": "average" in saved, "window": group["window"]}
+                used = {**loaded, "momentum": float("momentum" in saved), "beta1": float("average" in saved)}
                 fill(expected, torch.empty_like(p, device="meta"), used, of_group, set(shared))
             check_tensors(here, saved, expected)
             if key in homes:
@@ -221,6 +225,11 @@ def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> di
             if name in shared:
                 is_counter = isinstance(shared[name], Tensor)
                 state.setdefault(name, torch.zeros((), dtype=torch.int64, device="cpu") if is_counter else shared[name])
+    if shared and "update_norm" not in state and {"gram", "weights", "step"} <= state.keys():
+        weights, product = state["weights"], state["gram"] @ state["weights"]
+        newest = (int(state["step"]) - 1) % len(weights)
+        state |= {"factor": torch.zeros_like(product[0]), "inner_product": product[newest].clone()}
+        state["update_norm"] = torch.dot(weights, product).clamp(min=0).sqrt()
     for name in COUNTERS:
         value = state.get(name)
         if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.dim() == 0):

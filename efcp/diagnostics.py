@@ -1,11 +1,8 @@
 """What a step did: how long its vectors are, how far it turned the gradient, and how it scaled the entries.
 
-With S the Gram matrix, w the weights of the newest update u = Gᵀw and t the slot of the newest row c:
-
-    ‖c‖² = S_tt,  ‖u‖² = wᵀSw,  ⟨c, u⟩ = (Sw)_t
-
-so only the norms of g and e cost more than m² operations. The quantiles of |u/g| (EFCP, arXiv 2306.06098, section 6.3)
-need u itself. It is recomputed from the windows, one parameter at a time.
+The length of the newest row c is in the Gram matrix. `efcp.directions` says how those of the update u and ⟨c, u⟩ come
+from it, so only the norms of g and e cost more than m² operations. The quantiles of |u/g| (EFCP, arXiv 2306.06098,
+section 6.3) need u itself. It is recomputed from the windows, one parameter at a time.
 """
 
 import math
@@ -28,17 +25,15 @@ def norms_and_rotation(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, fl
         gram: the Gram matrix, with the weights of the newest update.
         sets: all parameters that have a window.
     """
-    S, weights = gram.matrix, gram.state["weights"]
-    slot = (gram.state["step"] - 1) % len(S)
-    product = S @ weights
-    squares = torch.stack([S.diagonal()[slot], torch.dot(weights, product).clamp(min=0), product[slot]])
-    compressed, update, inner = squares.tolist()
-    lengths = math.sqrt(compressed) * math.sqrt(update)
+    state, slot = gram.state, (gram.state["step"] - 1) % len(gram.matrix)
+    known = [gram.matrix.diagonal()[slot].sqrt(), state["update_norm"], state["inner_product"]]
+    compressed, update, inner = torch.stack(known).tolist()
+    lengths = compressed * update
     return {
         "grad_norm": _norm([p.grad for s in sets for p in s.params if p.grad is not None]),
-        "compressed_norm": math.sqrt(compressed),
+        "compressed_norm": compressed,
         "error_norm": _norm([state["error"] for s in sets for state in s.states if "error" in state]) or 0.0,
-        "update_norm": math.sqrt(update),
+        "update_norm": update,
         "cosine": max(-1.0, min(1.0, inner / lengths)) if lengths > 0 else None,
     }
 
@@ -54,8 +49,8 @@ def scaling_quantiles(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, flo
         gram: the Gram matrix, with the weights of the newest update.
         sets: each parameter that has a window by itself. Those without a gradient are left out.
     """
-    sets, weights = [s for s in sets if s.params[0].grad is not None], gram.state["weights"]
-    upper = _count(keys >> 16 for keys in _ratio_bits(sets, weights))
+    sets = [s for s in sets if s.params[0].grad is not None]
+    upper = _count(keys >> 16 for keys in _ratio_bits(sets, gram))
     total = int(upper.sum())
     if total == 0:
         return dict.fromkeys(QUANTILES)
@@ -64,7 +59,7 @@ def scaling_quantiles(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, flo
     bins = torch.searchsorted(ends, wanted, right=True)
     wanted -= ends[bins] - upper[bins]  # ranks within the bins
     lower = [torch.zeros(1 << 16, dtype=torch.int64, device="cpu") for _ in QUANTILES]
-    for keys in _ratio_bits(sets, weights):
+    for keys in _ratio_bits(sets, gram):
         for counts, chosen in zip(lower, bins.tolist(), strict=True):
             counts += _count([keys[keys >> 16 == chosen] & 0xFFFF])
     low = torch.stack([torch.searchsorted(c.cumsum(0), w, right=True) for c, w in zip(lower, wanted, strict=True)])
@@ -79,14 +74,17 @@ def _norm(tensors: list[Tensor]) -> float | None:
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
 
 
-def _ratio_bits(sets: Sequence[ParameterSet], weights: Tensor) -> Iterator[Tensor]:
+def _ratio_bits(sets: Sequence[ParameterSet], gram: Gram) -> Iterator[Tensor]:
     """The bits of |u/g| as float32, parameter by parameter: (entries with g ≠ 0,) int32."""
     for single in sets:
         (param,) = single.params
         assert param.grad is not None
         grad = param.grad.reshape(-1).to(accumulation_dtype(param.dtype))
         update, one = torch.zeros_like(grad), torch.ones((), dtype=torch.float64, device=param.device)
-        single.window.apply_([update], [], Update(weights.to(param.device), one, one))
+        weights, factor = (gram.state[name].to(param.device) for name in ("weights", "factor"))
+        dense = single.group["direction"] == "momentum"
+        own = Update(weights, one, one, factor if dense else None)
+        single.window.apply_([update], single.momenta if dense else [], own)
         yield (update / grad)[grad != 0].abs().float().view(torch.int32)
 
 

@@ -7,7 +7,10 @@ row of the window, hence one row and column of S. State:
     skipped_steps      ()      int64    how many of these had an Inf or NaN
     skipped_in_a_row   ()      int64    how many in a row, up to the latest
     gram               (m, m)  float64  S
-    weights            (m,)    float64  w of the newest update, which is Gᵀw; zero after a skipped step
+    weights            (m,)    float64  w of the newest update, Gᵀw + factor · momentum; zero after a skipped step
+    factor             ()      float64  see `efcp.directions`
+    update_norm        ()      float64  the length ‖u‖ of that update
+    inner_product      ()      float64  ⟨c, u⟩, with c the newest row
     pending            bool             from when a step starts to change windows until it ends; S is unknown meanwhile
 """
 
@@ -21,6 +24,7 @@ from torch import Tensor
 from efcp.checks import check_content, check_numbers, require
 from efcp.kernels import is_fake
 
+OF_UPDATE = ("factor", "update_norm", "inner_product")
 ROUNDING = 1e-9  # of the inner product of two rows, in their lengths: sums in another order differ by less
 
 
@@ -31,6 +35,7 @@ def allocate_gram(window_size: int, device: torch.device) -> dict[str, Any]:
         **{name: torch.zeros((), dtype=torch.int64, device=device) for name in counters},
         "gram": torch.zeros(window_size, window_size, dtype=torch.float64, device=device),
         "weights": torch.zeros(window_size, dtype=torch.float64, device=device),
+        **{name: torch.zeros((), dtype=torch.float64, device=device) for name in OF_UPDATE},
         "pending": False,
     }
 
@@ -110,9 +115,17 @@ class Gram:
         lengths = self.matrix.diagonal().sqrt()
         return bool(((self.matrix - other).abs() <= ROUNDING * torch.outer(lengths, lengths)).all())
 
-    def squared_norm(self, weights: Tensor) -> Tensor:
-        """‖Gᵀw‖² = wᵀSw, () float64: the squared norm of an update, in O(m²)."""
-        return torch.dot(weights, self.matrix @ weights).clamp(min=0)
+    def record(self, weights: Tensor, factor: Tensor, squared_norm: Tensor, inner: Tensor) -> None:
+        """Keeps the newest update, for diagnostics: see `efcp.directions.Combination`."""
+        self.state["weights"].copy_(weights)
+        for name, value in zip(OF_UPDATE, (factor, squared_norm.sqrt(), inner), strict=True):
+            self.state[name].copy_(value)
+
+    def mean_square(self) -> Tensor:
+        """The mean squared length of the rows held, () float64: of those that are not zero; 1 where all are."""
+        diagonal = self.matrix.diagonal()
+        mean = diagonal.sum() / (diagonal > 0).sum().clamp(min=1)
+        return torch.where(mean > 0, mean, 1.0)
 
 
 def is_on_cpu(tensor: Tensor) -> bool:

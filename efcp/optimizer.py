@@ -13,6 +13,7 @@ window holds the same tensors, so whatever saves, copies or moves states takes t
 """
 
 import inspect
+import math
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,9 +28,19 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from efcp.checkpoint import Exact, check_tensors, checked, other_names
 from efcp.checks import plain, require
 from efcp.diagnostics import norms_and_rotation, scaling_quantiles
+from efcp.directions import Combination, average_update, momentum_update, row_update
 from efcp.gram import Gram, allocate_gram, check_gram
 from efcp.lookout import Lookout
-from efcp.options import OPTIONS, agreed, agreed_preconditioner, check_keys, check_options, check_parts, made_from
+from efcp.options import (
+    AGREED,
+    OPTIONS,
+    agreed,
+    agreed_preconditioner,
+    check_keys,
+    check_options,
+    check_parts,
+    made_from,
+)
 from efcp.parameter_sets import ParameterSet, dtypes, fill
 from efcp.parameters import check_gradient, check_parameter, check_state, names, new_tensors_are_fake
 from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
@@ -56,10 +67,16 @@ class EFCP(Optimizer):
         compressor: how gradients are kept: `TopK`, `LowRank`, `Identity`, or any `Compressor`.
         preconditioner: how the window becomes an update: `MFAC`, `GGT`, or any `Preconditioner`.
         window: m, how many gradients are kept, ≥ 1.
-        momentum: heavy ball on the update, in [0, 1).
+        direction: what is preconditioned: "row", the newest row, as in the papers; "average", an average of the rows
+            held; "momentum", a dense momentum (`efcp.directions`). Fixed from the first step on.
+        momentum: β in [0, 1) of the average or the dense momentum; with direction "row", heavy ball on the update.
         beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of g.
         weight_decay: decoupled, multiplied by lr, ≥ 0.
+        update_rms: the root mean square of the update's entries, > 0: u is scaled to ‖u‖ = update_rms · √d, with d the
+            number of elements that have a gradient. 0.2 is the size of Adam's updates. None leaves u as it is.
         max_update_norm: longer updates u are scaled down to this norm, > 0; None for no limit.
+        momentum_dtype: of the momentum: floating point; torch.int8, with a scale for 64 elements, for the direction
+            "momentum"; None for the parameter's. Fixed from the first step on.
         maximize: maximise the objective.
 
     Raises:
@@ -76,10 +93,13 @@ class EFCP(Optimizer):
         preconditioner: Preconditioner = MFAC(),
         *,
         window: int = 1024,
+        direction: str = "row",
         momentum: float = 0.0,
         beta1: float = 0.0,
         weight_decay: float = 0.0,
+        update_rms: float | None = None,
         max_update_norm: float | None = None,
+        momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
         refuse_zero_redundancy_optimizer()
@@ -90,10 +110,13 @@ class EFCP(Optimizer):
         defaults = {
             "lr": lr,
             "window": window,
+            "direction": direction,
             "momentum": momentum,
             "beta1": beta1,
             "weight_decay": weight_decay,
+            "update_rms": update_rms,
             "max_update_norm": max_update_norm,
+            "momentum_dtype": momentum_dtype,
             "maximize": maximize,
             **compressor.options,
             **preconditioner.options,
@@ -124,7 +147,7 @@ class EFCP(Optimizer):
         if not self.param_groups:
             return loss
         self._check_tensors()
-        max_update_norm = agreed(self.param_groups, "max_update_norm")
+        options = {name: agreed(self.param_groups, name) for name in AGREED}
         preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         if all(p.grad is None for p in self._params()):
             return loss
@@ -145,19 +168,23 @@ class EFCP(Optimizer):
         slot = gram.next_slot(finite)
         for s in sets:
             s.push(slot, finite)
-        gram.replace(slot, _dots(gram, sets, slot))
-        weights = preconditioner.weights(gram, slot)
+        combination = self._combination(preconditioner, gram, sets, slot, finite)
         gram.state["pending"] = False
         if sum(len(s.params) for s in sets) > len(windows):  # some are new
             windows = self._windows()
         self._origin = Origin(windows)
         self._show_shared(windows)
-        if max_update_norm is not None:
-            weights = weights * (max_update_norm / gram.squared_norm(weights).sqrt()).clamp(max=1.0)
-        weights = torch.where(finite, weights, 0.0)
-        gram.state["weights"].copy_(weights)
+        if options["max_update_norm"] is not None:
+            longest = options["max_update_norm"]
+            combination = combination.scaled((longest / combination.squared_norm.sqrt()).clamp(max=1.0))
+        if options["update_rms"] is not None:
+            length = options["update_rms"] * math.sqrt(sum(s.stepped_numel for s in sets))
+            norm = combination.squared_norm.sqrt()
+            combination = combination.scaled(torch.where(norm > 0, length / norm, 0.0))
+        combination = combination.where(finite)
+        gram.record(*combination)
         for s in sets:
-            s.update_(weights, finite)
+            s.update_(combination.weights, combination.factor, finite)
         self._lookout.look(gram.state, self._non_finite)
         return loss
 
@@ -210,7 +237,7 @@ class EFCP(Optimizer):
         group = self.param_groups[-1]
         try:
             self._check_keys(group)  # again, with what `defaults` has added
-            for name in (*self.compressor.options, *self.preconditioner.options):
+            for name in (*self.compressor.options, *self.preconditioner.options, "momentum_dtype"):
                 group[name] = plain(group[name])
             refuse_deepspeed_parameters(group["params"])
             self._check_params(group["params"])
@@ -330,6 +357,21 @@ class EFCP(Optimizer):
         require(own == window_size, "window", f"stay what it was, {own}", window_size)
         return Gram(self.shared)
 
+    def _combination(
+        self, preconditioner: Preconditioner, gram: Gram, sets: list[ParameterSet], slot: Tensor, finite: Tensor
+    ) -> Combination:
+        """The update, after the newest row has entered the Gram matrix."""
+        direction = agreed(self.param_groups, "direction")
+        if direction == "momentum":
+            square = reduce(torch.add, gram.on_its_device(s.average_momenta(finite) for s in sets))
+            dots, products = _dots(gram, sets, slot, with_momenta=True)
+            gram.replace(slot, dots)
+            return momentum_update(preconditioner, gram, slot, products, square)
+        gram.replace(slot, _dots(gram, sets, slot))
+        if direction == "average":
+            return average_update(preconditioner, gram, slot, agreed(self.param_groups, "momentum"))
+        return row_update(preconditioner, gram, slot)
+
     # ---- state
 
     def _new_shared(self, device: torch.device) -> dict[str, Any]:
@@ -429,9 +471,9 @@ class EFCP(Optimizer):
                     check_state(name, p, state, compressor)
 
 
-def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor) -> Tensor:
-    """The inner products of all rows with row `slot`, summed over all parameters."""
-    return reduce(torch.add, gram.on_its_device(s.dots(slot) for s in sets))
+def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor, with_momenta: bool = False) -> Tensor:
+    """The inner products of all rows with row `slot`, summed over all parameters; (2, m), with momenta second."""
+    return reduce(torch.add, gram.on_its_device(s.dots(slot, with_momenta) for s in sets))
 
 
 def _defaults() -> dict[str, Any]:

@@ -10,13 +10,20 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
-from efcp.checks import from_plain, require, require_integer, require_number
+from efcp.checks import from_plain, require, require_dtype, require_integer, require_number
+from efcp.directions import DIRECTIONS
 from efcp.preconditioners import Preconditioner
 from efcp.windows import Compressor
 
-OPTIONS = ("lr", "window", "momentum", "beta1", "weight_decay", "max_update_norm", "maximize")  # of every optimizer
+OPTIONS = (  # of every optimizer
+    *("lr", "window", "direction", "momentum", "beta1", "weight_decay", "update_rms", "max_update_norm"),
+    *("momentum_dtype", "maximize"),
+)
+AGREED = ("window", "direction", "update_rms", "max_update_norm")  # in all param groups
+MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
 FLAGS = ("foreach", "fused", "capturable", "differentiable")  # of torch.optim; frameworks set them everywhere
 LETTERS_PER_EDIT = 5  # of an option's name, for each edit that counts as a slip
@@ -63,12 +70,26 @@ def check_options(groups: Sequence[dict[str, Any]], compressor: Compressor, prec
         require_number("weight_decay", group["weight_decay"], 0)
         require_integer("window", group["window"], 1)
         require(isinstance(group["maximize"], bool), "maximize", "be True or False", group["maximize"])
-        if group["max_update_norm"] is not None:
-            require_number("max_update_norm", group["max_update_norm"], 0, open_low=True)
+        for name in ("max_update_norm", "update_rms"):
+            if group[name] is not None:
+                require_number(name, group[name], 0, open_low=True)
+        if group["update_rms"] is not None:
+            allowed = "be None where update_rms gives updates their length"
+            require(group["max_update_norm"] is None, "max_update_norm", allowed, group["max_update_norm"])
+        direction, dtype = group["direction"], group["momentum_dtype"]
+        require(direction in DIRECTIONS, "direction", f"be one of {', '.join(DIRECTIONS)}", direction)
+        if direction != "row":
+            require(group["beta1"] == 0, "beta1", f"be 0 with direction {direction!r}", group["beta1"])
+        if dtype is not None:
+            dtype = require_dtype("momentum_dtype", dtype, MOMENTUM_DTYPES)
+            allowed = "be a floating point dtype, or None, where momentum is that of the update"
+            require(dtype != torch.int8 or direction == "momentum", "momentum_dtype", allowed, dtype)
         made_from(compressor, group)
-    agreed(groups, "max_update_norm")
-    agreed(groups, "window")
-    agreed_preconditioner(groups, preconditioner)
+    for name in AGREED:
+        agreed(groups, name)
+    if groups[0]["direction"] == "average":
+        agreed(groups, "momentum")
+    agreed_preconditioner(groups, preconditioner).check_direction(groups[0]["direction"])
 
 
 def check_parts(compressor: Compressor, preconditioner: Preconditioner) -> None:

@@ -1,4 +1,12 @@
-"""Parameters that are stepped together: what each keeps, and what a step does to all of them."""
+"""Parameters that are stepped together: what each keeps, and what a step does to all of them.
+
+Of a parameter of n elements, beside its window:
+
+    numel            int      n
+    momentum         (n,)     where used: the dense momentum, or that of the update (heavy ball); int8, with
+    momentum_scales  (n/64,)  float32, or floating point
+    average          (n,)     of gradients, where beta1 > 0
+"""
 
 from functools import cached_property
 from typing import Any
@@ -7,16 +15,18 @@ import torch
 from torch import Tensor
 
 from efcp import kernels
-from efcp.checks import require
+from efcp.checks import from_plain, require
 from efcp.shared_state import check_state_names
 from efcp.windows import Compressor
+
+MOMENTUM = ("momentum", "momentum_scales", "average")
 
 
 def fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor, taken: set[str]) -> None:
     """Allocates what the state of a parameter lacks: window, momentum, average.
 
     Args:
-        group: the options window, momentum and beta1.
+        group: the options window, direction, momentum, momentum_dtype and beta1.
         taken: names that the compressor must not use.
 
     Raises:
@@ -25,12 +35,23 @@ def fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor
     if compressor.row_names(param)[0] not in state:
         with torch.inference_mode(False):  # else no later step outside inference mode could update it
             rows = compressor.allocate(param, group["window"])
-        check_state_names(compressor, rows, taken | {"numel", "momentum", "average"})
+        check_state_names(compressor, rows, taken | {"numel", *MOMENTUM})
         state.update({**rows, "numel": param.numel()})  # all or nothing
-    for name, decay in (("momentum", group["momentum"]), ("average", group["beta1"])):
-        if decay > 0 and name not in state:
-            with torch.inference_mode(False):
-                state[name] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
+    with torch.inference_mode(False):
+        if keeps_momentum(group) and "momentum" not in state:
+            dtype = from_plain(group["momentum_dtype"]) or param.dtype
+            if dtype == torch.int8:
+                numbers = kernels.allocate_lowbit(param.numel(), 8, param.device)
+                state.update(momentum=numbers.codes, momentum_scales=numbers.scales)
+            else:
+                state["momentum"] = torch.zeros(param.numel(), dtype=dtype, device=param.device)
+        if group["beta1"] > 0 and "average" not in state:
+            state["average"] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
+
+
+def keeps_momentum(group: dict[str, Any]) -> bool:
+    """Whether the parameters of a group have a momentum of their own: dense, or heavy ball."""
+    return group["direction"] == "momentum" or (group["direction"] == "row" and group["momentum"] > 0)
 
 
 def dtypes(param: Tensor, state: dict[str, Any]) -> tuple[torch.dtype | None, ...]:
@@ -61,8 +82,32 @@ class ParameterSet:
     @property
     def rounding(self) -> float:
         """The machine epsilon of the arithmetic in which the rows of the window are summed."""
-        written = self.states[0]["momentum"] if self.group["momentum"] > 0 else self.params[0]
+        heavy_ball = self.group["direction"] == "row" and self.group["momentum"] > 0
+        written = self.states[0]["momentum"] if heavy_ball else self.params[0]
         return torch.finfo(kernels.accumulation_dtype(written.dtype)).eps
+
+    @property
+    def momenta(self) -> list[Tensor | kernels.LowBit]:
+        """The momenta of the parameters; none where they have none."""
+        if not keeps_momentum(self.group):
+            return []
+        lowbit = "momentum_scales" in self.states[0]
+        names = ("momentum", "momentum_scales")
+        return [kernels.LowBit(*(s[n] for n in names)) if lowbit else s["momentum"] for s in self.states]
+
+    def average_momenta(self, finite: Tensor) -> Tensor:
+        """a ← βa + (1 − β)g of the dense momenta. Returns the sum of their squares, () float64.
+
+        Args:
+            finite: () bool; where false, they stay as they are.
+        """
+        finite = finite.to(self.device, non_blocking=True)
+        return kernels.average_(self.momenta, self.grads, self.group["momentum"], finite)
+
+    @property
+    def stepped_numel(self) -> int:
+        """The number of elements that have a gradient."""
+        return sum(p.numel() for p in self.params if p.grad is not None)
 
     @cached_property
     def grads(self) -> list[Tensor | None]:
@@ -84,28 +129,32 @@ class ParameterSet:
         slot, finite = slot.to(self.device, non_blocking=True), finite.to(self.device, non_blocking=True)
         self.window.push(self._averaged(finite), slot, finite)
 
-    def dots(self, slot: Tensor) -> Tensor:
-        """The inner products of all rows with row `slot`, a (1,) int64: (m,) float64."""
-        return self.window.dots(slot.to(self.device, non_blocking=True))
+    def dots(self, slot: Tensor, with_momenta: bool = False) -> Tensor:
+        """The inner products of all rows with row `slot`, (1,) int64: (m,) float64; or (2, m), with momenta second."""
+        return self.window.dots(slot.to(self.device, non_blocking=True), self.momenta if with_momenta else [])
 
-    def update_(self, weights: Tensor, finite: Tensor) -> None:
-        """θ ← (1 − lr·wd) θ − lr Σᵢ wᵢ Gᵢ, with heavy ball where there is momentum; all as it was where not finite.
+    def update_(self, weights: Tensor, factor: Tensor, finite: Tensor) -> None:
+        """θ ← (1 − lr·wd) θ − lr (Σᵢ wᵢ Gᵢ + factor · a); all as it was where not finite.
+
+        With the direction "row" and momentum the step goes along that of the update: heavy ball.
 
         Args:
             weights: (m,) float64, zero where not finite.
+            factor: () float64, of dense momenta a.
             finite: () bool.
         """
-        weights, finite = weights.to(self.device, non_blocking=True), finite.to(self.device, non_blocking=True)
+        weights, factor, finite = (x.to(self.device, non_blocking=True) for x in (weights, factor, finite))
         lr, weight_decay = self.group["lr"], self.group["weight_decay"]
         lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
         taken = finite.double()
         update_factor = taken * (lr if self.group["maximize"] else -lr)
         target_factor = 1 - taken * lr * weight_decay if weight_decay > 0 else torch.ones_like(taken)
-        update, momenta = kernels.Update(weights, target_factor, update_factor), []
-        if self.group["momentum"] > 0:
-            momenta = [state["momentum"] for state in self.states]
+        update, momenta = kernels.Update(weights, target_factor, update_factor), self.momenta
+        if self.group["direction"] == "momentum":
+            update = update._replace(momentum_factor=factor)
+        elif momenta:
             kept = torch.where(finite, torch.full_like(taken, self.group["momentum"]), 1.0)
-            update = update._replace(momentum_factor=kept)
+            update = update._replace(momentum_factor=kept, writes_momenta=True)
         targets = [None if p.grad is None else flat(p) for p in self.params]
         self.window.apply_(targets, momenta, update)
         written = [(p, target) for p, target in zip(self.params, targets, strict=True) if target is not None]

@@ -16,7 +16,7 @@ from torch import Tensor
 from efcp.gram import allocate_gram
 from efcp.preconditioners import Preconditioner
 
-VERSION = 1  # of the states that are written; `efcp.checkpoint` says what each version holds
+VERSION = 2  # of the states that are written; `efcp.checkpoint` says what each version holds
 
 Windows = Sequence[tuple[Tensor, Sequence[Tensor]]]
 """Parameters, each with the tensors of its window."""

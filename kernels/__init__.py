@@ -161,19 +161,19 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
     return dispatch.run("window_dots", slot, rows, slot, momenta)
 
 
-def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
-    """Inner products of every row of a dense window with row `slot`, as `window_dots` for sparse ones.
+def dense_dots(rows: Tensor, vector: Tensor) -> Tensor:
+    """Inner products of every row of a dense window with a vector, one of the rows or another.
 
     Args:
         rows: (m, n) contiguous, floating point.
-        slot: (1,) int64, on the device of the rows.
+        vector: (n,) contiguous, floating point, on the device of the rows.
 
     Returns:
         (m,) float64. Products and sums are in float64, as preconditioners need it where rows are nearly parallel.
     """
     if torch.compiler.is_compiling():
-        return operators.dense_dots(rows, slot)
-    return dispatch.run("dense_dots", rows, rows, slot)
+        return operators.dense_dots(rows, vector)
+    return dispatch.run("dense_dots", rows, rows, vector)
 
 
 def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[SparseRows], update: Update) -> None:

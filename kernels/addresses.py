@@ -268,17 +268,18 @@ def gradient_addresses(grads: Sequence[Tensor], device: torch.device | None = No
     return addresses("grads", grads, dtype, device, numels, fake=is_fake(grads[0]))
 
 
-def dense_address(rows: Tensor, slot: Tensor) -> int:
-    """The address of a dense window; 0 where it is fake. Raises unless these are what `dense_dots` takes.
+def dense_addresses(rows: Tensor, vector: Tensor) -> tuple[int, int]:
+    """The addresses of a dense window and of a vector; 0 where they are fake.
 
     Raises:
-        TypeError, ValueError: as `addresses`.
+        TypeError, ValueError: as `addresses`, unless these are what `dense_dots` takes.
     """
     if not (isinstance(rows, Tensor) and rows.dim() == 2):
         raise ValueError(f"rows must be a matrix, got {_shape(rows)}")
-    dtype = floating("rows", rows)
-    check_numbers(rows, slot=slot)
-    return addresses("rows", [rows], dtype, rows.device, [rows.numel()], fake=is_fake(rows))[0]
+    dtype, fake, device = floating("rows", rows), is_fake(rows), rows.device
+    (own,) = addresses("rows", [rows], dtype, device, [rows.numel()], fake=fake)
+    (other,) = addresses("vector", [vector], floating("vector", vector), device, [rows.shape[1]], fake=fake)
+    return own, other
 
 
 def check_inverse_root(R: Tensor, column: Tensor, S: Tensor, slot: Tensor) -> None:

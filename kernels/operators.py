@@ -150,9 +150,9 @@ def window_apply_(
     dispatch.run("window_apply_", weights, targets, _packed_momenta(momenta, scales), rows, update)
 
 
-@custom_op("efcp::dense_dots", mutates_args=(), schema="(Tensor rows, Tensor slot) -> Tensor")
-def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
-    result: Tensor = dispatch.run("dense_dots", slot, rows, slot)
+@custom_op("efcp::dense_dots", mutates_args=(), schema="(Tensor rows, Tensor vector) -> Tensor")
+def dense_dots(rows: Tensor, vector: Tensor) -> Tensor:
+    result: Tensor = dispatch.run("dense_dots", rows, rows, vector)
     return result
 
 
@@ -192,7 +192,7 @@ def _(values, indices, numels, block_size, density, slot, momenta, scales):  # t
 
 
 @dense_dots.register_fake
-def _(rows, slot):  # type: ignore[no-untyped-def]
+def _(rows, vector):  # type: ignore[no-untyped-def]
     return rows.new_empty(len(rows), dtype=torch.float64)
 
 

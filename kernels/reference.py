@@ -19,7 +19,7 @@ from efcp.kernels.addresses import (
     check_momenta,
     check_numbers,
     check_weights,
-    dense_address,
+    dense_addresses,
     gradient_addresses,
     is_fake,
     momentum_addresses,
@@ -153,13 +153,12 @@ def _numbers(momentum: Tensor | LowBit, elements: slice) -> Tensor:
     return decoded(momentum, whole, slice(first, last))[skipped : skipped + elements.stop - elements.start].double()
 
 
-def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
-    dense_address(rows, slot)  # for its checks
+def dense_dots(rows: Tensor, vector: Tensor) -> Tensor:
+    dense_addresses(rows, vector)  # for its checks
     step = max(256, (PART if rows.is_cpu else DENSE_PART) // len(rows))
     dots = torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
     for first in range(0, rows.shape[1], step):
-        part = rows[:, first : first + step].double()
-        dots.addmv_(part, part.index_select(0, slot).squeeze(0))
+        dots.addmv_(rows[:, first : first + step].double(), vector[first : first + step].double())
     return dots
 
 

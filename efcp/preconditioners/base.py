@@ -1,8 +1,8 @@
 """What a preconditioner is: from the Gram matrix S of the window to the weights w of its rows.
 
-The update is u = Gᵀ f(S) e_t, where e_t picks the newest row. All work is on m × m matrices in float64, whatever the
-model's size. A new preconditioner, in this package or outside, is a subclass of `Preconditioner`;
-`examples/custom_preconditioner.py` is a complete one.
+The update is u = Gᵀ f(S) e_t, where e_t picks the newest row; `efcp.directions` has others. All work is on m × m
+matrices in float64, whatever the model's size. A new preconditioner, in this package or outside, is a subclass of
+`Preconditioner`; `examples/custom_preconditioner.py` is a complete one.
 """
 
 from abc import ABC, abstractmethod
@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from efcp.checks import require
 from efcp.gram import Gram
 
 
@@ -38,6 +39,12 @@ class Preconditioner(ABC):
         """
         return {}
 
+    def check_direction(self, direction: str) -> None:
+        """Raises ValueError where the preconditioner cannot precondition what a direction says."""
+        method = {"average": "weights_of_rows", "momentum": "weights_of_vector"}.get(direction)
+        own = method is None or getattr(type(self), method) is not getattr(Preconditioner, method)
+        require(own, "direction", f"not be {direction!r} with {type(self).__name__}, which has no {method}", direction)
+
     @abstractmethod
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
         """The weights w = f(S) e_t of the rows in the update Gᵀw.
@@ -50,6 +57,31 @@ class Preconditioner(ABC):
         Returns:
             (m,) float64; finite, also where the newest row is zero.
         """
+
+    def weights_of_rows(self, gram: Gram, slot: Tensor, combination: Tensor) -> Tensor:
+        """The weights w = f(S) α of the rows in the update Gᵀw, for a combination Gᵀα of the rows.
+
+        Only needed for the direction "average"; called in place of `weights`, and with its arguments.
+
+        Args:
+            combination: α, (m,) float64.
+        """
+        raise NotImplementedError
+
+    def weights_of_vector(self, gram: Gram, slot: Tensor, products: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """The factor γ and the weights w in the update γa + Gᵀw, for any vector a.
+
+        Only needed for the direction "momentum"; called in place of `weights`, and with its arguments. For a function
+        φ(GᵀG) of the window, such that Gᵀf(S) = φ(GᵀG)Gᵀ, γ = φ(0) and w = (φ(S) − φ(0)) S⁻¹ b.
+
+        Args:
+            products: b = Ga, (m,) float64.
+            square: ‖a‖², () float64.
+
+        Returns:
+            γ, () float64, and w, (m,) float64; finite.
+        """
+        raise NotImplementedError
 
     def refresh(self, gram: Gram) -> None:  # noqa: B027  (there may be nothing)
         """Recomputes from the Gram matrix what is kept beside it: other rows than the newest may have changed."""

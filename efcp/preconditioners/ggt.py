@@ -29,10 +29,11 @@ class GGT(Preconditioner):
     and more; it takes 8 (m − n)² bytes of state.
 
     Args:
-        eps: ε > 0.
+        eps: ε > 0; where `relative`, times the root of the mean squared length of the rows.
         beta2: β₂ in (0, 1].
         refresh_every: n ≥ 1, steps from one eigendecomposition to the next; fixed from the first step on, where
-            later changes have no effect.
+            later changes have no effect. More than 1 only for the direction "row".
+        relative: whether ε is relative to the gradients.
 
     Raises:
         ValueError: for other values.
@@ -41,6 +42,7 @@ class GGT(Preconditioner):
     eps: float = 1e-5
     beta2: float = 1.0
     refresh_every: int = 1
+    relative: bool = False
 
     fixed = ("refresh_every",)
 
@@ -48,6 +50,7 @@ class GGT(Preconditioner):
         require_number("eps", self.eps, 0, open_low=True)
         require(is_number(self.beta2) and 0 < self.beta2 <= 1, "beta2", "lie in (0, 1]", self.beta2)
         require_integer("refresh_every", self.refresh_every, 1)
+        require(isinstance(self.relative, bool), "relative", "be True or False", self.relative)
 
     def allocate(self, window_size: int, device: torch.device) -> dict[str, Any]:
         if self.refresh_every == 1:
@@ -61,14 +64,42 @@ class GGT(Preconditioner):
         }
 
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
-        S = gram.matrix
-        age = (slot - torch.arange(len(S), device=S.device)) % len(S)
-        decay = self.beta2 ** age.double()
+        decay = self._decay(gram, slot)
         if "eigenvalues" in gram.state:
             return decay * self._bordered_weights(gram, decay, slot)
-        eigenvalues, Q = torch.linalg.eigh(decay[:, None] * S * decay)
-        root = (eigenvalues.clamp(min=0) + floor(eigenvalues.sum(), gram.rounding)).sqrt()
-        return decay * (Q @ (Q.index_select(0, slot).squeeze(0) / (root + self.eps)))
+        root, Q = self._decomposed(gram, decay)
+        return decay * (Q @ (Q.index_select(0, slot).squeeze(0) / (root + self._eps(gram))))
+
+    def weights_of_rows(self, gram: Gram, slot: Tensor, combination: Tensor) -> Tensor:
+        decay = self._decay(gram, slot)
+        root, Q = self._decomposed(gram, decay)
+        return decay * (Q @ ((Q.t() @ (decay * combination)) / (root + self._eps(gram))))
+
+    def weights_of_vector(self, gram: Gram, slot: Tensor, products: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        decay, eps = self._decay(gram, slot), self._eps(gram)
+        root, Q = self._decomposed(gram, decay)
+        damped = torch.where(root > 0, (Q.t() @ (decay * products)) / (eps * root * (root + eps)), 0.0)
+        return 1 / eps, -decay * (Q @ damped)
+
+    def check_direction(self, direction: str) -> None:
+        super().check_direction(direction)
+        if direction != "row":
+            require(self.refresh_every == 1, "refresh_every", f"be 1 with direction {direction!r}", self.refresh_every)
+
+    def _decay(self, gram: Gram, slot: Tensor) -> Tensor:
+        """The diagonal of D, (m,) float64."""
+        age = (slot - torch.arange(len(gram.matrix), device=slot.device)) % len(gram.matrix)
+        return self.beta2 ** age.double()
+
+    def _eps(self, gram: Gram) -> Tensor:
+        """ε, () float64."""
+        one = torch.ones((), dtype=torch.float64, device=gram.matrix.device)
+        return self.eps * (gram.mean_square().sqrt() if self.relative else one)
+
+    def _decomposed(self, gram: Gram, decay: Tensor) -> tuple[Tensor, Tensor]:
+        """The roots of the eigenvalues of DSD, (m,), so large that rounding does little, and the eigenvectors."""
+        eigenvalues, Q = torch.linalg.eigh(decay[:, None] * gram.matrix * decay)
+        return (eigenvalues.clamp(min=0) + floor(eigenvalues.sum(), gram.rounding)).sqrt(), Q
 
     def _bordered_weights(self, gram: Gram, decay: Tensor, slot: Tensor) -> Tensor:
         """(√A + εI)⁻¹ e_t, A = DSD, from the eigendecomposition of the rows that stay the same for n steps."""
@@ -90,7 +121,9 @@ class GGT(Preconditioner):
         state["eigen_age"], state["eigen_beta2"] = age + 1, float(self.beta2)
         eigenvalues = state["eigenvalues"] * self.beta2 ** (2 * age)  # the rows have decayed since, all alike
         border = columns(order[kept:])
-        weights = weights_with_border(eigenvalues, state["eigenvectors"], border, kept + age, self.eps, gram.rounding)
+        weights = weights_with_border(
+            eigenvalues, state["eigenvectors"], border, kept + age, self._eps(gram), gram.rounding
+        )
         return torch.zeros_like(weights).index_copy_(0, order, weights)
 
     def refresh(self, gram: Gram) -> None:
@@ -120,7 +153,7 @@ NODES = 192  # of the quadrature: its error is 1e-12 where ‖A‖ is up to 10²
 
 
 def weights_with_border(
-    eigenvalues: Tensor, Q: Tensor, border: Tensor, newest: int, eps: float, rounding: float
+    eigenvalues: Tensor, Q: Tensor, border: Tensor, newest: int, eps: Tensor, rounding: float
 ) -> Tensor:
     """(√A + εI)⁻¹ e_t for A = [B X; Xᵀ N] with B = QΛQᵀ given, and t a row of the border [X; N].
 
@@ -136,7 +169,7 @@ def weights_with_border(
         Q: (k, k).
         border: (m, m − k).
         newest: t ≥ k.
-        eps: ε.
+        eps: ε, () float64.
         rounding: see `floor`.
 
     Returns:
@@ -146,7 +179,7 @@ def weights_with_border(
     X, N, identity = border[:kept], border[kept:], torch.eye(size, dtype=border.dtype, device=border.device)
     eigenvalues = eigenvalues.clamp(min=0)
     trace = eigenvalues.sum() + N.trace()
-    first, last = math.log(eps) - 28, trace.sqrt().clamp(min=eps).log() + 10
+    first, last = eps.log() - 28, torch.maximum(trace.sqrt(), eps).log() + 10
     step = (last - first) / (NODES - 1)
     y = (first + step * torch.arange(NODES, dtype=border.dtype, device=border.device)).exp()
     factor = step * y * (2 / math.pi) * y**2 / (y**2 + eps**2)  # (nodes,), with dy = y dτ

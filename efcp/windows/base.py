@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from efcp.checks import check_numbers, plain, require_dtype
-from efcp.kernels import Update
+from efcp.kernels import LowBit, Momenta, Update, accumulation_dtype, add_lowbit_
 
 
 class Window(ABC):
@@ -39,23 +39,25 @@ class Window(ABC):
         """
 
     @abstractmethod
-    def dots(self, slot: Tensor) -> Tensor:
+    def dots(self, slot: Tensor, momenta: Momenta = ()) -> Tensor:
         """The inner products of all rows with row `slot`, summed in float64 from what is stored.
 
         Args:
             slot: (1,) int64, on the window's device.
+            momenta: of each parameter n numbers, floating point or in 8 bits; or empty.
 
         Returns:
-            (m,) float64, summed over the parameters.
+            (m,) float64, summed over the parameters; with momenta (2, m), the products with these second.
         """
 
     @abstractmethod
-    def apply_(self, targets: Sequence[Tensor | None], momenta: Sequence[Tensor], update: Update) -> None:
+    def apply_(self, targets: Sequence[Tensor | None], momenta: Momenta, update: Update) -> None:
         """Adds the weighted sum of the rows to parameters, as `kernels.Update` says.
 
         Args:
             targets: of each parameter (n,) contiguous, changed in place; None stays as it is.
-            momenta: of each parameter (n,), changed in place where the target is; empty for none.
+            momenta: of each parameter n numbers, floating point or in 8 bits; changed in place where the target is, and
+                the update says so. Empty for none.
             update: float64, on the targets' device.
         """
 
@@ -96,6 +98,17 @@ class SingleWindow(ABC):
             (m,) float64.
         """
 
+    def products(self, vector: Tensor) -> Tensor:
+        """The inner products of all rows with a vector, summed in float64. Needed for the direction "momentum" only.
+
+        Args:
+            vector: (n,) contiguous, floating point.
+
+        Returns:
+            (m,) float64.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no products, which the direction 'momentum' needs")
+
     @abstractmethod
     def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
         """target ← factor · target + Σᵢ weightsᵢ · Gᵢ.
@@ -123,18 +136,25 @@ class Separate(Window):
             else:
                 window.push(grad, slot, finite)
 
-    def dots(self, slot: Tensor) -> Tensor:
-        return reduce(torch.add, (window.dots(slot) for window in self.windows))
+    def dots(self, slot: Tensor, momenta: Momenta = ()) -> Tensor:
+        dots = reduce(torch.add, (window.dots(slot) for window in self.windows))
+        if not momenta:
+            return dots
+        pairs = zip(self.windows, momenta, strict=True)
+        return torch.stack([dots, reduce(torch.add, (window.products(floats(x)) for window, x in pairs))])
 
-    def apply_(self, targets: Sequence[Tensor | None], momenta: Sequence[Tensor], update: Update) -> None:
+    def apply_(self, targets: Sequence[Tensor | None], momenta: Momenta, update: Update) -> None:
         for number, (window, target) in enumerate(zip(self.windows, targets, strict=True)):
             if target is None:
                 continue
             if update.momentum_factor is None:
                 window.apply_(target, update.update_factor * update.weights, update.target_factor)
-            else:
-                window.apply_(momenta[number], update.weights, update.momentum_factor)
-                target.mul_(update.target_factor).addcmul_(momenta[number], update.update_factor)
+                continue
+            momentum = momenta[number]
+            if isinstance(momentum, LowBit) or not update.writes_momenta:
+                momentum = floats(momentum, copy=True, dtype=accumulation_dtype(target.dtype))
+            window.apply_(momentum, update.weights, update.momentum_factor)
+            target.mul_(update.target_factor).addcmul_(momentum, update.update_factor)
 
 
 @dataclass(frozen=True)
@@ -195,6 +215,19 @@ class Compressor(ABC):
         Raises:
             ValueError: where a state is for other options, as after an edit of the param group.
         """
+
+
+def floats(momentum: Tensor | LowBit, copy: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+    """A momentum as floating point: itself where it is, unless another dtype or a copy is asked for.
+
+    Args:
+        dtype: None takes float32 for numbers in 8 bits.
+    """
+    if isinstance(momentum, Tensor):
+        return momentum.to(dtype or momentum.dtype, copy=copy)
+    numbers = torch.zeros(momentum.codes.numel(), dtype=dtype or torch.float32, device=momentum.codes.device)
+    add_lowbit_([numbers], [momentum])
+    return numbers
 
 
 def choose_dtypes(options: Any) -> None:

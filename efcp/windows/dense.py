@@ -50,7 +50,10 @@ class DenseWindow(SingleWindow):
         self.rows.index_fill_(0, slot, 0.0)
 
     def dots(self, slot: Tensor) -> Tensor:
-        return kernels.dense_dots(self.rows, slot)
+        return self.products(self.rows.index_select(0, slot).squeeze(0))
+
+    def products(self, vector: Tensor) -> Tensor:
+        return kernels.dense_dots(self.rows, vector)
 
     def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
         dtype = accumulation_dtype(target.dtype)

@@ -166,6 +166,17 @@ class LowRankWindow(SingleWindow):
             ]
         )
 
+    def products(self, vector: Tensor) -> Tensor:
+        """⟨Pᵢ Qᵢᵀ, A⟩ = Σ (PᵢᵀA) ∘ Qᵢᵀ for all rows i, of a matrix A."""
+        (window_size, rank, rows), columns = self.left.shape, self.right.shape[2]
+        A, left = vector.view(rows, columns), self.left.double().flatten(0, 1)  # (m r, R)
+        dots = torch.zeros(window_size * rank, dtype=torch.float64, device=vector.device)
+        step = max(256, PART // (rows + 2 * len(left)))
+        for first in range(0, columns, step):
+            some = slice(first, first + step)
+            dots += (left @ A[:, some].double()).mul_(self.right[..., some].flatten(0, 1)).sum(1)
+        return dots.view(window_size, rank).sum(1)
+
     def _parts(self) -> Iterator[slice]:
         """Rows in parts, so that no temporary grows with the window."""
         window_size, rank, rows = self.left.shape

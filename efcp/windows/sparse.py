@@ -17,7 +17,7 @@ from torch import Tensor
 
 from efcp import kernels
 from efcp.checks import check_content, is_number, require, require_integer
-from efcp.kernels import Blocks, SparseRows, Update
+from efcp.kernels import Blocks, Momenta, SparseRows, Update
 from efcp.windows.base import Compressor, Window, choose_dtypes
 
 CHECKED = 1 << 18  # entries of the window that are looked at together when a state is loaded
@@ -112,10 +112,10 @@ class SparseWindow(Window):
     def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
         kernels.compress_(grads, self.errors, self.rows, slot, finite)
 
-    def dots(self, slot: Tensor) -> Tensor:
-        return kernels.window_dots(self.rows, slot)
+    def dots(self, slot: Tensor, momenta: Momenta = ()) -> Tensor:
+        return kernels.window_dots(self.rows, slot, momenta)
 
-    def apply_(self, targets: Sequence[Tensor | None], momenta: Sequence[Tensor], update: Update) -> None:
+    def apply_(self, targets: Sequence[Tensor | None], momenta: Momenta, update: Update) -> None:
         some = [number for number, target in enumerate(targets) if target is not None]
         if some:
             chosen = [target for target in targets if target is not None]

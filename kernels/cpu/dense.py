@@ -1,6 +1,6 @@
-"""`dense_dots`: inner products of whole rows with one of them, summed in float64.
+"""`dense_dots`: inner products of whole rows with a vector, summed in float64.
 
-The row is taken in parts that stay in the first-level cache, as float64, while all rows pass by.
+The vector is taken in parts that stay in the first-level cache, as float64, while all rows pass by.
 """
 
 from functools import cache, partial
@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import dense_address
+from efcp.kernels.addresses import dense_addresses
 from efcp.kernels.cpu.convert import bfloat16_to_float32, float16_to_float32
 from efcp.kernels.cpu.dots import add_up
 from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, FLOAT32, FLOAT64
-from efcp.kernels.cpu.launch import CPU, PIECES, run, slot_address, take_share
-from efcp.kernels.cpu.llvm import load_f32, load_f64, load_i64, load_u16, pieces_and_arguments, store_f64
+from efcp.kernels.cpu.launch import CPU, PIECES, run, take_share
+from efcp.kernels.cpu.llvm import load_f32, load_f64, load_u16, pieces_and_arguments, store_f64
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
 
 PART = 4096  # columns
@@ -41,7 +41,7 @@ def _dot(code: int, rows: int, first: int, part: np.ndarray, length: int) -> flo
 
 @jit
 def _widen(code: int, rows: int, first: int, length: int, part: np.ndarray) -> None:
-    """Numbers of the rows as float64."""
+    """Numbers as float64."""
     if code == FLOAT32:
         for j in range(length):
             part[j] = np.float64(load_f32(rows, first + j))
@@ -61,8 +61,7 @@ def _dense_kernel() -> Kernel:
     @cached_kernel()
     def dense(call: int) -> None:
         """Sums over the pieces, which are columns: (pieces, m), into `sums`."""
-        pieces, code, rows, window_size, columns, slot, sums = pieces_and_arguments(call, 6)
-        row = load_i64(slot, 0)
+        pieces, code, rows, window_size, columns, vector_code, vector, sums = pieces_and_arguments(call, 7)
         part, total = np.empty(PART, np.float64), np.empty(window_size, np.float64)
         first, last = take_share(call)
         while first < last:
@@ -71,7 +70,7 @@ def _dense_kernel() -> Kernel:
                 start, stop = piece * columns // pieces, (piece + 1) * columns // pieces
                 while start < stop:
                     length = min(PART, stop - start)
-                    _widen(code, rows, row * columns + start, length, part)
+                    _widen(vector_code, vector, start, length, part)
                     for i in range(window_size):
                         total[i] += _dot(code, rows, i * columns + start, part, length)
                     start += length
@@ -82,11 +81,11 @@ def _dense_kernel() -> Kernel:
     return dense
 
 
-def dense_dots(rows: Tensor, slot: Tensor) -> Tensor:
-    address = dense_address(rows, slot)
+def dense_dots(rows: Tensor, vector: Tensor) -> Tensor:
+    address, other = dense_addresses(rows, vector)
     (window_size, columns), code = rows.shape, CODES[rows.dtype]
     pieces = max(1, min(columns // PART, PIECES))
     sums = torch.empty(pieces * window_size, dtype=torch.float64, device=CPU)
-    arguments = (code, address, window_size, columns, slot_address(slot, window_size), sums.data_ptr())
+    arguments = (code, address, window_size, columns, CODES[vector.dtype], other, sums.data_ptr())
     run(_dense_kernel(), arguments, pieces, window_size * columns)
     return add_up(sums, pieces, window_size)

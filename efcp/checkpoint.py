@@ -30,7 +30,7 @@ from efcp.windows import Compressor
 NAMED = 3  # in a warning
 FIXED = ("window", "direction", "momentum_dtype")  # options that determine the state
 COUNTERS = ("step", "skipped_steps", "skipped_in_a_row", "imprecise_steps")
-SINCE_VERSION_1 = ("skipped_in_a_row", "imprecise_steps", "pending", "version")
+SINCE_VERSION_1 = ("skipped_in_a_row", "imprecise_steps", "pending")
 WINDOWS_OF_VERSION_0 = {"values", "left", "rows"}
 
 
@@ -71,9 +71,7 @@ def checked(
             check_kind(where, saved_group, part)
         check_keys(where, optimizer, saved_group.items(), names)
         loaded = with_defaults(saved_group, group, defaults)
-        check_fixed(
-            where, loaded, group, ["window", "direction", "momentum_dtype", *compressor.options, *preconditioner.fixed]
-        )
+        check_fixed(where, loaded, group, [*FIXED, *compressor.options, *preconditioner.fixed])
         groups.append(loaded)
         for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
             here = f"{where}, parameter {position}"
@@ -174,10 +172,14 @@ def check_version(states: Iterable[dict[str, Any]]) -> None:
 
 
 def check_kind(where: str, saved: dict[str, Any], part: HasOptions) -> None:
-    """Checks that a saved param group has an option of a compressor or preconditioner, if that has any."""
-    if part.options and not part.options.keys() & saved.keys():
-        names = ", ".join(part.options)
-        raise ValueError(f"{where}: the state has no {names}; it was saved by another kind of optimizer")
+    """Checks that a saved param group has the first option of a compressor or preconditioner, if that has any.
+
+    Others may be of a later version, or of several kinds.
+    """
+    if part.options and next(iter(part.options)) not in saved:
+        raise ValueError(
+            f"{where}: the state has no {next(iter(part.options))}; it was saved by another kind of optimizer"
+        )
 
 
 def with_defaults(saved: dict[str, Any], own: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -220,11 +222,12 @@ def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> di
     state = dict(saved)
     if not WINDOWS_OF_VERSION_0.isdisjoint(state):
         state.setdefault("numel", param.numel())
-    if shared and "version" not in state:
-        for name in SINCE_VERSION_1:
+    if shared:
+        for name in SINCE_VERSION_1 if "version" not in state else ():
             if name in shared:
                 is_counter = isinstance(shared[name], Tensor)
                 state.setdefault(name, torch.zeros((), dtype=torch.int64, device="cpu") if is_counter else shared[name])
+        state["version"] = shared["version"]
     if shared and "update_norm" not in state and {"gram", "weights", "step"} <= state.keys():
         weights, product = state["weights"], state["gram"] @ state["weights"]
         newest = (int(state["step"]) - 1) % len(weights)

@@ -30,14 +30,24 @@ class SparseMFAC(EFCP):
             from the first step on.
         damping: λ > 0, in the units of a squared gradient. The larger it is, the more the step resembles SGD's. Start
             from 1e-3, and try more first; below 1e-6 of the squared gradient norm, rounding spoils float32 steps.
+        relative_damping: whether λ is relative to the gradients: then λ · window = damping · (the mean squared length
+            of the rows), which means the same for every loss and window. Start from 0.1. Fixed from the first step on.
         block_size: entries of a block, an integer from 1 to 32768. Positions take one byte up to 256, two above. Fixed
             from the first step on.
-        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
-            as large as each parameter.
+        direction: what is preconditioned. "row": the newest row c, as in the papers. "average": the mean of the rows
+            held, weighted momentum^age; it takes no memory. "momentum": a dense a ← momentum · a + (1 − momentum) · g,
+            which takes a tensor as large as each parameter (`momentum_dtype`). Fixed from the first step on.
+        momentum: in [0, 1). With direction "row" it is that of the update: v ← momentum · v + u, and the step goes
+            along v; above 0 this takes a tensor as large as each parameter.
         weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
             weight_decay.
+        update_rms: > 0: u is scaled so that the root mean square of its entries is this, taken over all parameters that
+            have a gradient. With 0.2, the size of Adam's updates, a learning rate that is good for AdamW is a good
+            start. None leaves u as it is.
         max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
             limit.
+        momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
+            None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept entries: torch.bfloat16 or torch.float32.
         error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
             parameters, and float32 for all others.
@@ -58,10 +68,14 @@ class SparseMFAC(EFCP):
         window: int = 1024,
         density: float = 0.01,
         damping: float = 1e-4,
+        relative_damping: bool = False,
         block_size: int = 4096,
+        direction: str = "row",
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        update_rms: float | None = None,
         max_update_norm: float | None = None,
+        momentum_dtype: torch.dtype | None = None,
         value_dtype: torch.dtype = torch.bfloat16,
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
@@ -71,11 +85,14 @@ class SparseMFAC(EFCP):
             params,
             lr,
             TopK(density, block_size, value_dtype, error_dtype, error_feedback),
-            MFAC(damping),
+            MFAC(damping, relative_damping),
             window=window,
+            direction=direction,
             momentum=momentum,
             weight_decay=weight_decay,
+            update_rms=update_rms,
             max_update_norm=max_update_norm,
+            momentum_dtype=momentum_dtype,
             maximize=maximize,
         )
 
@@ -103,12 +120,22 @@ class LowRankMFAC(EFCP):
             memory. Fixed from the first step on.
         damping: λ > 0, in the units of a squared gradient. The larger it is, the more the step resembles SGD's. Start
             from 1e-3, and try more first; below 1e-6 of the squared gradient norm, rounding spoils float32 steps.
-        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
-            as large as each parameter.
+        relative_damping: whether λ is relative to the gradients: then λ · window = damping · (the mean squared length
+            of the rows), which means the same for every loss and window. Start from 0.1. Fixed from the first step on.
+        direction: what is preconditioned. "row": the newest row c, as in the papers. "average": the mean of the rows
+            held, weighted momentum^age; it takes no memory. "momentum": a dense a ← momentum · a + (1 − momentum) · g,
+            which takes a tensor as large as each parameter (`momentum_dtype`). Fixed from the first step on.
+        momentum: in [0, 1). With direction "row" it is that of the update: v ← momentum · v + u, and the step goes
+            along v; above 0 this takes a tensor as large as each parameter.
         weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
             weight_decay.
+        update_rms: > 0: u is scaled so that the root mean square of its entries is this, taken over all parameters that
+            have a gradient. With 0.2, the size of Adam's updates, a learning rate that is good for AdamW is a good
+            start. None leaves u as it is.
         max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
             limit.
+        momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
+            None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept factors: torch.bfloat16 or torch.float32.
         error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
             parameters, and float32 for all others.
@@ -130,9 +157,13 @@ class LowRankMFAC(EFCP):
         rank: int = 4,
         power_iterations: int = 1,
         damping: float = 1e-4,
+        relative_damping: bool = False,
+        direction: str = "row",
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        update_rms: float | None = None,
         max_update_norm: float | None = None,
+        momentum_dtype: torch.dtype | None = None,
         value_dtype: torch.dtype = torch.bfloat16,
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
@@ -142,11 +173,14 @@ class LowRankMFAC(EFCP):
             params,
             lr,
             LowRank(rank, power_iterations, value_dtype, error_dtype, error_feedback),
-            MFAC(damping),
+            MFAC(damping, relative_damping),
             window=window,
+            direction=direction,
             momentum=momentum,
             weight_decay=weight_decay,
+            update_rms=update_rms,
             max_update_norm=max_update_norm,
+            momentum_dtype=momentum_dtype,
             maximize=maximize,
         )
 
@@ -170,12 +204,22 @@ class DenseMFAC(EFCP):
             step on.
         damping: λ > 0, in the units of a squared gradient. The larger it is, the more the step resembles SGD's. Start
             from 1e-3, and try more first; below 1e-6 of the squared gradient norm, rounding spoils float32 steps.
-        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
-            as large as each parameter.
+        relative_damping: whether λ is relative to the gradients: then λ · window = damping · (the mean squared length
+            of the rows), which means the same for every loss and window. Start from 0.1. Fixed from the first step on.
+        direction: what is preconditioned. "row": the newest row c, as in the papers. "average": the mean of the rows
+            held, weighted momentum^age; it takes no memory. "momentum": a dense a ← momentum · a + (1 − momentum) · g,
+            which takes a tensor as large as each parameter (`momentum_dtype`). Fixed from the first step on.
+        momentum: in [0, 1). With direction "row" it is that of the update: v ← momentum · v + u, and the step goes
+            along v; above 0 this takes a tensor as large as each parameter.
         weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
             weight_decay.
+        update_rms: > 0: u is scaled so that the root mean square of its entries is this, taken over all parameters that
+            have a gradient. With 0.2, the size of Adam's updates, a learning rate that is good for AdamW is a good
+            start. None leaves u as it is.
         max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
             limit.
+        momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
+            None takes the parameter's. Fixed from the first step on.
         maximize: climb the objective instead of descending it.
 
     Raises:
@@ -190,20 +234,27 @@ class DenseMFAC(EFCP):
         *,
         window: int = 1024,
         damping: float = 1e-4,
+        relative_damping: bool = False,
+        direction: str = "row",
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        update_rms: float | None = None,
         max_update_norm: float | None = None,
+        momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
         super().__init__(
             params,
             lr,
             Identity(),
-            MFAC(damping),
+            MFAC(damping, relative_damping),
             window=window,
+            direction=direction,
             momentum=momentum,
             weight_decay=weight_decay,
+            update_rms=update_rms,
             max_update_norm=max_update_norm,
+            momentum_dtype=momentum_dtype,
             maximize=maximize,
         )
 
@@ -228,6 +279,7 @@ class SparseGGT(EFCP):
         density: the share of entries kept of each gradient, in (0, 1]: ceil(density · L) of a block of L entries. Fixed
             from the first step on.
         eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
+        relative_eps: whether ε is relative to the gradients: times the root mean square of the rows' lengths.
         beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of the gradient g. Above 0
             it takes a tensor as large as each parameter.
         beta2: in (0, 1]: a row of the window counts beta2^age. 1 counts all rows alike.
@@ -235,12 +287,20 @@ class SparseGGT(EFCP):
             up to rounding. It saves time for windows of some hundreds of rows. Fixed from the first step on.
         block_size: entries of a block, an integer from 1 to 32768. Positions take one byte up to 256, two above. Fixed
             from the first step on.
-        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
-            as large as each parameter.
+        direction: what is preconditioned. "row": the newest row c, as in the papers. "average": the mean of the rows
+            held, weighted momentum^age; it takes no memory. "momentum": a dense a ← momentum · a + (1 − momentum) · g,
+            which takes a tensor as large as each parameter (`momentum_dtype`). Fixed from the first step on.
+        momentum: in [0, 1). With direction "row" it is that of the update: v ← momentum · v + u, and the step goes
+            along v; above 0 this takes a tensor as large as each parameter.
         weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
             weight_decay.
+        update_rms: > 0: u is scaled so that the root mean square of its entries is this, taken over all parameters that
+            have a gradient. With 0.2, the size of Adam's updates, a learning rate that is good for AdamW is a good
+            start. None leaves u as it is.
         max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
             limit.
+        momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
+            None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept entries: torch.bfloat16 or torch.float32.
         error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
             parameters, and float32 for all others.
@@ -261,13 +321,17 @@ class SparseGGT(EFCP):
         window: int = 100,
         density: float = 0.01,
         eps: float = 1e-5,
+        relative_eps: bool = False,
         beta1: float = 0.0,
         beta2: float = 1.0,
         refresh_every: int = 1,
         block_size: int = 4096,
+        direction: str = "row",
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        update_rms: float | None = None,
         max_update_norm: float | None = None,
+        momentum_dtype: torch.dtype | None = None,
         value_dtype: torch.dtype = torch.bfloat16,
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
@@ -277,12 +341,15 @@ class SparseGGT(EFCP):
             params,
             lr,
             TopK(density, block_size, value_dtype, error_dtype, error_feedback),
-            GGT(eps, beta2, refresh_every),
+            GGT(eps, beta2, refresh_every, relative_eps),
             window=window,
+            direction=direction,
             momentum=momentum,
             beta1=beta1,
             weight_decay=weight_decay,
+            update_rms=update_rms,
             max_update_norm=max_update_norm,
+            momentum_dtype=momentum_dtype,
             maximize=maximize,
         )
 
@@ -307,17 +374,26 @@ class LowRankGGT(EFCP):
         power_iterations: of each step, ≥ 1. More come closer to the best approximation of that rank, and take no
             memory. Fixed from the first step on.
         eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
+        relative_eps: whether ε is relative to the gradients: times the root mean square of the rows' lengths.
         beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of the gradient g. Above 0
             it takes a tensor as large as each parameter.
         beta2: in (0, 1]: a row of the window counts beta2^age. 1 counts all rows alike.
         refresh_every: steps from one eigendecomposition of the Gram matrix to the next, ≥ 1. The weights stay the same
             up to rounding. It saves time for windows of some hundreds of rows. Fixed from the first step on.
-        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
-            as large as each parameter.
+        direction: what is preconditioned. "row": the newest row c, as in the papers. "average": the mean of the rows
+            held, weighted momentum^age; it takes no memory. "momentum": a dense a ← momentum · a + (1 − momentum) · g,
+            which takes a tensor as large as each parameter (`momentum_dtype`). Fixed from the first step on.
+        momentum: in [0, 1). With direction "row" it is that of the update: v ← momentum · v + u, and the step goes
+            along v; above 0 this takes a tensor as large as each parameter.
         weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
             weight_decay.
+        update_rms: > 0: u is scaled so that the root mean square of its entries is this, taken over all parameters that
+            have a gradient. With 0.2, the size of Adam's updates, a learning rate that is good for AdamW is a good
+            start. None leaves u as it is.
         max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
             limit.
+        momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
+            None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept factors: torch.bfloat16 or torch.float32.
         error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
             parameters, and float32 for all others.
@@ -339,12 +415,16 @@ class LowRankGGT(EFCP):
         rank: int = 4,
         power_iterations: int = 1,
         eps: float = 1e-5,
+        relative_eps: bool = False,
         beta1: float = 0.0,
         beta2: float = 1.0,
         refresh_every: int = 1,
+        direction: str = "row",
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        update_rms: float | None = None,
         max_update_norm: float | None = None,
+        momentum_dtype: torch.dtype | None = None,
         value_dtype: torch.dtype = torch.bfloat16,
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
@@ -354,12 +434,15 @@ class LowRankGGT(EFCP):
             params,
             lr,
             LowRank(rank, power_iterations, value_dtype, error_dtype, error_feedback),
-            GGT(eps, beta2, refresh_every),
+            GGT(eps, beta2, refresh_every, relative_eps),
             window=window,
+            direction=direction,
             momentum=momentum,
             beta1=beta1,
             weight_decay=weight_decay,
+            update_rms=update_rms,
             max_update_norm=max_update_norm,
+            momentum_dtype=momentum_dtype,
             maximize=maximize,
         )
 
@@ -382,17 +465,26 @@ class DenseGGT(EFCP):
         window: m, how many gradients are kept, ≥ 1. Each takes as much memory as the parameters. Fixed from the first
             step on.
         eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
+        relative_eps: whether ε is relative to the gradients: times the root mean square of the rows' lengths.
         beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of the gradient g. Above 0
             it takes a tensor as large as each parameter.
         beta2: in (0, 1]: a row of the window counts beta2^age. 1 counts all rows alike.
         refresh_every: steps from one eigendecomposition of the Gram matrix to the next, ≥ 1. The weights stay the same
             up to rounding. It saves time for windows of some hundreds of rows. Fixed from the first step on.
-        momentum: of the update, in [0, 1): v ← momentum · v + u, and the step goes along v. Above 0 it takes a tensor
-            as large as each parameter.
+        direction: what is preconditioned. "row": the newest row c, as in the papers. "average": the mean of the rows
+            held, weighted momentum^age; it takes no memory. "momentum": a dense a ← momentum · a + (1 − momentum) · g,
+            which takes a tensor as large as each parameter (`momentum_dtype`). Fixed from the first step on.
+        momentum: in [0, 1). With direction "row" it is that of the update: v ← momentum · v + u, and the step goes
+            along v; above 0 this takes a tensor as large as each parameter.
         weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
             weight_decay.
+        update_rms: > 0: u is scaled so that the root mean square of its entries is this, taken over all parameters that
+            have a gradient. With 0.2, the size of Adam's updates, a learning rate that is good for AdamW is a good
+            start. None leaves u as it is.
         max_update_norm: > 0: a longer update u is scaled down to this norm, taken over all parameters. None sets no
             limit.
+        momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
+            None takes the parameter's. Fixed from the first step on.
         maximize: climb the objective instead of descending it.
 
     Raises:
@@ -407,23 +499,30 @@ class DenseGGT(EFCP):
         *,
         window: int = 100,
         eps: float = 1e-5,
+        relative_eps: bool = False,
         beta1: float = 0.0,
         beta2: float = 1.0,
         refresh_every: int = 1,
+        direction: str = "row",
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        update_rms: float | None = None,
         max_update_norm: float | None = None,
+        momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
     ) -> None:
         super().__init__(
             params,
             lr,
             Identity(),
-            GGT(eps, beta2, refresh_every),
+            GGT(eps, beta2, refresh_every, relative_eps),
             window=window,
+            direction=direction,
             momentum=momentum,
             beta1=beta1,
             weight_decay=weight_decay,
+            update_rms=update_rms,
             max_update_norm=max_update_norm,
+            momentum_dtype=momentum_dtype,
             maximize=maximize,
         )

@@ -17,13 +17,17 @@ from tests.contract.states.write import go_on, with_dtypes
 from tests.efcp.problems import window_rows
 
 STATES = Path(__file__).parent / "states"
-OPTIONS = ("lr", "momentum", "beta1", "weight_decay", "max_update_norm", "maximize")
+OPTIONS = ("lr", "momentum", "beta1", "weight_decay", "update_rms", "max_update_norm", "maximize")
 OTHER = {
     "lr": 0.5,
     "momentum": 0.7,
     "beta1": 0.3,
     "weight_decay": 0.2,
     "max_update_norm": 3.0,
+    "update_rms": 0.3,
+    "direction": "average",
+    "momentum_dtype": "float64",
+    "relative": True,
     "maximize": True,
     "eps": 0.7,
     "beta2": 0.7,
@@ -107,6 +111,8 @@ def options_of(cls):
 
 def default(cls, name):
     arguments = inspect.signature(cls).parameters
+    if name == "relative":  # an argument of another name
+        return False
     value = arguments[name].default if name in arguments else inspect.signature(EFCP).parameters[name].default
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
@@ -124,11 +130,11 @@ def test_state_that_lacks_an_option_has_its_default(cls, name):
     saved = source.optimizer.state_dict()
     del saved["param_groups"][0][name]
     target.model.load_state_dict(source.model.state_dict())
-    if name == "damping":  # the only option of M-FAC
-        with pytest.raises(ValueError, match="the state has no damping; it was saved by another kind of optimizer"):
+    if name in ("damping", "eps", "density", "rank"):  # by which kinds of optimizer are known
+        with pytest.raises(ValueError, match=f"the state has no {name}; it was saved by another kind of optimizer"):
             target.optimizer.load_state_dict(saved)
         return
-    free = name in (*OPTIONS, "eps", "beta2")
+    free = name in (*OPTIONS, "beta2") or (name == "relative" and "GGT" in cls.__name__)
     assert OTHER[name] != default(cls, name)
     (target if free else other).optimizer.param_groups[0][name] = OTHER[name]
     target.optimizer.load_state_dict(saved)

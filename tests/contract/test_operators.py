@@ -44,20 +44,53 @@ def test_compress_is_a_lawful_operator(layout, error_dtype, all_gradients):
     opcheck(operators.compress_, (grads, errors, *operators.unpacked(rows), slot, finite))
 
 
-def test_window_dots_is_a_lawful_operator(layout):
-    _, _, rows, slot, _ = arguments(layout)
-    opcheck(operators.window_dots, (*operators.unpacked(rows), slot))
+def lowbit(vectors, bits):
+    """Vectors in 8 or 4 bits."""
+    numbers = [kernels.allocate_lowbit(vector.numel(), bits, vector.device) for vector in vectors]
+    keys = [torch.tensor([number]) for number in range(len(vectors))] if bits == 4 else []
+    kernels.store_lowbit_(numbers, vectors, torch.tensor(True), keys)
+    return numbers
 
 
-@pytest.mark.parametrize("with_momenta", [False, True], ids=["no momenta", "momenta"])
+def some_momenta(kind, vectors):
+    """(momenta, scales), as operators take them: none, of floating point, or of 8 bits."""
+    momenta = {"no momenta": list, "momenta": lambda: [torch.randn_like(x) for x in vectors]}
+    return operators.unpacked_momenta(momenta[kind]() if kind in momenta else lowbit(vectors, 8))
+
+
+KINDS = ["no momenta", "momenta", "8 bits"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_window_dots_is_a_lawful_operator(layout, kind):
+    grads, _, rows, slot, _ = arguments(layout)
+    opcheck(operators.window_dots, (*operators.unpacked(rows), slot, *some_momenta(kind, grads)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_window_apply_is_a_lawful_operator(layout, dtype, with_momenta):
+def test_window_apply_is_a_lawful_operator(layout, dtype, kind):
     grads, _, rows, _, _ = arguments(layout)
     targets = [grad.to(dtype) for grad in grads]
-    momenta = [torch.randn_like(target) for target in targets] if with_momenta else []
     weights, scalars = torch.randn(3, dtype=torch.float64), torch.tensor([0.9, -0.1, 0.5], dtype=torch.float64)
-    factors = [*scalars[:2].unbind(), scalars[2] if with_momenta else None]
-    opcheck(operators.window_apply_, (targets, momenta, *operators.unpacked(rows), weights, *factors))
+    update = (weights, *scalars[:2].unbind(), None if kind == "no momenta" else scalars[2], kind == "momenta")
+    opcheck(operators.window_apply_, (targets, *some_momenta(kind, targets), *operators.unpacked(rows), *update))
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_average_is_a_lawful_operator(layout, kind):
+    grads, _, _, _, finite = arguments(layout)
+    momenta, scales = some_momenta(kind, grads)
+    opcheck(operators.average_, (momenta, scales, [grads[0], None], 0.9, finite))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_operators_on_few_bits_are_lawful(layout, bits):
+    vectors, *_, finite = arguments(layout)
+    codes, scales = operators.unpacked_momenta(lowbit(vectors, bits))
+    opcheck(operators.add_lowbit_, ([torch.randn_like(x) for x in vectors], codes, scales))
+    keys = [torch.tensor([3]), torch.tensor([5])] if bits == 4 else []
+    opcheck(operators.store_lowbit_, (codes, scales, vectors, finite, keys))
 
 
 @pytest.mark.parametrize("window", [1, 40])
@@ -74,7 +107,7 @@ def operations(grads, errors, rows, slot, finite):
     gram = torch.outer(dots, dots)
     root = torch.eye(len(dots), dtype=torch.float64)
     weights, _ = kernels.update_inverse_root_(root, root.index_select(0, slot).squeeze(0), gram, slot, 0.5)
-    kernels.window_apply_(grads, errors, rows, kernels.Update(weights, step, step, step))
+    kernels.window_apply_(grads, errors, rows, kernels.Update(weights, step, step, step, True))
     return dots
 
 

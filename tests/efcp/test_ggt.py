@@ -124,7 +124,9 @@ def test_border_is_exact_at_any_scale(scale):
     A = X @ X.t()
     eigenvalues, Q = torch.linalg.eigh(A[:5, :5])
     for newest in (5, 8):
-        weights = weights_with_border(eigenvalues, Q, A[:, 5:], newest, eps=1e-5, rounding=0.0)
+        weights = weights_with_border(
+            eigenvalues, Q, A[:, 5:], newest, eps=torch.tensor(1e-5, dtype=torch.float64), rounding=0.0
+        )
         values, V = torch.linalg.eigh(A)
         expected = V @ (V[newest] / (values.sqrt() + 1e-5))
         torch.testing.assert_close(weights, expected, rtol=0, atol=1e-11 * expected.norm().item())
@@ -133,7 +135,7 @@ def test_border_is_exact_at_any_scale(scale):
 def test_matrix_that_is_far_from_positive_semidefinite_gives_the_weights_of_the_newest_row():
     A = torch.tensor([[1.0, 10.0, 0.0], [10.0, 4.0, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
     eigenvalues, Q = torch.linalg.eigh(A[:1, :1])
-    weights = weights_with_border(eigenvalues, Q, A[:, 1:], 1, eps=0.5, rounding=0.0)
+    weights = weights_with_border(eigenvalues, Q, A[:, 1:], 1, eps=torch.tensor(0.5, dtype=torch.float64), rounding=0.0)
     assert weights.tolist() == [0.0, 1 / 2.5, 0.0]
 
 

@@ -6,10 +6,20 @@ from pathlib import Path
 if not (Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
+from efcp.groups import param_groups
 from efcp.memory import MemoryReport, estimate_memory, memory_report
 from efcp.optimizer import EFCP
-from efcp.preconditioners import GGT, MFAC, Preconditioner
-from efcp.ready_made import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC
+from efcp.preconditioners import GGT, MFAC, Kronecker, LocalPreconditioner, Preconditioner
+from efcp.ready_made import (
+    MFACW,
+    DenseGGT,
+    DenseMFAC,
+    KroneckerW,
+    LowRankGGT,
+    LowRankMFAC,
+    SparseGGT,
+    SparseMFAC,
+)
 from efcp.windows import Compressor, Identity, LowRank, Separate, SingleWindow, TopK, Window
 
 __version__ = "0.1.0"
@@ -18,10 +28,14 @@ __all__ = [
     "EFCP",
     "GGT",
     "MFAC",
+    "MFACW",
     "Compressor",
     "DenseGGT",
     "DenseMFAC",
     "Identity",
+    "Kronecker",
+    "KroneckerW",
+    "LocalPreconditioner",
     "LowRank",
     "LowRankGGT",
     "LowRankMFAC",
@@ -35,4 +49,5 @@ __all__ = [
     "Window",
     "estimate_memory",
     "memory_report",
+    "param_groups",
 ]

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from efcp.checks import plain
+from efcp.adamw import fill_adamw
+from efcp.checks import check_numbers, plain
 from efcp.gram import check_gram
 from efcp.options import check_keys, check_options, made_from
 from efcp.parameter_sets import fill
@@ -28,7 +29,7 @@ from efcp.shared_state import VERSION, allocate_shared
 from efcp.windows import Compressor
 
 NAMED = 3  # in a warning
-FIXED = ("window", "direction", "momentum_dtype")  # options that determine the state
+FIXED = ("window", "direction", "momentum_dtype", "adamw")  # options that determine the state
 COUNTERS = ("step", "skipped_steps", "skipped_in_a_row", "imprecise_steps")
 SINCE_VERSION_1 = ("skipped_in_a_row", "imprecise_steps", "pending")
 WINDOWS_OF_VERSION_0 = {"values", "left", "rows"}
@@ -81,14 +82,21 @@ def checked(
             expected = dict(shared) if key in homes else {}
             if "numel" in saved:
                 used = {**loaded, "momentum": float("momentum" in saved), "beta1": float("average" in saved)}
-                fill(expected, torch.empty_like(p, device="meta"), used, of_group, set(shared))
+                on_meta = torch.empty_like(p, device="meta")
+                if loaded["adamw"]:
+                    fill_adamw(expected, on_meta)
+                else:
+                    fill(expected, on_meta, used, of_group, preconditioner, set(shared))
             check_tensors(here, saved, expected)
             if key in homes:
                 check_gram(here, {name: saved[name] for name in shared})
             if "numel" in saved:
-                of_group.check(here, {name: saved[name] for name in expected.keys() - shared.keys()}, p)
+                own = {name: saved[name] for name in expected.keys() - shared.keys()}
+                check_numbers(here, own)
+                if not loaded["adamw"]:
+                    of_group.check(here, own, p)
             states[key] = saved
-    if len(homes) != 1 and (homes or any("numel" in saved for saved in states.values())):
+    if len(homes) != 1 and (homes or any("numel" in saved and "exp_avg" not in saved for saved in states.values())):
         raise ValueError(f"state_dict: there must be one Gram matrix, got {len(homes)}; the state is damaged")
     check_options(groups, compressor, preconditioner)
     others = {key: saved for key, saved in state_dict["state"].items() if key not in params}

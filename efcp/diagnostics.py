@@ -14,6 +14,7 @@ from torch import Tensor
 from efcp.gram import Gram
 from efcp.kernels import Update, accumulation_dtype
 from efcp.parameter_sets import ParameterSet
+from efcp.windows.base import error_of, floats
 
 QUANTILES = {"scaling_q25": 0.25, "scaling_q50": 0.5, "scaling_q75": 0.75}
 
@@ -32,7 +33,7 @@ def norms_and_rotation(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, fl
     return {
         "grad_norm": _norm([p.grad for s in sets for p in s.params if p.grad is not None]),
         "compressed_norm": compressed,
-        "error_norm": _norm([state["error"] for s in sets for state in s.states if "error" in state]) or 0.0,
+        "error_norm": _norm(_errors(sets)) or 0.0,
         "update_norm": update,
         "cosine": max(-1.0, min(1.0, inner / lengths)) if lengths > 0 else None,
     }
@@ -66,11 +67,20 @@ def scaling_quantiles(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, flo
     return dict(zip(QUANTILES, (bins << 16 | low).int().view(torch.float32).tolist(), strict=True))
 
 
-def _norm(tensors: list[Tensor]) -> float | None:
+def _errors(sets: Sequence[ParameterSet]) -> Iterator[Tensor]:
+    """All errors as floating point, one at a time where they are in few bits."""
+    for s in sets:
+        for state in s.states:
+            error = error_of(state)
+            if error is not None:
+                yield floats(error, numel=state["numel"])
+
+
+def _norm(tensors: Iterable[Tensor]) -> float | None:
     """The norm of some tensors taken as one vector; None without any."""
-    if not tensors:
-        return None
     norms = [torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double() for t in tensors]
+    if not norms:
+        return None
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
 
 

@@ -70,6 +70,12 @@ def momentum_update(
     return Combination(weights, factor, squared_norm, inner)
 
 
+def local_update(gram: Gram, length: float) -> Combination:
+    """What the Gram matrix knows of updates of each parameter by itself: their length."""
+    zero = torch.zeros_like(gram.state["factor"])
+    return Combination(torch.zeros_like(gram.state["weights"]), zero, torch.full_like(zero, length**2), zero)
+
+
 def _of_rows(gram: Gram, slot: Tensor, weights: Tensor) -> Combination:
     product = gram.matrix @ weights
     return Combination(

@@ -25,14 +25,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from efcp.adamw import AdamWSet, fill_adamw
 from efcp.checkpoint import Exact, check_tensors, checked, other_names
 from efcp.checks import plain, require
-from efcp.diagnostics import norms_and_rotation, scaling_quantiles
-from efcp.directions import Combination, average_update, momentum_update, row_update
+from efcp.diagnostics import QUANTILES, norms_and_rotation, scaling_quantiles
+from efcp.directions import Combination, average_update, local_update, momentum_update, row_update
 from efcp.gram import Gram, allocate_gram, check_gram
 from efcp.lookout import Lookout
 from efcp.options import (
-    AGREED,
     OPTIONS,
     agreed,
     agreed_preconditioner,
@@ -44,7 +44,7 @@ from efcp.options import (
 from efcp.parameter_sets import ParameterSet, dtypes, fill
 from efcp.parameters import check_gradient, check_parameter, check_state, names, new_tensors_are_fake
 from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
-from efcp.preconditioners import MFAC, Preconditioner
+from efcp.preconditioners import MFAC, LocalPreconditioner, Preconditioner
 from efcp.shared_state import Origin, allocate_shared, show
 from efcp.windows import Compressor, TopK
 
@@ -78,6 +78,8 @@ class EFCP(Optimizer):
         momentum_dtype: of the momentum: floating point; torch.int8, with a scale for 64 elements, for the direction
             "momentum"; None for the parameter's. Fixed from the first step on.
         maximize: maximise the objective.
+        adamw: of a param group: step its parameters by AdamW, with the group's lr, betas and weight_decay, instead.
+        betas: of these param groups, in [0, 1).
 
     Raises:
         ValueError: for values that are not allowed, and within ZeRO, which hands over a part of the parameters.
@@ -101,6 +103,8 @@ class EFCP(Optimizer):
         max_update_norm: float | None = None,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        adamw: bool = False,
+        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         refuse_zero_redundancy_optimizer()
         check_parts(compressor, preconditioner)
@@ -118,6 +122,8 @@ class EFCP(Optimizer):
             "max_update_norm": max_update_norm,
             "momentum_dtype": momentum_dtype,
             "maximize": maximize,
+            "adamw": adamw,
+            "betas": betas,
             **compressor.options,
             **preconditioner.options,
         }
@@ -147,12 +153,17 @@ class EFCP(Optimizer):
         if not self.param_groups:
             return loss
         self._check_tensors()
-        options = {name: agreed(self.param_groups, name) for name in AGREED}
         preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         if all(p.grad is None for p in self._params()):
             return loss
 
+        by_adamw = self._adamw_sets()
         windows = self._windows()
+        if not windows and all(p.grad is None for p in self._windowed()):
+            finite = reduce(torch.logical_and, (s.norm_is_finite().to(by_adamw[0].device) for s in by_adamw))
+            for other in by_adamw:
+                other.update_(finite)
+            return loss
         changed = self._origin.changed(windows)
         self._check_windows(changed)
         adopted = self._adopt_shared(windows, changed)
@@ -163,7 +174,8 @@ class EFCP(Optimizer):
         if changed or gram.state["pending"]:
             self._mend(gram, sets, adopted)
 
-        finite = reduce(torch.logical_and, gram.on_its_device(s.norm_is_finite() for s in sets))
+        flags = [*(s.norm_is_finite() for s in sets), *(other.norm_is_finite() for other in by_adamw)]
+        finite = reduce(torch.logical_and, gram.on_its_device(flags))
         gram.state["pending"] = True
         slot = gram.next_slot(finite)
         for s in sets:
@@ -174,17 +186,14 @@ class EFCP(Optimizer):
             windows = self._windows()
         self._origin = Origin(windows)
         self._show_shared(windows)
-        if options["max_update_norm"] is not None:
-            longest = options["max_update_norm"]
-            combination = combination.scaled((longest / combination.squared_norm.sqrt()).clamp(max=1.0))
-        if options["update_rms"] is not None:
-            length = options["update_rms"] * math.sqrt(sum(s.stepped_numel for s in sets))
-            norm = combination.squared_norm.sqrt()
-            combination = combination.scaled(torch.where(norm > 0, length / norm, 0.0))
-        combination = combination.where(finite)
         gram.record(*combination)
         for s in sets:
-            s.update_(combination.weights, combination.factor, finite)
+            if isinstance(preconditioner, LocalPreconditioner):
+                s.update_locally_(preconditioner, slot, finite)
+            else:
+                s.update_(combination.weights, combination.factor, finite)
+        for other in by_adamw:
+            other.update_(finite)
         self._lookout.look(gram.state, self._non_finite)
         return loss
 
@@ -225,9 +234,11 @@ class EFCP(Optimizer):
                 scaling_q25, scaling_q50, scaling_q75: quantiles of |u/g| over all entries with g ≠ 0; of N sorted
                     numbers the quantile q is number ⌊q (N − 1)⌋, counted from 0.
         """
-        own = self.shared or allocate_gram(agreed(self.param_groups, "window"), next(self._params()).device)
+        own = self.shared or allocate_gram(agreed(self.param_groups, "window"), torch.device("cpu"))
         gram, sets = Gram(own), self._sets(alone=True)
         result = norms_and_rotation(gram, sets)
+        if isinstance(self.preconditioner, LocalPreconditioner):  # of whose updates the Gram matrix knows the length
+            return {**result, "cosine": None, **(dict.fromkeys(QUANTILES) if quantiles else {})}
         return {**result, **scaling_quantiles(gram, sets)} if quantiles else result
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -311,7 +322,8 @@ class EFCP(Optimizer):
 
     def allocate_state(self) -> None:
         """Allocates all state now, instead of when a parameter has its first gradient."""
-        self._gram()
+        if any(True for _ in self._windowed()):
+            self._gram()
         self._fill(all_parameters=True)
         windows = self._windows()
         self._origin = Origin(windows)
@@ -322,11 +334,27 @@ class EFCP(Optimizer):
     def _params(self) -> Iterator[Tensor]:
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
+    def _windowed(self) -> Iterator[Tensor]:
+        """The parameters that are for the window, not for AdamW."""
+        return chain.from_iterable(group["params"] for group in self.param_groups if not group["adamw"])
+
+    def _adamw_sets(self) -> list[AdamWSet]:
+        """The parameters with a gradient that AdamW steps, those together that can be launched together."""
+        alike: dict[Any, tuple[dict[str, Any], list[Tensor], list[dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            for p in group["params"] if group["adamw"] else ():
+                if p.grad is not None:
+                    fill_adamw(self.state[p], p)
+                    _, params, states = alike.setdefault((id(group), p.device, p.dtype, p.grad.dtype), (group, [], []))
+                    params.append(p)
+                    states.append(self.state[p])
+        return [AdamWSet(*arguments) for arguments in alike.values()]
+
     def _with_windows(self) -> Iterator[tuple[dict[str, Any], Compressor, Tensor, dict[str, Any]]]:
         """The parameters that have a window by now: param group, compressor, parameter, state of each."""
         for group in self.param_groups:
             compressor = made_from(self.compressor, group)
-            for p in group["params"]:
+            for p in () if group["adamw"] else group["params"]:
                 state = self.state.get(p, {})
                 if compressor.row_names(p)[0] in state:
                     yield group, compressor, p, state
@@ -347,7 +375,7 @@ class EFCP(Optimizer):
 
     def _gram(self) -> Gram:
         """The Gram matrix, on the device of the first parameter."""
-        window_size, device = agreed(self.param_groups, "window"), next(self._params()).device
+        window_size, device = agreed(self.param_groups, "window"), next(self._windowed()).device
         if not self.shared:
             self.shared.update(self._new_shared(device))
         for name, value in self.shared.items():
@@ -360,17 +388,32 @@ class EFCP(Optimizer):
     def _combination(
         self, preconditioner: Preconditioner, gram: Gram, sets: list[ParameterSet], slot: Tensor, finite: Tensor
     ) -> Combination:
-        """The update, after the newest row has entered the Gram matrix."""
-        direction = agreed(self.param_groups, "direction")
+        """The update, after the newest row has entered the Gram matrix; none where not finite."""
+        direction, update_rms, longest = (
+            agreed(self.param_groups, name) for name in ("direction", "update_rms", "max_update_norm")
+        )
+        length = math.sqrt(sum(s.stepped_numel for s in sets)) * (update_rms or 0.0)
         if direction == "momentum":
             square = reduce(torch.add, gram.on_its_device(s.average_momenta(finite) for s in sets))
+            if isinstance(preconditioner, LocalPreconditioner):
+                gram.replace(slot, _dots(gram, sets, slot))
+                return local_update(gram, length).where(finite)
             dots, products = _dots(gram, sets, slot, with_momenta=True)
             gram.replace(slot, dots)
-            return momentum_update(preconditioner, gram, slot, products, square)
-        gram.replace(slot, _dots(gram, sets, slot))
-        if direction == "average":
-            return average_update(preconditioner, gram, slot, agreed(self.param_groups, "momentum"))
-        return row_update(preconditioner, gram, slot)
+            combination = momentum_update(preconditioner, gram, slot, products, square)
+        else:
+            gram.replace(slot, _dots(gram, sets, slot))
+            if direction == "average":
+                beta = agreed(self.param_groups, "momentum")
+                combination = average_update(preconditioner, gram, slot, beta)
+            else:
+                combination = row_update(preconditioner, gram, slot)
+        norm = combination.squared_norm.sqrt()
+        if longest is not None:
+            combination = combination.scaled((longest / norm).clamp(max=1.0))
+        if update_rms is not None:
+            combination = combination.scaled(torch.where(norm > 0, length / norm, 0.0))
+        return combination.where(finite)
 
     # ---- state
 
@@ -380,11 +423,17 @@ class EFCP(Optimizer):
 
     def _fill(self, all_parameters: bool) -> None:
         """Allocates what states lack, of parameters that have a gradient or a window; or of all."""
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
+        taken, number = set(self.shared), 0
         for group in self.param_groups:
             compressor = made_from(self.compressor, group)
             for p in group["params"]:
-                if all_parameters or p.grad is not None or compressor.row_names(p)[0] in self.state.get(p, {}):
-                    fill(self.state[p], p, group, compressor, set(self.shared))
+                number += 1
+                if group["adamw"]:
+                    if all_parameters:
+                        fill_adamw(self.state[p], p)
+                elif all_parameters or p.grad is not None or compressor.row_names(p)[0] in self.state.get(p, {}):
+                    fill(self.state[p], p, group, compressor, preconditioner, taken, number)
 
     def _check_windows(self, changed: list[Tensor]) -> None:
         """Checks windows that something else than a step has written, the way loaded states are checked."""
@@ -393,7 +442,8 @@ class EFCP(Optimizer):
         written, called = set(changed), dict(names(self.param_groups))
         for _, compressor, p, state in self._with_windows():
             if p in written:
-                own = {name: state[name] for name in (*compressor.row_names(p), "error") if name in state}
+                errors = ("error", "error_codes", "error_scales")
+                own = {name: state[name] for name in (*compressor.row_names(p), *errors) if name in state}
                 compressor.check(called[p], own, p)
 
     def _adopt_shared(self, windows: list[tuple[Tensor, list[Tensor]]], changed: list[Tensor]) -> bool:
@@ -426,7 +476,7 @@ class EFCP(Optimizer):
             agreed_preconditioner(self.param_groups, self.preconditioner).refresh(gram)
 
     def _show_shared(self, windows: list[tuple[Tensor, list[Tensor]]]) -> None:
-        home = windows[0][0] if windows else next(self._params(), None)
+        home = windows[0][0] if windows else next(self._windowed(), None)
         if home is not None:
             show(self.shared, self.state, home)
 

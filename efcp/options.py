@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from efcp.checks import from_plain, require, require_dtype, require_integer, require_number
+from efcp.checks import from_plain, is_number, require, require_dtype, require_integer, require_number
 from efcp.directions import DIRECTIONS
-from efcp.preconditioners import Preconditioner
+from efcp.preconditioners import LocalPreconditioner, Preconditioner
 from efcp.windows import Compressor
 
 OPTIONS = (  # of every optimizer
     *("lr", "window", "direction", "momentum", "beta1", "weight_decay", "update_rms", "max_update_norm"),
-    *("momentum_dtype", "maximize"),
+    *("momentum_dtype", "maximize", "adamw", "betas"),
 )
 AGREED = ("window", "direction", "update_rms", "max_update_norm")  # in all param groups
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
@@ -84,12 +84,20 @@ def check_options(groups: Sequence[dict[str, Any]], compressor: Compressor, prec
             dtype = require_dtype("momentum_dtype", dtype, MOMENTUM_DTYPES)
             allowed = "be a floating point dtype, or None, where momentum is that of the update"
             require(dtype != torch.int8 or direction == "momentum", "momentum_dtype", allowed, dtype)
+        require(isinstance(group["adamw"], bool), "adamw", "be True or False", group["adamw"])
+        betas = group["betas"]
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)
+        require(pair, "betas", "be two numbers in [0, 1)", betas)
         made_from(compressor, group)
     for name in AGREED:
         agreed(groups, name)
     if groups[0]["direction"] == "average":
         agreed(groups, "momentum")
     agreed_preconditioner(groups, preconditioner).check_direction(groups[0]["direction"])
+    if isinstance(preconditioner, LocalPreconditioner):
+        preconditioner.check_compressor(compressor)
+        allowed = f"be a number with {type(preconditioner).__name__}"
+        require(groups[0]["update_rms"] is not None, "update_rms", allowed, None)
 
 
 def check_parts(compressor: Compressor, preconditioner: Preconditioner) -> None:

@@ -8,6 +8,7 @@ Of a parameter of n elements, beside its window:
     average          (n,)     of gradients, where beta1 > 0
 """
 
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -16,18 +17,29 @@ from torch import Tensor
 
 from efcp import kernels
 from efcp.checks import from_plain, require
+from efcp.preconditioners import LocalPreconditioner, Preconditioner
 from efcp.shared_state import check_state_names
-from efcp.windows import Compressor
+from efcp.windows import Compressor, Separate
+from efcp.windows.base import floats
 
 MOMENTUM = ("momentum", "momentum_scales", "average")
 
 
-def fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor: Compressor, taken: set[str]) -> None:
+def fill(
+    state: dict[str, Any],
+    param: Tensor,
+    group: dict[str, Any],
+    compressor: Compressor,
+    preconditioner: Preconditioner,
+    taken: set[str],
+    number: int = 0,
+) -> None:
     """Allocates what the state of a parameter lacks: window, momentum, average.
 
     Args:
         group: the options window, direction, momentum, momentum_dtype and beta1.
         taken: names that the compressor must not use.
+        number: of the parameter, by which its random numbers differ from those of others.
 
     Raises:
         ValueError: where it does.
@@ -35,8 +47,11 @@ def fill(state: dict[str, Any], param: Tensor, group: dict[str, Any], compressor
     if compressor.row_names(param)[0] not in state:
         with torch.inference_mode(False):  # else no later step outside inference mode could update it
             rows = compressor.allocate(param, group["window"])
-        check_state_names(compressor, rows, taken | {"numel", *MOMENTUM})
-        state.update({**rows, "numel": param.numel()})  # all or nothing
+            own = preconditioner.allocate_local(rows) if isinstance(preconditioner, LocalPreconditioner) else {}
+        check_state_names(compressor, rows, taken | own.keys() | {"numel", *MOMENTUM})
+        if "error_draws" in rows:
+            rows["error_draws"] += number << 32
+        state.update({**rows, **own, "numel": param.numel()})  # all or nothing
     with torch.inference_mode(False):
         if keeps_momentum(group) and "momentum" not in state:
             dtype = from_plain(group["momentum_dtype"]) or param.dtype
@@ -67,6 +82,15 @@ def flat(tensor: Tensor) -> Tensor:
     if not tensor.is_contiguous():
         tensor = tensor.contiguous()
     return tensor if tensor.dim() == 1 else tensor.view(-1)
+
+
+def write_back(params: Sequence[Tensor], targets: Sequence[Tensor | None]) -> None:
+    """Makes parameters what has become of the tensors that `flat` has given of them; None has not changed."""
+    written = [(p, target) for p, target in zip(params, targets, strict=True) if target is not None]
+    for p, target in written:
+        if p.is_neg() or not p.is_contiguous():
+            p.copy_(target.view(p.shape))
+    torch.autograd.graph.increment_version([p for p, _ in written])  # kernels write behind autograd's back
 
 
 class ParameterSet:
@@ -144,24 +168,55 @@ class ParameterSet:
             finite: () bool.
         """
         weights, factor, finite = (x.to(self.device, non_blocking=True) for x in (weights, factor, finite))
-        lr, weight_decay = self.group["lr"], self.group["weight_decay"]
-        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
-        taken = finite.double()
-        update_factor = taken * (lr if self.group["maximize"] else -lr)
-        target_factor = 1 - taken * lr * weight_decay if weight_decay > 0 else torch.ones_like(taken)
+        update_factor, target_factor = self._factors(finite)
         update, momenta = kernels.Update(weights, target_factor, update_factor), self.momenta
         if self.group["direction"] == "momentum":
             update = update._replace(momentum_factor=factor)
         elif momenta:
-            kept = torch.where(finite, torch.full_like(taken, self.group["momentum"]), 1.0)
+            kept = torch.where(finite, torch.full_like(target_factor, self.group["momentum"]), 1.0)
             update = update._replace(momentum_factor=kept, writes_momenta=True)
         targets = [None if p.grad is None else flat(p) for p in self.params]
         self.window.apply_(targets, momenta, update)
-        written = [(p, target) for p, target in zip(self.params, targets, strict=True) if target is not None]
-        for p, target in written:
-            if p.is_neg() or not p.is_contiguous():
-                p.copy_(target.view(p.shape))
-        torch.autograd.graph.increment_version([p for p, _ in written])  # kernels write behind autograd's back
+        write_back(self.params, targets)
+
+    def local_updates(self, preconditioner: LocalPreconditioner, slot: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The updates of a metric that each parameter has by itself, up to a factor: (number, (n,)) of each with a
+        gradient.
+
+        Args:
+            slot: (1,) int64, the newest row.
+        """
+        assert isinstance(self.window, Separate)
+        windows = self.window.windows
+        metrics = preconditioner.metrics(windows, self.states, slot.to(self.device, non_blocking=True))
+        for number, (param, momentum) in enumerate(zip(self.params, self.momenta, strict=True)):
+            if param.grad is not None:
+                vector = floats(momentum, dtype=kernels.accumulation_dtype(param.dtype))
+                yield number, preconditioner.update(windows[number], metrics[number], vector)
+
+    def update_locally_(self, preconditioner: LocalPreconditioner, slot: Tensor, finite: Tensor) -> None:
+        """θ ← (1 − lr·wd) θ − lr u, with the update u of each parameter of root mean square `update_rms`.
+
+        Args:
+            slot: (1,) int64, the newest row.
+            finite: () bool; where false, all stays as it is.
+        """
+        finite = finite.to(self.device, non_blocking=True)
+        update_factor, target_factor = self._factors(finite)
+        for number, u in self.local_updates(preconditioner, slot):
+            norm, length = torch.linalg.vector_norm(u), self.group["update_rms"] * u.numel() ** 0.5
+            scale = torch.where(finite & (norm > 0), update_factor * length / norm, 0.0)
+            target = flat(self.params[number])
+            target.mul_(target_factor).addcmul_(torch.where(finite, u, 0.0), scale)
+            write_back([self.params[number]], [target])
+
+    def _factors(self, finite: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors of update and target, () float64."""
+        lr, weight_decay = self.group["lr"], self.group["weight_decay"]
+        lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
+        taken = finite.double()
+        update_factor = taken * (lr if self.group["maximize"] else -lr)
+        return update_factor, 1 - taken * lr * weight_decay if weight_decay > 0 else torch.ones_like(taken)
 
     def _averaged(self, finite: Tensor) -> list[Tensor | None]:
         """The averages of gradients that beta1 asks for; without beta1 the gradients themselves."""

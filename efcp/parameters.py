@@ -110,13 +110,16 @@ def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any], c
             f"the state of a parameter must be for its size: {name()} has {numel} elements, its state is for "
             f"{state['numel']}; delete optimizer.state[p] where a parameter is replaced by one of another size"
         )
-    compressor.check_shape(name, state, param)
+    if "exp_avg" not in state:
+        compressor.check_shape(name, state, param)
     device, fake = param.device, kernels.is_fake(param)
-    for key in (*compressor.row_names(param), "error", "momentum", "average"):
+    sized = ("error", "momentum", "average", "exp_avg", "exp_avg_sq")
+    rows = () if "exp_avg" in state else compressor.row_names(param)
+    for key in (*rows, *sized, "error_codes", "error_scales", "momentum_scales"):
         if key not in state:
             continue
         own = state[key]
-        if key in ("error", "momentum", "average") and own.numel() != numel:
+        if key in sized and own.numel() != numel:
             raise ValueError(
                 f"the state of a parameter must be for its size: {name()} has {numel} elements, its {key} "
                 f"{own.numel()}; delete optimizer.state[p] where a parameter is replaced by one of another size"

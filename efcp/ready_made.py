@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from efcp.optimizer import EFCP
-from efcp.preconditioners import GGT, MFAC
+from efcp.preconditioners import GGT, MFAC, Kronecker
 from efcp.windows import Identity, LowRank, TopK
 
 
@@ -525,4 +525,150 @@ class DenseGGT(EFCP):
             max_update_norm=max_update_norm,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
+        )
+
+
+class MFACW(EFCP):
+    """M-FAC's compressed metric for a dense momentum, on AdamW's scale: what to try in AdamW's place.
+
+    A step, with the gradient g and the rows G of the window, rank-r approximations of gradients with error feedback:
+
+        a ← momentum · a + (1 − momentum) · g
+        u = (λI + GᵀG/m)⁻¹ a,  scaled to a root mean square of `update_rms` over all parameters
+        θ ← (1 − lr · weight_decay) θ − lr · u
+
+    with λ relative to the rows' lengths (arXiv 2107.03356, 2306.06098). Param groups with `adamw=True` are stepped by
+    AdamW; `efcp.param_groups(model)` makes the usual split, which language models want:
+
+    >>> optimizer = MFACW(efcp.param_groups(model), lr=1e-3, weight_decay=0.01)
+
+    State, of a matrix of R × C entries with the default options: 2 · window · rank · (R + C) bytes for the window, and
+    for each entry 1.06 for the momentum and 0.53 for the error. Vectors take 4 · window bytes an entry.
+
+    Args:
+        params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Start from AdamW's.
+        weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
+            weight_decay.
+        momentum: in [0, 1), of the dense momentum a.
+        rank: r, the rank of what is kept of a gradient matrix, ≥ 1. Fixed from the first step on.
+        window: m, how many gradients are kept, ≥ 1. Fixed from the first step on.
+        damping: κ > 0: λ · window = κ · (the mean squared length of the rows). The larger, the nearer u is to the
+            momentum itself. 0.01 for language models.
+        update_rms: > 0, of the update's entries: 0.2 is the size of Adam's.
+        betas: of the groups that AdamW steps.
+        momentum_dtype: torch.int8, with a scale for 64 entries, or floating point. Fixed from the first step on.
+        error_dtype: of what is left out of the window: torch.int4 or torch.int8, with a scale for 128 or 64 entries, or
+            floating point. Fixed from the first step on.
+        maximize: climb the objective instead of descending it.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        rank: int = 4,
+        window: int = 32,
+        damping: float = 0.1,
+        update_rms: float = 0.2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        momentum_dtype: torch.dtype | None = torch.int8,
+        error_dtype: torch.dtype | None = torch.int4,  # type: ignore[attr-defined]
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            LowRank(rank, error_dtype=error_dtype),
+            MFAC(damping, relative=True),
+            window=window,
+            direction="momentum",
+            momentum=momentum,
+            weight_decay=weight_decay,
+            update_rms=update_rms,
+            momentum_dtype=momentum_dtype,
+            maximize=maximize,
+            betas=betas,
+        )
+
+
+class KroneckerW(EFCP):
+    """Shampoo's Kronecker factors of a low-rank window, for a dense momentum, on AdamW's scale: for language models.
+
+    A step of each matrix, with the gradient g and the rows A_i of the window, which keep a rank-r approximation of g
+    with error feedback:
+
+        a ← momentum · a + (1 − momentum) · g
+        u = (L + δ_L I)^(−1/4) a (R + δ_R I)^(−1/4),  L = Σ A_i A_iᵀ, R = Σ A_iᵀ A_i
+        scaled to a root mean square of `update_rms` for each matrix
+        θ ← (1 − lr · weight_decay) θ − lr · u
+
+    with δ relative to the mean of the diagonals (arXiv 1802.09568). Param groups with `adamw=True` are stepped by
+    AdamW; `efcp.param_groups(model)` makes the usual split:
+
+    >>> optimizer = KroneckerW(efcp.param_groups(model), lr=1e-2, weight_decay=0.01)
+
+    State: as that of `MFACW`; with refresh_every > 1 further 4 · (window · rank)² bytes for each side of a matrix.
+
+    Args:
+        params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Start from two to three times AdamW's.
+        weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
+            weight_decay.
+        momentum: in [0, 1), of the dense momentum a.
+        rank: r, the rank of what is kept of a gradient matrix, ≥ 1. Fixed from the first step on.
+        window: m, how many gradients are kept, ≥ 1. Fixed from the first step on.
+        damping: κ > 0: δ is κ times the mean of a factor's diagonal.
+        sides: 2: both factors. 1: that of the shorter side alone, with the power −1/2. Fixed from the first step on.
+        refresh_every: steps from one decomposition of the factors to the next, ≥ 1. Fixed from the first step on.
+        update_rms: > 0, of the entries of each matrix's update: 0.2 is the size of Adam's.
+        betas: of the groups that AdamW steps.
+        momentum_dtype: torch.int8, with a scale for 64 entries, or floating point. Fixed from the first step on.
+        error_dtype: of what is left out of the window: torch.int4 or torch.int8, with a scale for 128 or 64 entries, or
+            floating point. Fixed from the first step on.
+        maximize: climb the objective instead of descending it.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        rank: int = 4,
+        window: int = 32,
+        damping: float = 0.001,
+        sides: int = 2,
+        refresh_every: int = 8,
+        update_rms: float = 0.2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        momentum_dtype: torch.dtype | None = torch.int8,
+        error_dtype: torch.dtype | None = torch.int4,  # type: ignore[attr-defined]
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            LowRank(rank, error_dtype=error_dtype),
+            Kronecker(damping, sides, refresh_every),
+            window=window,
+            direction="momentum",
+            momentum=momentum,
+            weight_decay=weight_decay,
+            update_rms=update_rms,
+            momentum_dtype=momentum_dtype,
+            maximize=maximize,
+            betas=betas,
         )

@@ -6,6 +6,7 @@ matrices in float64, whatever the model's size. A new preconditioner, in this pa
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from efcp.checks import require
 from efcp.gram import Gram
+from efcp.windows.base import Compressor, SingleWindow
 
 
 @dataclass(frozen=True)
@@ -85,3 +87,49 @@ class Preconditioner(ABC):
 
     def refresh(self, gram: Gram) -> None:  # noqa: B027  (there may be nothing)
         """Recomputes from the Gram matrix what is kept beside it: other rows than the newest may have changed."""
+
+
+@dataclass(frozen=True)
+class LocalPreconditioner(Preconditioner):
+    """A metric that each parameter has by itself, for its dense momentum: the direction is "momentum".
+
+    The Gram matrix is kept all the same, for diagnostics. Each parameter's update gets the root mean square
+    `update_rms`, which must be given.
+    """
+
+    @abstractmethod
+    def check_compressor(self, compressor: Compressor) -> None:
+        """Raises TypeError unless the metric can be made from windows of a compressor."""
+
+    @abstractmethod
+    def allocate_local(self, rows: dict[str, Tensor]) -> dict[str, Any]:
+        """What is kept of a parameter: tensors, and numbers that are never negative.
+
+        Args:
+            rows: what the compressor has allocated for it.
+        """
+
+    @abstractmethod
+    def metrics(self, windows: Sequence[SingleWindow], states: Sequence[dict[str, Any]], slot: Tensor) -> list[Tensor]:
+        """The metric of each parameter, once in a step.
+
+        Args:
+            windows: of each parameter, with the newest row.
+            states: of each parameter; what `allocate_local` has given may be changed.
+            slot: (1,) int64, the newest row.
+        """
+
+    @abstractmethod
+    def update(self, window: SingleWindow, metrics: Tensor, vector: Tensor) -> Tensor:
+        """The update of a parameter along a vector, up to a factor: (n,).
+
+        Args:
+            metrics: of the parameter, from `metrics`.
+            vector: (n,), never changed.
+        """
+
+    def weights(self, gram: Gram, slot: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def check_direction(self, direction: str) -> None:
+        require(direction == "momentum", "direction", f"be 'momentum' with {type(self).__name__}", direction)

@@ -217,20 +217,34 @@ class Compressor(ABC):
         """
 
 
-def floats(momentum: Tensor | LowBit, copy: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-    """A momentum as floating point: itself where it is, unless another dtype or a copy is asked for.
+def error_of(state: dict[str, Any]) -> Tensor | LowBit | None:
+    """The error in a parameter's state, floating point or in few bits; None where there is none."""
+    if "error_codes" in state:
+        return LowBit(state["error_codes"], state["error_scales"])
+    return state.get("error")
+
+
+def floats(
+    numbers: Tensor | LowBit, *, numel: int | None = None, copy: bool = False, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Numbers as floating point: themselves where they are, unless another dtype or a copy is asked for.
 
     Args:
-        dtype: None takes float32 for numbers in 8 bits.
+        numel: how many they are, where they are in 4 bits.
+        dtype: None takes float32 for few bits.
     """
-    if isinstance(momentum, Tensor):
-        return momentum.to(dtype or momentum.dtype, copy=copy)
-    numbers = torch.zeros(momentum.codes.numel(), dtype=dtype or torch.float32, device=momentum.codes.device)
-    add_lowbit_([numbers], [momentum])
-    return numbers
+    if isinstance(numbers, Tensor):
+        return numbers.to(dtype or numbers.dtype, copy=copy)
+    size, device = numel or numbers.codes.numel(), numbers.codes.device
+    decoded = torch.zeros(size, dtype=dtype or torch.float32, device=device)
+    add_lowbit_([decoded], [numbers])
+    return decoded
 
 
-def choose_dtypes(options: Any) -> None:
+ERROR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def choose_dtypes(options: Any, error_dtypes: tuple[torch.dtype, ...] = ERROR_DTYPES) -> None:
     """Checks the options `value_dtype` and `error_dtype` of a compressor, and turns names into dtypes.
 
     Raises:
@@ -238,7 +252,7 @@ def choose_dtypes(options: Any) -> None:
     """
     allowed = {
         "value_dtype": (torch.bfloat16, torch.float32),
-        "error_dtype": (torch.bfloat16, torch.float32, torch.float64),
+        "error_dtype": error_dtypes,
     }
     for name, dtypes in allowed.items():
         value = getattr(options, name)

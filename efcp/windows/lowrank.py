@@ -8,6 +8,9 @@ Pᵢ Qᵢᵀ, of which the factors are kept. State of a parameter of R × C elem
     basis  (C, r)     where the next power iteration starts
     error  (n,)       what has been left out of the window so far; absent without error feedback
 
+With few bits (`efcp.kernels.lowbit`) the error is kept as error_codes and error_scales, and in 4 bits there is a
+counter error_draws, (1,) int64: the key of the random numbers of the next step.
+
 Vectors and scalars, and matrices so small that their factors would be no smaller, are kept whole: rows (m, n).
 """
 
@@ -20,11 +23,12 @@ import torch
 from torch import Tensor
 
 from efcp.checks import require, require_integer
-from efcp.kernels import accumulation_dtype
-from efcp.windows.base import Compressor, Separate, SingleWindow, Window, choose_dtypes
+from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, allocate_lowbit, store_lowbit_
+from efcp.windows.base import ERROR_DTYPES, Compressor, Separate, SingleWindow, Window, choose_dtypes, error_of
 from efcp.windows.dense import DenseWindow, Identity, check_rows
 
 PART = 1 << 22  # entries of factors in a temporary
+BITS = {torch.int8: 8, torch.int4: 4}  # type: ignore[attr-defined]  # of an error
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,8 @@ class LowRank(Compressor):
         rank: r ≥ 1. A matrix of R × C elements with r · (R + C) ≥ R · C is kept whole.
         power_iterations: iterations in each step, ≥ 1. More bring the approximation closer to the best of that rank.
         value_dtype: dtype of the factors: torch.bfloat16 or torch.float32; float16 could overflow.
-        error_dtype: dtype of the error: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for
-            float64 parameters and float32 for all others.
+        error_dtype: dtype of the error: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, with
+            a scale for 64 or 128 elements. None takes float64 for float64 parameters and float32 for all others.
         error_feedback: add what was not kept of a gradient to the next one.
 
     Raises:
@@ -56,7 +60,7 @@ class LowRank(Compressor):
     def __post_init__(self) -> None:
         require_integer("rank", self.rank, 1)
         require_integer("power_iterations", self.power_iterations, 1)
-        choose_dtypes(self)
+        choose_dtypes(self, error_dtypes=(*ERROR_DTYPES, *BITS))
         require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
 
     def row_names(self, param: Tensor) -> tuple[str, ...]:
@@ -73,7 +77,14 @@ class LowRank(Compressor):
             "right": torch.zeros(window_size, r, columns, dtype=self.value_dtype, device=device),
             "basis": torch.randn(columns, r, generator=generator, dtype=dtype, device="cpu").to(device),
         }
-        if self.error_feedback:
+        if not self.error_feedback:
+            return state
+        if self.error_dtype in BITS:
+            error = allocate_lowbit(param.numel(), BITS[self.error_dtype], device)
+            state |= {"error_codes": error.codes, "error_scales": error.scales}
+            if BITS[self.error_dtype] == 4:
+                state["error_draws"] = torch.zeros(1, dtype=torch.int64, device=device)
+        else:
             state["error"] = torch.zeros(param.numel(), dtype=self.error_dtype or dtype, device=device)
         return state
 
@@ -97,13 +108,15 @@ class LowRank(Compressor):
         if not self._factors(param):
             require("left" not in state, "rank", "stay what it was", self.rank)
             return DenseWindow(check_rows(state["rows"], param))
-        left, error = state["left"], state.get("error")
+        left, error = state["left"], error_of(state)
         require(left.shape[1] == self.rank and "rows" not in state, "rank", "stay what it was", self.rank)
         sizes, own = (left.shape[2], state["right"].shape[2]), _matrix_shape(param)
         require(sizes == own, f"the shape of a parameter taken as {own[0]} × {own[1]}", f"stay that of {sizes}", own)
         require(left.dtype == self.value_dtype, "value_dtype", f"stay {left.dtype}", self.value_dtype)
         require((error is not None) == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
-        return LowRankWindow(left, state["right"], state["basis"], error, self.power_iterations)
+        return LowRankWindow(
+            left, state["right"], state["basis"], error, state.get("error_draws"), self.power_iterations
+        )
 
     def _factors(self, param: Tensor) -> bool:
         """Whether factors are kept of a parameter, not whole rows."""
@@ -119,7 +132,8 @@ class LowRankWindow(SingleWindow):
     left: Tensor
     right: Tensor
     basis: Tensor
-    error: Tensor | None
+    error: Tensor | LowBit | None
+    draws: Tensor | None
     power_iterations: int
 
     def __len__(self) -> int:
@@ -127,7 +141,9 @@ class LowRankWindow(SingleWindow):
 
     def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> None:
         A = grad.to(self.basis.dtype, copy=True).masked_fill_(~finite, 0.0)
-        if self.error is not None:
+        if isinstance(self.error, LowBit):
+            add_lowbit_([A.view(-1)], [self.error])
+        elif self.error is not None:
             A.add_(self.error)
         A = A.view(self.left.shape[2], self.right.shape[2])
         Q = self.basis
@@ -140,8 +156,15 @@ class LowRankWindow(SingleWindow):
         left, right = P.to(self.left.dtype), torch.where(finite, Q, 0.0).to(self.right.dtype)
         self.left.index_copy_(0, slot, left.t().unsqueeze(0))
         self.right.index_copy_(0, slot, right.t().unsqueeze(0))
-        if self.error is not None:  # where not finite, A is the error and the row is zero
-            self.error.copy_(A.addmm_(left.to(A.dtype), right.to(A.dtype).t(), alpha=-1).view(-1))
+        if self.error is None:
+            return
+        rest = A.addmm_(left.to(A.dtype), right.to(A.dtype).t(), alpha=-1).view(-1)  # the error where not finite
+        if isinstance(self.error, LowBit):
+            store_lowbit_([self.error], [rest], finite, [] if self.draws is None else [self.draws])
+            if self.draws is not None:
+                self.draws.add_(1)
+        else:
+            self.error.copy_(rest)
 
     def clear(self, slot: Tensor) -> None:
         self.right.index_fill_(0, slot, 0.0)
@@ -165,6 +188,10 @@ class LowRankWindow(SingleWindow):
                 for rows in self._parts()
             ]
         )
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All rows' factors: (m r, R) and (m r, C)."""
+        return self.left.flatten(0, 1).to(dtype), self.right.flatten(0, 1).to(dtype)
 
     def products(self, vector: Tensor) -> Tensor:
         """⟨Pᵢ Qᵢᵀ, A⟩ = Σ (PᵢᵀA) ∘ Qᵢᵀ for all rows i, of a matrix A."""

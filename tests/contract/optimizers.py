@@ -12,6 +12,8 @@ CLASSES = [
     efcp.SparseGGT,
     efcp.DenseGGT,
     efcp.LowRankGGT,
+    efcp.MFACW,
+    efcp.KroneckerW,
 ]
 
 
@@ -20,9 +22,11 @@ def small(cls):
     options = {"window": 4, "lr": 0.02}
     if "Sparse" in cls.__name__:
         options |= {"density": 0.5, "block_size": 8}
-    if "LowRank" in cls.__name__:
+    if cls in (efcp.LowRankMFAC, efcp.LowRankGGT, efcp.MFACW, efcp.KroneckerW):
         options |= {"rank": 2}
-    return options | ({"damping": 0.1} if "MFAC" in cls.__name__ else {"eps": 1e-3})
+    if cls is efcp.KroneckerW:
+        options |= {"refresh_every": 2}
+    return options | ({"eps": 1e-3} if "GGT" in cls.__name__ else {"damping": 0.1})
 
 
 class Regression:

@@ -30,7 +30,7 @@ def load_cifar10(directory: Path | None = None, train_size: int | None = None) -
     """Images (n, 3, 32, 32) float32; each colour has mean 0 and standard deviation 1 over the training split.
 
     Args:
-        directory: where the files are, itself or in a subfolder `cifar-10-batches-py`; None for `$EFCP_DATA`.
+        directory: folder with the files, or with a subfolder `cifar-10-batches-py` of them; None for `$EFCP_DATA`.
         train_size: training images; None for 45,000.
 
     Raises:
@@ -76,7 +76,7 @@ def find_cifar10(directory: Path | None = None) -> Path:
 
 
 def read_batch(path: Path) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of one of the files. No code in it is run.
+    """Images (n, 3, 32, 32) uint8 and labels (n,) int64 of one of the files. Code in the pickle is not run.
 
     Raises:
         ValueError: if the file is truncated, holds other things than arrays, lists, numbers and bytes, or other shapes.
@@ -95,7 +95,7 @@ def read_batch(path: Path) -> tuple[Tensor, Tensor]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Refuses whatever could run code: of classes and functions it knows only those that make arrays."""
+    """Refuses whatever could run code: the only classes and functions that it knows are those that make arrays."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:

@@ -57,11 +57,11 @@ def resolve_name(name: str, directory: Path | None) -> str:
 
 
 def load_data(name: str, directory: Path | None = None, train_size: int | None = None) -> DataSet:
-    """A data set by name.
+    """Loads a data set by name.
 
     Args:
         name: one of `NAMES`.
-        directory: where the files of Fashion-MNIST are, itself or in a subfolder `fashion-mnist`; None looks in
+        directory: folder with the files of Fashion-MNIST, or with a subfolder `fashion-mnist` of them; None looks in
             `$EFCP_DATA` and where the Debian package dataset-fashion-mnist puts them.
         train_size: training images; None for 3,000 of MNIST 5k and 4,000 of Fashion-MNIST.
 
@@ -85,7 +85,7 @@ def load_data(name: str, directory: Path | None = None, train_size: int | None =
 
 
 def stratified_order(labels: Tensor) -> Tensor:
-    """A fixed shuffled order of which every run of consecutive places has the classes in their shares, to within one.
+    """A fixed shuffled order. All runs of consecutive places have the classes in the same shares, to within one image.
 
     Args:
         labels: (n,) int64.
@@ -121,7 +121,7 @@ def find_fashion_mnist(directory: Path | None = None) -> Path:
 
 
 def read_idx(path: Path) -> Tensor:
-    """A gzipped IDX file of unsigned bytes.
+    """Reads a gzipped IDX file of unsigned bytes.
 
     Format: two zero bytes, 0x08 for unsigned bytes, the number of dimensions; each size as a big-endian 32-bit
     integer; the elements, last dimension fastest.
@@ -153,7 +153,7 @@ def named_folder(directory: Path | None) -> Path | None:
 
 
 def _fashion_folders(directory: Path | None) -> list[Path]:
-    """Where to look, in order."""
+    """The folders in which Fashion-MNIST is looked for, in order."""
     named = named_folder(directory)
     found = [named / "fashion-mnist", named] if named else []
     return found if directory else [*found, _SYSTEM_FASHION]
@@ -201,8 +201,8 @@ def _normalised(
 
     Args:
         name: of the set.
-        data: images (n, height, width) uint8 and labels (n,) of which training and validation are parts.
-        train, validation: which parts, int64.
+        data: images (n, height, width) uint8 and labels (n,), from which training and validation are taken.
+        train, validation: their indices, int64.
         test: images and labels.
     """
     images, labels = data

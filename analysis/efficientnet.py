@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 without its classifier: images to 1,280 features, with ImageNet weights from a package.
 
-EfficientNet-B0 (Tan and Le, 2019) without squeeze-and-excitation and with ReLU6 for swish. Trained in TensorFlow, whose
-padding of a strided convolution is not symmetric.
+It is EfficientNet-B0 (Tan and Le, 2019) without squeeze-and-excitation, and with ReLU6 in place of swish. It was
+trained in TensorFlow, where the padding of a strided convolution is not symmetric.
 """
 
 from importlib.util import find_spec
@@ -30,7 +30,7 @@ _STAGES = (  # blocks, kernel size, stride of the first block, expansion, channe
 class SameConv2d(nn.Conv2d):
     """A convolution without bias and with TensorFlow's padding "SAME": ceil(size / stride) outputs along each side.
 
-    As many zeros as that takes are put around the image; the odd one at its right and bottom.
+    The image is padded with as many zeros as that takes; an odd one goes to the right or the bottom.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
@@ -42,13 +42,13 @@ class SameConv2d(nn.Conv2d):
         return super().forward(F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2)))
 
     def _zeros(self, size: int) -> int:
-        """Around a side of this size, on both ends together."""
+        """The number of zeros along a side of this size, on both ends together."""
         (kernel_size, _), (stride, _) = self.kernel_size, self.stride
         return max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
 
 
 class InvertedResidual(nn.Sequential):
-    """A block: 1 × 1 convolution that expands, one of each channel for itself, 1 × 1 convolution that narrows.
+    """A block of three convolutions: 1 × 1 to expand, one within each channel, and 1 × 1 to narrow.
 
     The input is added to the output where the two have the same shape.
     """
@@ -58,7 +58,7 @@ class InvertedResidual(nn.Sequential):
         super().__init__(
             *(_convolution(inputs, inner, 1) if expansion > 1 else ()),
             *_convolution(inner, inner, kernel_size, stride, groups=inner),
-            *_convolution(inner, outputs, 1)[:-1],  # linear
+            *_convolution(inner, outputs, 1)[:-1],  # no activation
         )
         self.residual = stride == 1 and inputs == outputs
 
@@ -69,7 +69,7 @@ class InvertedResidual(nn.Sequential):
 
 
 def efficientnet_lite0() -> nn.Sequential:
-    """The network, not trained: images (n, 3, height, width), of values (pixel − 127) / 128, to features (n, 1280)."""
+    """The untrained network: images (n, 3, height, width), of values (pixel − 127) / 128, to features (n, 1280)."""
     layers = _convolution(3, 32, 3, stride=2)
     channels = 32
     for blocks, kernel_size, stride, expansion, outputs in _STAGES:
@@ -105,7 +105,7 @@ def weights_path() -> Path:
 
 
 def _convolution(inputs: int, outputs: int, kernel_size: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
-    """With its normalisation and activation."""
+    """A convolution with its normalisation and activation."""
     return [
         SameConv2d(inputs, outputs, kernel_size, stride, groups),
         nn.BatchNorm2d(outputs, eps=1e-3),

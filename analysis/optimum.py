@@ -1,4 +1,4 @@
-"""The least loss of a convex task, by L-BFGS on the whole training split in float64.
+"""Computes the least loss of a convex task, by L-BFGS on the whole training split in float64.
 
 It is kept in `optimum.csv` of the experiment's folder, so that distances to it can be plotted from CSV files alone.
 """
@@ -15,11 +15,11 @@ from efcp.analysis.training import text
 FILE = "optimum.csv"
 _SETTINGS = ("network", "data_set", "train_size", "l2")
 _COLUMNS = (*_SETTINGS, "objective", "grad_norm", "lower_bound", "evaluations", "torch_version")
-_TOLERANCE = 1e-6  # of the norm of the gradient: with l2 = 1e-3 within 5e-10 of the least loss
+_TOLERANCE = 1e-6  # of the gradient's norm: with l2 = 1e-3 the loss is within 5e-10 of the least
 
 
 def keep_optimum(task: Task, data: DataSet, folder: Path) -> None:
-    """Computes the optimum and writes it, unless the file holds that of the task."""
+    """Computes the optimum and writes it, unless the file already holds that of the task."""
     path, settings = folder / FILE, {name: text(getattr(task, name)) for name in _SETTINGS}
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
@@ -35,11 +35,11 @@ def keep_optimum(task: Task, data: DataSet, folder: Path) -> None:
 
 
 def optimum(task: Task, data: DataSet) -> dict[str, float | int | str]:
-    """The least loss that was found, and how near it is to the least that there is.
+    """Minimises the loss, and bounds how far the result may be from the least loss.
 
     Returns:
-        objective, the loss; grad_norm, of its gradient; evaluations, of loss and gradient; lower_bound, that no loss
-        can be under: a loss that is l2-strongly convex is at most ‖gradient‖²/(2·l2) above its least.
+        objective, the least loss found; grad_norm, the norm of its gradient; evaluations of loss and gradient; and
+        lower_bound, which no loss is below: an l2-strongly convex loss is at most ‖gradient‖²/(2·l2) above its least.
 
     Raises:
         RuntimeError: if the gradient does not become small.

@@ -1,17 +1,17 @@
-"""The paper's claims on real data: experiments from files, each with its CSV, tables and plots.
+"""Tests the paper's claims on real data: runs experiments from files, each with its CSVs, table and plots.
 
     python -m efcp.analysis.paper
 
 Every experiment trains many methods on one task. Each method has the same number of points of a grid (learning rate,
-and damping or what else it has), epochs, schedule and seeds; the best point is chosen on the validation split, with
-seeds of their own, and the test split is looked at once by each final run. Written to a folder for each experiment:
-`runs.csv`, a row a run; `curves.csv` and `diagnostics.csv`, what happened within the final runs; and tables and plots
-made from them.
+and damping or what else it has), epochs, schedule and seeds. The best point is chosen on the validation split, with
+other seeds than those of the final runs. Each final run evaluates the test split once. Each experiment has a folder
+with `runs.csv`, a row for each run; `curves.csv` and `diagnostics.csv`, what happened within the final runs; and a
+table and plots made from them.
 
-A run that is in the CSV is never run again: the same command goes on from there.
+A run that is in the CSV is never repeated: the same command goes on from there.
 """
 
-if __name__ == "__main__":  # before the imports, of which one may fail
+if __name__ == "__main__":  # before the imports, since one may fail
     from efcp.perf.command import run
 
     run("efcp.analysis.paper")
@@ -76,15 +76,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run_experiment(
     name: str, data: DataSet, plans: Sequence[Plan], folder: Path, jobs: int, end: float | None = None
 ) -> None:
-    """Tunes and trains; writes `runs.csv`, `curves.csv` and `diagnostics.csv` as runs finish.
+    """Tunes and trains all methods; writes `runs.csv`, `curves.csv` and `diagnostics.csv` as runs finish.
 
     Args:
         name: of the experiment.
         data: what it learns from.
-        plans: whose runs are trained that are not in the folder's records.
+        plans: their runs are trained, unless they are in the folder's records.
         folder: for the CSV files.
         jobs: runs at once.
-        end: time.monotonic() from which on no more runs are started; None for no end.
+        end: time.monotonic() after which no more runs are started; None for no limit.
 
     Raises:
         ValueError: if the folder holds runs that the plans do not have.
@@ -99,7 +99,7 @@ def run_experiment(
 
 
 def report(experiment: Experiment, folder: Path) -> None:
-    """Writes table and plots from the CSV files in a folder; says so where no method has come to an end yet.
+    """Writes table and plots from the CSV files in a folder, or prints that no method has finished yet.
 
     Raises:
         ValueError: if a file is damaged.
@@ -128,11 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     known = ", ".join(names())
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of experiments, or .toml files; none: all of {known}"
+        "names", nargs="*", metavar="NAME", help=f"experiments, by name or .toml file (default: all of {known})"
     )
     parser.add_argument("--jobs", type=int, default=cores(), help="runs at once (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("analysis/results"), help="(default: %(default)s)")
-    parser.add_argument("--data-dir", type=Path, help="folder of the data sets; else EFCP_DATA is looked at")
-    parser.add_argument("--minutes", type=float, help="after which no more runs are started")
+    parser.add_argument("--data-dir", type=Path, help="folder of the data sets (default: $EFCP_DATA)")
+    parser.add_argument("--minutes", type=float, help="minutes after which no more runs are started")
     parser.add_argument("--plot-only", action="store_true", help="remake tables and plots from the CSVs of --out")
     return parser

@@ -1,4 +1,4 @@
-"""The memory–accuracy plot, from the CSV of runs alone, and the style of all plots."""
+"""Draws accuracy against memory from the CSV of runs alone, and defines the style of all plots."""
 
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from efcp.analysis.methods import ADAM_BYTES, LOW_RANK, power_iterations_label
 
-# Dark to light, so that they differ in grey too; markers and lines differ besides.
+# Colours run from dark to light, so that they also differ in grey; markers and lines differ as well.
 FEEDBACK: dict[str, Any] = {"color": "#08306b", "marker": "o", "linestyle": "-", "markersize": 8}
 NO_FEEDBACK: dict[str, Any] = {
     "color": "#e6862e",
@@ -40,7 +40,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 
 def plot_tradeoff(summary: pd.DataFrame, title: str, path: Path) -> None:
-    """Writes the PNG of `tradeoff`."""
+    """Writes the plot of `tradeoff` as a PNG."""
     tradeoff(summary, title).savefig(path)
 
 
@@ -48,7 +48,7 @@ def tradeoff(summary: pd.DataFrame, title: str) -> Figure:
     """Test accuracy (mean and standard deviation over seeds) against measured state per parameter.
 
     Args:
-        summary: of `efcp.analysis.summary.summarise`.
+        summary: the result of `efcp.analysis.summary.summarise`.
         title: above the plot.
     """
     figure = Figure(figsize=(8.2, 4.8), dpi=130, layout="constrained")
@@ -87,7 +87,7 @@ def tradeoff(summary: pd.DataFrame, title: str) -> Figure:
 
 
 def adam_line(axes: Axes) -> None:
-    """Where Adam is, on an axis of bytes per parameter."""
+    """Marks the bytes of Adam on an axis of bytes per parameter."""
     axes.axvline(ADAM_BYTES, color="0.35", linestyle=":", linewidth=1.4, zorder=0)
     axes.annotate(
         f"Adam: {ADAM_BYTES:g} bytes",
@@ -101,7 +101,7 @@ def adam_line(axes: Axes) -> None:
 
 
 def plain_log(axes: Axes) -> None:
-    """A logarithmic x axis with plain numbers."""
+    """Makes the x axis logarithmic, with plain numbers."""
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -114,7 +114,7 @@ def light_grid(axes: Axes) -> None:
 
 
 def draw(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, Any], x: str = "bytes_per_parameter") -> None:
-    """Mean and standard deviation of test accuracy against a column."""
+    """Draws mean and standard deviation of test accuracy against a column."""
     kind = {"linewidth": 1.6, **style}
     axes.errorbar(
         rows[x],
@@ -127,8 +127,10 @@ def draw(axes: Axes, rows: pd.DataFrame, label: str, style: dict[str, Any], x: s
 
 
 def name_points(axes: Axes, rows: pd.DataFrame, names: list[str], below: bool, color: Any) -> None:
-    """Writes a name beside each point of a line: below it to the right, or above it to the left, and so also where the
-    next point is near on the logarithmic axis."""
+    """Writes a name beside each point of a line: to its lower right if `below`, otherwise to its upper left.
+
+    Where the next point is near on the logarithmic axis, the name is always to the upper left.
+    """
     x, y = (list(rows[name]) for name in ("bytes_per_parameter", "test_mean"))
     for number, name in enumerate(names):
         near = number + 1 < len(names) and (

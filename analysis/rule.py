@@ -1,22 +1,23 @@
-"""How to choose learning rate and damping of M-FAC: made on one task, tested on others.
+"""Makes a rule for the learning rate and damping of M-FAC on one task, and tests it on others.
 
     python -m efcp.analysis.rule cnn --on probe resnet20
 
-A point to start from (start.csv), as lr · m and damping: that of the grid at which the method that loses most against
-its own best point loses least. On another task it is worth the validation accuracy at the nearest point of the grid,
-against the best point.
+A point to start from (start.csv) is a pair of lr · m and damping. At each point of the grid, every method loses some
+accuracy against its own best point; at the point to start from, the largest of these losses is least. On another task
+it is tested at the nearest point of the grid: its validation accuracy is compared with that of the best point.
 
-A rule for the learning rate (rule.csv). Were the gradients of the window orthogonal and of squared norm s, M-FAC's
-update would be u = g/(λ + s/m), and a step lr · u one of SGD with the rate η = lr/(λ + s/m). The rule keeps that rate:
+A rule for the learning rate is tested in rule.csv. If the gradients of the window were orthogonal with squared norm s,
+M-FAC's update would be u = g/(λ + s/m). A step lr · u would then be a step of SGD with the rate η = lr/(λ + s/m). The
+rule keeps that rate:
 
     lr = η (λ + s/m)
 
-η is the median of lr/(λ + s/m) over the best rates at each damping, in a task's tuning runs; s is the square of the
-gradient norm, median over the best of a method's runs. On another task the rule is worth the validation accuracy that
-its rate gives, at the nearest point of the grid, against the best point at the same damping.
+η is the median of lr/(λ + s/m) over the best learning rates at each damping, in a task's tuning runs. s is the square
+of the gradient norm in the best of a method's runs, the median over its steps. On another task the rule is tested at
+the nearest point of the grid: its validation accuracy is compared with that of the best point at the same damping.
 """
 
-if __name__ == "__main__":  # before the imports, of which one may fail
+if __name__ == "__main__":  # before the imports, since one may fail
     from efcp.perf.command import run
 
     run("efcp.analysis.rule")
@@ -66,7 +67,7 @@ Point = tuple[float, float]  # lr · m, damping
 
 
 def read_tuning(folder: Path) -> pd.DataFrame:
-    """The runs that chose damping and learning rate of M-FAC, with error feedback where a window has one.
+    """Reads the runs that tuned damping and learning rate of M-FAC, without those that have no error feedback.
 
     Raises:
         FileNotFoundError, ValueError: if there are none.
@@ -84,7 +85,7 @@ def read_tuning(folder: Path) -> pd.DataFrame:
 
 
 def start(runs: pd.DataFrame) -> Point:
-    """The point, of those that all methods have tried, whose greatest loss of accuracy over methods is least.
+    """The point to start from: of those that all methods have tried, the one whose greatest loss over methods is least.
 
     Raises:
         ValueError: if there is none.
@@ -99,7 +100,7 @@ def start(runs: pd.DataFrame) -> Point:
 
 
 def started(task: str, runs: pd.DataFrame, point: Point) -> list[dict[str, Any]]:
-    """How a point does on a task: rows of start.csv."""
+    """Tests a point on a task; returns rows of start.csv."""
     rows = []
     for (label, window), own in runs.groupby(["label", "window"], sort=False):
         ratios = own[["lr", "damping"]] / [point[0] / window, point[1]]
@@ -122,7 +123,7 @@ def started(task: str, runs: pd.DataFrame, point: Point) -> list[dict[str, Any]]
 
 
 def best_points(runs: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFrame, float]]:
-    """For each method and damping its best run, all its runs, and the squared norm of the method's gradients."""
+    """Yields for each method and damping the best run, all runs, and the squared norm of the method's gradients."""
     for _, own in runs.groupby(["label", "window"], sort=False):
         squared_norm = float(_best(own)["grad_norm"]) ** 2
         for _, some in own.groupby("damping"):
@@ -130,13 +131,13 @@ def best_points(runs: pd.DataFrame) -> Iterator[tuple[pd.Series, pd.DataFrame, f
 
 
 def fitted_rate(runs: pd.DataFrame) -> float:
-    """η of the rule."""
+    """The rate η of the rule, from the tuning runs of a task."""
     rates = [best["lr"] / _scale(best, norm) for best, _, norm in best_points(runs)]
     return float(pd.Series(rates).median())
 
 
 def tested(task: str, runs: pd.DataFrame, rate: float) -> list[dict[str, Any]]:
-    """How the rule does on a task: rows of rule.csv."""
+    """Tests the rule on a task; returns rows of rule.csv."""
     rows = []
     for best, some, norm in best_points(runs):
         lr = rate * _scale(best, norm)

@@ -1,4 +1,4 @@
-"""Many runs: several at once, with a progress bar, and CSV files that hold every record as soon as there is one."""
+"""Trains many runs, several at once, with a progress bar; each record is in a CSV file as soon as its run ends."""
 
 import csv
 import os
@@ -37,7 +37,7 @@ class Plan:
         return len(self.tuning) + len(self.final_seeds) + len(self.others)
 
     def known(self, records: "RecordFile") -> list[Run]:
-        """All runs that can be told by now: the final ones where tuning is complete."""
+        """All runs that are known by now. The final ones are known once tuning is complete."""
         return [*self.tuning, *self._final(records), *self.others]
 
     def _final(self, records: "RecordFile") -> list[Run]:
@@ -50,13 +50,13 @@ class Plan:
 
 
 class RecordFile:
-    """A CSV file of records that is whole after every record, whatever happens to the process.
+    """A CSV file of records that is whole after every record, even if the process is killed.
 
     Learning curves and diagnostics are in two more files beside it, if there are any.
     """
 
     def __init__(self, path: Path) -> None:
-        """Goes on with the records that the file holds, if it is there.
+        """Reads the records that the file already holds, if it is there.
 
         Raises:
             ValueError: if it is another kind of file, or damaged.
@@ -78,7 +78,7 @@ class RecordFile:
         return run.key in self.rows
 
     def check(self, plans: Sequence[Plan]) -> None:
-        """Raises ValueError where the file holds runs that plans, which are to join them, do not have.
+        """Raises ValueError if the file holds runs that these plans do not have.
 
         The plans may have more: methods, points of a grid, seeds. Final runs may be at any point of their grid, since
         more points can lead to another choice.
@@ -104,7 +104,7 @@ class RecordFile:
         self._save()
 
     def add_result(self, result: Result) -> None:
-        """A record and its details. These are written first: only a run with a record is finished."""
+        """Adds a record and its details. Details are written first, since a run with a record counts as finished."""
         for (file, (columns, rows)), own in zip(self.details.items(), (result.curve, result.diagnostics), strict=True):
             if own:
                 rows[result.record["run"]] = [_texts(row, columns) for row in own]
@@ -112,7 +112,7 @@ class RecordFile:
         self.add(result.record)
 
     def sort(self, runs: Sequence[Run]) -> None:
-        """Puts the records of these runs first, in their order; before, it is that in which runs finished."""
+        """Puts the records of these runs first, in their order. Until then they stand in the order of finishing."""
         self.rows = _sorted(self.rows, runs)
         self._save()
         for name, (columns, rows) in self.details.items():
@@ -140,7 +140,7 @@ class Trainer:
             self.pool = self._open.enter_context(workers(jobs, _start_worker, (pickle.dumps(data),)))
 
     def __call__(self, runs: Iterable[Run]) -> Iterator[Result]:
-        """The next run is asked for when it can be started, so that it may depend on the results before."""
+        """Yields results as runs finish. A run is taken only when it can start, so it may depend on earlier results."""
         if self.pool is None:
             yield from (train(run, self.data) for run in runs)
             return
@@ -154,13 +154,13 @@ class Trainer:
             yield from (future.result() for future in done)
 
     def complete(self, plans: Sequence[Plan], records: RecordFile, name: str, end: float | None = None) -> None:
-        """Trains what the records lack of the plans, plan by plan, under a progress bar of that name.
+        """Trains the runs of the plans that the records lack, plan by plan, with a progress bar.
 
         Args:
-            plans: a later one is begun while the last tuning runs of an earlier one go on.
-            records: for the results.
+            plans: a later plan begins while the last tuning runs of an earlier one still go on.
+            records: where the results are added.
             name: of the bar.
-            end: time.monotonic() from which on no more runs are started; None for no end.
+            end: time.monotonic() after which no more runs are started; None for no limit.
         """
         known = sum(run in records for plan in plans for run in plan.known(records))
         with tqdm(total=sum(map(len, plans)), initial=known, desc=name, unit="run", smoothing=0.05) as bar:
@@ -169,17 +169,17 @@ class Trainer:
                 bar.update()
 
     def close(self) -> None:
-        """Ends the processes; the runs that they are at are dropped."""
+        """Ends the processes, and drops the runs that have not finished."""
         self._open.close()
 
 
 def cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Missing:
-    """The runs that records lack of plans, as they become known; ends when none can be told, and may then go on."""
+    """Yields the runs still to do. It stops where the next ones depend on unfinished tuning, and can go on later."""
 
     def __init__(self, plans: Sequence[Plan], records: RecordFile, end: float | None) -> None:
         self.plans, self.records, self.end = list(plans), records, end
@@ -206,7 +206,7 @@ _worker_data: DataSet
 
 
 def _start_worker(data: bytes) -> None:
-    """Keeps the data set of all runs. It comes as bytes, so that no memory is shared."""
+    """Keeps the data set for all runs in this process. It comes as bytes, so that no memory is shared."""
     global _worker_data
     _worker_data = pickle.loads(data)
 
@@ -220,7 +220,7 @@ def _sorted(rows: dict[str, T], runs: Sequence[Run]) -> dict[str, T]:
 
 
 def _point(row: dict[str, Any]) -> tuple[str, ...]:
-    """Method and point of a grid, of a plan or a record."""
+    """The method and grid point of a run's settings or of a record."""
     return tuple(text(row[name]) for name in _POINT)
 
 

@@ -1,4 +1,4 @@
-"""From the CSV of runs to one row a method: the chosen point of its grid, accuracy over seeds, memory, time.
+"""Summarises the CSV of runs in one row for each method: the chosen point, accuracy over seeds, memory, time.
 
 A point (learning rate, damping and what else is tuned) is chosen by validation accuracy of the tuning runs, and by
 nothing else.
@@ -16,7 +16,7 @@ from efcp.analysis.training import COLUMNS
 from efcp.perf.tables import Kinds, check_filled, read_csv, table
 
 POINT = ("lr", *TUNED)
-"""What is tuned."""
+"""The columns that are tuned."""
 DIAGNOSTICS = ("grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75", "error_ratio")
 PAPER_WINDOW = 1024
 _TEXTS = (
@@ -34,16 +34,16 @@ _FILLED: dict[str, tuple[str, ...]] = {
     "final": (*_TUNED, *_MEASURED, "data_set", "kernels", "torch_version"),
     "timing": ("step_ms", "optimizer_ms"),
 }
-"""By phase: what every run has, besides what names it."""
+"""For each phase, the columns that every run has, besides those that identify it."""
 _NEEDED = {"phase", "method", *LABELLED, "window", "damping", "lr", "seed", "steps", *sum(_FILLED.values(), ())}
 
 
 class UnfinishedError(ValueError):
-    """Of runs from which there is no table to be made yet."""
+    """Raised for runs from which no table can be made yet."""
 
 
 def read_runs(path: Path) -> pd.DataFrame:
-    """The runs of a CSV file, and the label of each one's method.
+    """Reads the runs of a CSV file, and adds the label of each one's method.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -59,12 +59,12 @@ def read_runs(path: Path) -> pd.DataFrame:
 
 
 def choose(runs: pd.DataFrame) -> pd.DataFrame:
-    """Of each method the point that is best in mean validation accuracy over the seeds of the tuning runs.
+    """Chooses for each method the point with the best mean validation accuracy over the seeds of the tuning runs.
 
-    Of equally good ones that of the smallest learning rate, then of the largest damping.
+    Of equally good points it takes the one with the smallest learning rate, then the largest damping.
 
     Returns:
-        A row a method, by label: the columns of `POINT`, val_accuracy, and `run` of one of the runs.
+        A row for each method, by label: the columns of `POINT`, val_accuracy, and the `run` of one of the point's runs.
     """
     tuning = runs[runs["phase"] == "tune"]
     points = tuning.groupby(["label", *POINT], dropna=False, sort=False)
@@ -74,7 +74,7 @@ def choose(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_chosen(runs: pd.DataFrame) -> pd.DataFrame:
-    """The final runs that are at the chosen points of their methods; others are left from an earlier choice."""
+    """The final runs at the chosen points of their methods; any others are left over from an earlier choice."""
     final, chosen = runs[runs["phase"] == "final"], choose(runs)
     same = [
         label in chosen.index
@@ -85,13 +85,14 @@ def at_chosen(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """One row a method, by label, in the order of the runs.
+    """One row for each method, by label, in the order of the runs.
 
     Columns: method and the options that tell methods apart; the chosen point; edge, which of its coordinates are the
-    smallest or largest that were tried; val and test accuracy (test_mean and test_std over seeds, val_mean) in %;
-    seeds; diverged, how many of the final runs; bytes_per_parameter, the share of it that grows with the network
-    (growing_per_parameter), and estimated_per_parameter; step_ms and
-    optimizer_ms where steps were timed, train_ms a step as the final runs took it; the diagnostics (mean over seeds).
+    smallest or largest that were tried; points, how many were tried; validation and test accuracy in % (val_mean;
+    test_mean and test_std over seeds); seeds, the number of final runs, and diverged, how many of them diverged;
+    bytes_per_parameter, the part of it that grows with the network (growing_per_parameter), and
+    estimated_per_parameter; step_ms and optimizer_ms where steps were timed; train_ms, a step's CPU time in the final
+    runs; the diagnostics and the objective, as means over seeds.
 
     Raises:
         UnfinishedError: where the runs hold no final one at a chosen point.
@@ -136,8 +137,8 @@ def markdown(summary: pd.DataFrame, columns: Mapping[str, Callable[[pd.Series], 
     """The summary as a table in Markdown, aligned for reading as plain text.
 
     Args:
-        summary: of `summarise`.
-        columns: heads, and what stands below them; the default are those of `TIMED`.
+        summary: the result of `summarise`.
+        columns: heads, and functions that make the cells below them; the default is `TIMED`.
     """
     columns = TIMED if columns is None else columns
     rows = ((label, *(cell(row) for cell in columns.values())) for label, row in summary.iterrows())
@@ -145,12 +146,12 @@ def markdown(summary: pd.DataFrame, columns: Mapping[str, Callable[[pd.Series], 
 
 
 def remarks(runs: pd.DataFrame, summary: pd.DataFrame, timed: bool = True) -> list[str]:
-    """What the table does not say: settings, what is missing, and whatever went wrong.
+    """Lines on what the table does not say: settings, what is missing, and what went wrong.
 
     Args:
-        runs: of `read_runs`.
-        summary: of `summarise`.
-        timed: whether steps are timed one after the other, as `TIMED` shows, or looked at, as `LOOKED_AT`.
+        runs: the result of `read_runs`.
+        summary: the result of `summarise`.
+        timed: whether the table has the columns of `TIMED`; otherwise those of `LOOKED_AT`.
     """
     final = at_chosen(runs).iloc[0]
     tuning, seeds = runs[runs["phase"] == "tune"], sorted(summary["seeds"].unique())
@@ -197,7 +198,7 @@ def _number(name: str, format_spec: str) -> Callable[[pd.Series], str]:
 
 
 def _tuned(*names: str) -> Callable[[pd.Series], str]:
-    """The first of these that the method has."""
+    """A cell with the first of these options that the method has."""
 
     def cell(row: pd.Series) -> str:
         name = next((n for n in names if not pd.isna(row[n])), None)
@@ -232,14 +233,14 @@ LOOKED_AT = {
     "Q50": _number("scaling_q50", ".3g"),
     "Q75": _number("scaling_q75", ".3g"),
 }
-"""Columns of a table of methods whose steps were looked at."""
+"""Columns of a table of methods with diagnostics of their steps."""
 
 
 def _labels(runs: pd.DataFrame) -> list[str]:
-    """Of the method of each run.
+    """The label of each run's method.
 
-    A window shows that is not that of most runs; block size and dtypes, where methods that are else the same differ in
-    them, if they are not as usual.
+    It shows the window if that is not the window of most runs. It shows block size and dtypes if they are unusual and
+    otherwise equal methods differ in them.
     """
     options = runs[["method", *VARIANT]].astype(object)
     options = options.where(options.notna(), None)

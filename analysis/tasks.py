@@ -83,14 +83,14 @@ class Task:
         return minilm_classifier(self.layers)
 
     def loss(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Of a batch: (), what training minimises."""
+        """The loss of a batch, which training minimises: ()."""
         loss = F.cross_entropy(model(inputs), labels)
         if self.l2:
             loss = loss + self.l2 / 2 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
         return loss
 
     def factor(self, step: int, steps: int) -> float:
-        """Of the learning rate: rises linearly over the warm-up, then falls linearly to 0."""
+        """The factor of the learning rate: it rises linearly over the warm-up, then falls linearly to 0."""
         rising = round(self.warm_up * steps)
         return (step + 1) / rising if step < rising else (steps - step) / (steps - rising)
 

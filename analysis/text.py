@@ -22,12 +22,12 @@ from efcp.analysis.minilm import PADDING, model_directory
 
 NAME = "movie-reviews"
 LENGTH = 64
-"""Tokens of a sentence; 6 sentences have more, up to 79."""
+"""Tokens that are kept of a sentence; 6 sentences have more, up to 79."""
 SOURCE = "vaderSentiment-3.3.2.tar.gz"
 ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-"""Inside of `SOURCE`."""
+"""Path of the archive inside `SOURCE`."""
 TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-"""Inside of `ARCHIVE`: lines of a number, the mean rating and the sentence, with tabs between them."""
+"""Path of the table inside `ARCHIVE`. Each line has a number, the mean rating and the sentence, separated by tabs."""
 
 
 def load_text(directory: Path | None = None, train_size: int | None = None) -> DataSet:
@@ -51,7 +51,7 @@ def load_text(directory: Path | None = None, train_size: int | None = None) -> D
 
 
 def find_source(directory: Path | None = None) -> Path:
-    """The source distribution of vaderSentiment.
+    """Finds the source distribution of vaderSentiment.
 
     Raises:
         FileNotFoundError: if it is not there.
@@ -82,7 +82,7 @@ def read_ratings(path: Path) -> list[tuple[float, str]]:
 
 
 def select(ratings: list[tuple[float, str]]) -> tuple[list[str], Tensor]:
-    """Sentences whose mean rating is beyond ±0.5, each once however its letters' case, and labels (n,) int64."""
+    """Sentences whose mean rating is beyond ±0.5, without repetitions in another case, and labels (n,) int64."""
     chosen: dict[str, tuple[str, int]] = {}
     for rating, sentence in ratings:
         if abs(rating) > 0.5:

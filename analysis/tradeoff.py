@@ -3,15 +3,16 @@
     python -m efcp.analysis.tradeoff
 
 A small network learns to classify real images with SGD, Adam, dense M-FAC, sparse M-FAC at several densities with and
-without error feedback, and sparse GGT. Every method has the same epochs, schedule, seeds and grid of learning rates;
-its rate is chosen on the validation split, with seeds of their own, and the test split is looked at once by each final
-run. Damping is the same for all. Written to the output folder: `runs.csv`, one row a run; `table.md`; `tradeoff.png`.
+without error feedback, and sparse GGT. Every method has the same epochs, schedule, seeds and grid of learning rates.
+Its learning rate is chosen on the validation split, with other seeds than those of the final runs. Each final run
+evaluates the test split once. Damping is the same for all. The output folder gets `runs.csv`, with a row for each run,
+`table.md` and `tradeoff.png`.
 
-A run that is in the CSV is never run again: the same command goes on from there. A folder with runs of other settings
-is refused.
+A run that is in the CSV is never repeated: the same command goes on from there. A folder with runs of other settings is
+refused.
 """
 
-if __name__ == "__main__":  # before the imports, of which one may fail
+if __name__ == "__main__":  # before the imports, since one may fail
     from efcp.perf.command import run
 
     run("efcp.analysis.tradeoff")
@@ -96,7 +97,7 @@ def plan_experiment(args: argparse.Namespace) -> tuple[DataSet, list[Plan]]:
 
 
 def run_experiment(data: DataSet, plans: Sequence[Plan], folder: Path, jobs: int) -> None:
-    """Tunes, trains and times what is not in `runs.csv` of the folder yet; writes it as runs finish.
+    """Tunes, trains and times all runs that the folder's `runs.csv` lacks; writes them to it as they finish.
 
     Raises:
         ValueError: if the file holds runs that the plans do not have.
@@ -132,7 +133,7 @@ def report(folder: Path) -> None:
     (folder / "table.md").write_text(text, encoding="utf-8")
     first, window = at_chosen(runs).iloc[0], runs["window"].max()
     title = f"{first['data_set']}, CNN of {first['numel']:,.0f} parameters"
-    if window > 0:  # NaN where no method has one
+    if window > 0:  # NaN where no method has a window
         title += f", window {window:g}"
     plot_tradeoff(summary, title, folder / "tradeoff.png")
     print(f"\n{text}\nWritten to {folder}: runs.csv, table.md, tradeoff.png")
@@ -169,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and description and examples as they are."""
+    """Shows defaults, and keeps the line breaks of description and examples."""
 
 
 def _number(

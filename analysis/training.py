@@ -85,9 +85,9 @@ COLUMNS = {
 """The columns of a record, with units; empty where they do not apply."""
 
 CURVE_COLUMNS = ("run", "step", "epoch", "cpu_seconds", "train_loss", "val_loss", "val_accuracy", "objective")
-"""Of a final run's learning curve; train_loss is the mean since the point before. See `COLUMNS`."""
+"""The columns of a point of a learning curve; train_loss is the mean since the point before. See `COLUMNS`."""
 DIAGNOSTICS_COLUMNS = ("run", "step", "grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75", "error_ratio")
-"""Of a step of a final run. See `COLUMNS`."""
+"""The columns of the diagnostics of a step. See `COLUMNS`."""
 
 SETTINGS = ("phase", "method", *VARIANT, *TUNED, "lr", "seed")
 TASK = ("network", "data_set", "train_size", "epochs", "batch_size", "width", "layers", "l2", "warm_up")
@@ -121,12 +121,12 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Of the record."""
+        """The name of the record, in the column `run`."""
         return str(self.settings["run"])
 
     @property
     def steps(self) -> int:
-        """Batches are full: what remains of an epoch is left out."""
+        """The number of steps. Batches are full: what remains of an epoch is left out."""
         return self.task.epochs * self.steps_of_epoch
 
     @property
@@ -141,7 +141,7 @@ class Run:
 
 @dataclass
 class Result:
-    """What comes out of a run: a record, and of final runs a learning curve and what was seen of single steps."""
+    """The result of a run: a record and, for a final run, a learning curve and the diagnostics of single steps."""
 
     record: dict[str, Any]
     curve: list[dict[str, Any]] = field(default_factory=list)
@@ -149,7 +149,7 @@ class Result:
 
 
 def train(run: Run, data: DataSet) -> Result:
-    """Trains, evaluates, measures.
+    """Trains a network, evaluates it, and measures the optimizer.
 
     A run whose loss becomes infinite or NaN stops there, and counts with the accuracy that the network then has.
     """
@@ -162,7 +162,7 @@ def train(run: Run, data: DataSet) -> Result:
     clock = _Clock()
     diverged, gradients = False, 0.0
     with single_thread(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(run.seed)  # of dropout
+        torch.manual_seed(run.seed)  # for dropout
         model = task.model(run.seed)
         optimizer = run.method.build(model, run.lr)
         for step, (inputs, labels) in enumerate(batches(data.train, run)):
@@ -179,7 +179,7 @@ def train(run: Run, data: DataSet) -> Result:
                 gradients += _grad_norm(optimizer)
             before = _flat(optimizer) if step in watched else None
             with clock:
-                optimizer.step(partial(float, losses[-1]))  # L-BFGS wants to be told the loss
+                optimizer.step(partial(float, losses[-1]))  # L-BFGS needs a closure for the loss
             if before is not None:
                 seen.append({"run": settings["run"], "step": step + 1, **_look(optimizer, before, gradients)})
             if step + 1 in evaluated:
@@ -209,7 +209,7 @@ def train(run: Run, data: DataSet) -> Result:
 
 
 def time_steps(run: Run, data: DataSet, steps: int = 40, warm_up: int = 10) -> dict[str, Any]:
-    """The record of a run of a few steps, timed: medians in ms."""
+    """Times a few steps of a run; its record has the medians in ms."""
     inputs, labels = data.train.inputs[: run.task.batch_size], data.train.labels[: run.task.batch_size]
     whole, own = [], []
     with single_thread():
@@ -244,7 +244,7 @@ def batches(train: Split, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def accuracy(model: nn.Module, split: Split) -> float:
-    """Of a network on a split, in %. An example with an infinite or NaN logit counts as wrong."""
+    """The accuracy of a network on a split, in %. An example with an infinite or NaN logit counts as wrong."""
     logits = _logits(model, split)
     return 100 * ((logits.argmax(1) == split.labels) & logits.isfinite().all(1)).double().mean().item()
 
@@ -261,14 +261,14 @@ def single_thread() -> Iterator[None]:
 
 
 def text(value: Any) -> str:
-    """As it stands in a CSV file; empty for None. Measured numbers are cut to seven digits, settings are short."""
+    """A value as it stands in a CSV file; empty for None. Floats are cut to seven digits; settings have fewer."""
     if value is None:
         return ""
     return repr(float(f"{value:.7g}")) if isinstance(value, float) else str(value)
 
 
 class _Clock:
-    """Seconds spent within it: by the wall, and by what the process computed."""
+    """A context that adds up the seconds spent in it, of wall time and of the process's CPU time."""
 
     def __init__(self) -> None:
         self.wall = self.cpu = 0.0
@@ -283,13 +283,13 @@ class _Clock:
 
 
 def _spread(steps: int, count: int) -> set[int]:
-    """Numbers of steps, counted from 1, that lie evenly and end with the last."""
+    """Numbers of `count` steps, counted from 1, that are evenly spaced and end with the last."""
     return {round(steps * (i + 1) / count) for i in range(count)} - {0}
 
 
 @torch.no_grad()
 def _logits(model: nn.Module, split: Split) -> Tensor:
-    """(n, classes), with the network in evaluation mode."""
+    """The logits of a network in evaluation mode, (n, classes)."""
     was_training = model.training
     model.eval()
     logits = torch.cat([model(inputs) for inputs in split.inputs.split(_EVALUATED)])
@@ -308,7 +308,7 @@ def _validation(task: Task, model: nn.Module, data: DataSet) -> dict[str, Any]:
 
 
 def _ending(curve: list[dict[str, Any]], run: Run) -> dict[str, Any]:
-    """The validation after the last step, if the curve has it."""
+    """The validation results after the last step, if the curve has them; otherwise empty."""
     if not curve or curve[-1]["step"] < run.steps:
         return {}
     return {name: curve[-1][name] for name in ("val_loss", "val_accuracy", "objective")}
@@ -328,7 +328,7 @@ def _params(optimizer: Optimizer) -> list[Tensor]:
 
 @torch.no_grad()
 def _flat(optimizer: Optimizer) -> Tensor:
-    """All parameters, (d,) float32."""
+    """All parameters as a vector, (d,) float32."""
     return torch.cat([p.flatten() for p in _params(optimizer)])
 
 
@@ -340,7 +340,7 @@ def _grad_norm(optimizer: Optimizer) -> float:
 
 @torch.no_grad()
 def _look(optimizer: Optimizer, before: Tensor, gradients: float) -> dict[str, float | None]:
-    """What a step did, in the columns of diagnostics. The update is what moved the parameters, divided by −lr.
+    """The diagnostics of a step, by column. The update is the change of the parameters, divided by −lr.
 
     Args:
         optimizer: after the step.
@@ -372,7 +372,7 @@ def _look(optimizer: Optimizer, before: Tensor, gradients: float) -> dict[str, f
 
 
 def _summary(seen: list[dict[str, Any]]) -> dict[str, float | None]:
-    """Of the steps that were looked at: medians, and the last ratio of the error."""
+    """Summarises the diagnostics of a run's steps: medians, and the last ratio of the error."""
 
     def median(name: str) -> float | None:
         values = [row[name] for row in seen if row[name] is not None]
@@ -383,7 +383,7 @@ def _summary(seen: list[dict[str, Any]]) -> dict[str, float | None]:
 
 
 def _matrix_bytes(optimizer: Optimizer, measured: MemoryReport) -> int | None:
-    """Of the state of a windowed method that does not grow with the network."""
+    """Bytes of a windowed method's state that do not grow with the network; None for other methods."""
     if not isinstance(optimizer, EFCP):
         return None
     window, device = optimizer.param_groups[0]["window"], torch.device("meta")

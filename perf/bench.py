@@ -1,4 +1,4 @@
-"""Everything that is measured, in one command: `python -m efcp.perf.bench [--quick] [--out DIR]`.
+"""Measures operations, steps and memory in one command: `python -m efcp.perf.bench [--quick] [--out DIR]`.
 
 | part | file | what |
 |---|---|---|
@@ -6,26 +6,26 @@
 | breakdown | breakdown.csv | where the time of a step goes, for three models (`breakdown.py`) |
 | memory | memory.csv | state and temporaries, measured beside the estimate (`memory.py`) |
 
-From these follow scaling.csv, prediction.csv, largest-model.csv, tables.md and the plots; `--plot-only` makes nothing
-else. Nothing that has been measured is overwritten: a folder that holds a part's file already is refused. README.md in
-this folder says how to read them, GPU.md how to measure a GPU.
+From these it makes scaling.csv, prediction.csv, largest-model.csv, tables.md and the plots; `--plot-only` does only
+this, with the CSVs of an earlier run. Measurements are never overwritten: a folder that already holds the file of a
+part is refused. README.md in this folder says how to read them, GPU.md how to measure a GPU.
 
 A row of bench.csv is one measurement:
 
 | column | what |
 |---|---|
-| implementation | as in `implementations.py`; with ", graph" replayed from a CUDA graph |
+| implementation | as in `implementations.py`; ", graph" at the end means that a CUDA graph was replayed |
 | dtype | of gradient and parameter / error / values of the window |
 | d, m, B, density, k | elements, rows of the window, block size, share and number of elements kept of a block |
-| status | "ok"; "wrong", and then no time is given; or why there is none |
+| status | "ok"; "wrong" for a wrong result, which gets no time; or the reason why there is no time |
 | p20_ms, p50_ms, p80_ms, runs | quantiles of the runs, and how many there were |
-| bytes, GB/s | that have to be moved, each once; these over the median |
-| bound, bandwidth GB/s | what it is held against, "read" or "copy", as measured in turn with it |
-| of bandwidth | GB/s in these |
-| temporary bytes | allocated at most during a run, on a GPU |
+| bytes, GB/s | bytes that have to be moved, each once; the same divided by the median time |
+| bound, bandwidth GB/s | what it is compared with, "read" or "copy", and the GB/s of that, measured in turn with it |
+| of bandwidth | GB/s / bandwidth GB/s |
+| temporary bytes | the most that a run allocates beyond what was allocated before; on a GPU only |
 """
 
-if __name__ == "__main__":  # before the imports, of which one may fail
+if __name__ == "__main__":  # before the imports, since one may fail
     from efcp.perf.command import run
 
     run("efcp.perf.bench")
@@ -69,7 +69,7 @@ PARTS = {"sweep": "bench.csv", "breakdown": "breakdown.csv", "memory": "memory.c
 
 DENSITIES = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 GRAPH = ", graph"
-COMPARED = 1 << 22  # elements together, so that no temporary is large
+COMPARED = 1 << 22  # elements compared at once, so that no temporary is large
 SMALL, MEDIUM, LARGE = 25 << 12, 1 << 22, 1 << 24  # 102,400, 4.2M and 16.8M elements
 LARGEST = 24415 << 12  # 100 million
 Grid = list[tuple[Case, Sequence[str]]]
@@ -98,7 +98,7 @@ def grid(quick: bool) -> Grid:
 
 @cache
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a measurement depends on: columns of its row."""
+    """The columns of a row that say where it was measured: device, machine, threads, versions and commit."""
 
     def installed(name: str) -> str:
         try:
@@ -135,14 +135,14 @@ def available_bytes(device: torch.device) -> int:
 
 
 def needed_bytes(case: Case) -> int:
-    """What the implementations of an operation on a case take together, at most: windows, vectors, matrices."""
+    """An upper bound on what all implementations of an operation take together: windows, vectors and matrices."""
     return 5 * case.window_bytes + 120 * case.numel + 64 * case.window**2
 
 
 def agree(results: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
-    """Whether results differ from what is expected by at most tolerance times the largest magnitude of that."""
+    """Whether results differ from the expected ones by at most tolerance times the largest expected magnitude."""
     for result, right in zip(results, expected, strict=True):
-        allowed = tolerance * right.float().abs().max()  # of booleans as well
+        allowed = tolerance * right.float().abs().max()  # float() because booleans have no abs()
         for some, correct in zip(result.flatten().split(COMPARED), right.flatten().split(COMPARED), strict=True):
             if not (some.double() - correct.double()).abs().max() <= allowed:  # NaN does not agree
                 return False
@@ -150,13 +150,13 @@ def agree(results: list[Tensor], expected: list[Tensor], tolerance: float) -> bo
 
 
 def measure(operation: str, problem: Problem, timer: Timer, seconds: float) -> list[dict[str, Any]]:
-    """The rows of one operation on one problem. What fails gets a row that says so.
+    """Measures one operation on one problem. A failure becomes a row that says so.
 
     Args:
         operation: one of `OPERATIONS`.
-        problem: what it works on; as before in the end.
+        problem: what the operation works on; it is left as it was.
         timer: of the device.
-        seconds: to spend on each implementation, about.
+        seconds: about how long to repeat each implementation.
     """
     rows: list[dict[str, Any]] = []
     try:
@@ -183,7 +183,7 @@ def _measurements(operation: str, problem: Problem, timer: Timer, seconds: float
                 yield _row(operation, name, case, timer, status="wrong")
                 continue
             runs[name] = implementation.run
-            if name == PUBLISHED:  # slow; the first run of others may compile, or allocate an optimizer's state
+            if name == PUBLISHED:  # slow, so that its first run may count; others may compile or allocate in theirs
                 first[name] = milliseconds
             if implementation.capturable and case.numel <= GRAPH_ELEMENTS and (replay := _graph(timer, implementation)):
                 runs[name + GRAPH] = replay
@@ -238,7 +238,7 @@ def _row(operation: str, name: str, case: Case, timer: Timer, status: str) -> di
 
 
 def sweep(points: Grid, timer: Timer, seconds: float, path: Path) -> pd.DataFrame:
-    """Measures operations on cases; the CSV is written anew after each, so that an interruption loses little."""
+    """Measures operations on cases; the CSV is rewritten after each, so that an interruption loses little."""
     rows: list[dict[str, Any]] = []
     with tqdm(total=sum(len(operations) for _, operations in points), unit="measured") as progress:
         for case, operations in points:

@@ -1,10 +1,10 @@
-"""Where the time of a step of SparseMFAC goes, for models of many parameters: compress, dots, algebra, apply, Python.
+"""Measures where the time of a SparseMFAC step goes, for models with many parameters.
 
-compress is `norm_is_finite` and `compress_`, algebra the Gram matrix and M-FAC's weights, Python what is left of a
-step. On a GPU times are those between CUDA events, with the gaps in which it waits for Python; there Python is what is
-left of a step by the host's clock, which ends when the GPU has done all.
+The phases are compress (`norm_is_finite` and `compress_`), dots, apply, algebra (the Gram matrix and M-FAC's weights)
+and Python (the rest of the step). On a GPU the first four are times between CUDA events, including the gaps in which
+the GPU waits for Python. Python is then the rest of a step by the host's clock, which stops when the GPU has finished.
 
-The columns of breakdown.csv are those of one phase of one model: quantiles over steps in ms; `step` is the whole one.
+A row of breakdown.csv is one phase of one model: quantiles over steps in ms. The phase `step` is the whole step.
 """
 
 import time
@@ -45,7 +45,7 @@ TIMED: tuple[tuple[Any, str, str], ...] = (  # owner, name, phase
 
 
 class Stopwatch:
-    """Adds up the time of calls, by phase: between CUDA events, or by the clock."""
+    """Adds up the times of calls by phase: between CUDA events on a GPU, by the wall clock on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -61,7 +61,7 @@ class Stopwatch:
         return call
 
     def milliseconds(self) -> dict[str, float]:
-        """By phase, since the last call."""
+        """The milliseconds of each phase since this method was last called."""
         total: dict[str, float] = defaultdict(float)
         for phase, start, end in self._spans:
             total[phase] += start.elapsed_time(end) if self.cuda else (end - start) * 1e3
@@ -78,7 +78,7 @@ class Stopwatch:
 
 @contextmanager
 def watched(device: torch.device) -> Iterator[Stopwatch]:
-    """Within the context, the parts of all steps are timed."""
+    """Within the context, the functions of `TIMED` are timed in every step."""
     watch = Stopwatch(device)
     with ExitStack() as stack:
         for owner, name, phase in TIMED:
@@ -87,12 +87,12 @@ def watched(device: torch.device) -> Iterator[Stopwatch]:
 
 
 def _unbound(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that becomes a method where it is put into a class."""
+    """Wraps a callable in a plain function, which becomes a method when it is put into a class."""
     return lambda *arguments, **options: function(*arguments, **options)
 
 
 def phases_of_steps(optimizer: SparseMFAC, steps: int, device: torch.device) -> pd.DataFrame:
-    """Milliseconds of every phase, and of the whole `step`, in each of some steps."""
+    """The milliseconds of every phase and of the whole `step`, with a row for each step."""
     rows = []
     with watched(device) as watch:
         for _ in range(steps):
@@ -109,9 +109,9 @@ def phases_of_steps(optimizer: SparseMFAC, steps: int, device: torch.device) -> 
 
 
 def full_optimizer(shapes: models.Shapes, device: torch.device, window: int) -> SparseMFAC:
-    """One whose window is full, after as many steps with random gradients, of norm 1 in all.
+    """An optimizer with a full window, after `window` steps with random gradients of norm 1 over all parameters.
 
-    The gradients are the same in each step; rows of the window are not, since error feedback brings up other entries.
+    The gradients are the same in each step. The rows still differ, since error feedback brings up other entries.
     """
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
@@ -125,7 +125,7 @@ def full_optimizer(shapes: models.Shapes, device: torch.device, window: int) -> 
 
 
 def measure(device: torch.device, path: Path, steps: int) -> pd.DataFrame:
-    """Writes breakdown.csv."""
+    """Measures the models of `MEASURED`; writes breakdown.csv and returns its rows."""
     rows: list[dict[str, Any]] = []
     for name in tqdm(MEASURED, desc="breakdown", unit="model"):
         shapes = models.MODELS[name]()

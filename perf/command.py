@@ -1,13 +1,13 @@
 """How every command of `efcp.analysis` and `efcp.perf` starts and ends.
 
-    if __name__ == "__main__":  # before the imports, of which one may fail
+    if __name__ == "__main__":  # before the imports, since one may fail
         from efcp.perf.command import run
 
         run("efcp.perf.bench")
 
-`run` says which extra to install where a package is missing; within `ending` errors and signals become a message and an
-exit status; within `locked` no other command writes into the same folder; within `workers` there are processes that
-compute, which this one never leaves behind. This module imports nothing that has to be installed.
+`run` says which extra to install where a package is missing. Within `ending`, errors and signals become a message and
+an exit status. Within `locked`, no other command writes into the same folder. `workers` starts processes that compute
+and that never outlive this one. This module imports nothing that has to be installed.
 
 | exit status | after |
 |---|---|
@@ -46,15 +46,15 @@ PROVIDERS = {
 }
 """What to install for a module."""
 FAILURES = (OSError, ValueError, ModuleNotFoundError)
-"""What a command tells in a line; any other exception is a defect of the command, and shows its traceback."""
+"""Exceptions that a command reports in one line. Any other is a defect of the command, and shows its traceback."""
 LOCK = ".lock"
-"""The file of `locked`."""
+"""Name of the file that `locked` makes."""
 
 
 def run(module: str) -> NoReturn:
-    """Imports the module of a command, runs its `main`, and exits with the status that this returns, or 0.
+    """Imports the module of a command, runs its `main`, and exits with the status that `main` returns, or 0.
 
-    A module that runs as a program has to call this before its imports. They are then made here, once.
+    A module that runs as a program has to call this before its imports, which are then made once, by this function.
     """
     try:
         status = importlib.import_module(module).main()
@@ -76,9 +76,9 @@ def explain(error: BaseException) -> str:
 
 @contextmanager
 def ending(parser: argparse.ArgumentParser, stopped: str) -> Iterator[None]:
-    """Within the context `FAILURES` and signals end the program with a message and an exit status.
+    """Within the context, `FAILURES` and signals end the program with a message and an exit status.
 
-    Signals are raised as KeyboardInterrupt, so that whatever is open is closed on the way out.
+    Signals are raised as KeyboardInterrupt, so that open files and processes are closed on the way out.
 
     Args:
         parser: of the command; its name stands before an error.
@@ -104,13 +104,13 @@ def ending(parser: argparse.ArgumentParser, stopped: str) -> Iterator[None]:
 def workers(
     count: int, start: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
 ) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end with the context, without finishing what they are at, and with this process, however it ends.
+    """A pool of processes that end with the context, dropping unfinished work, or with this process, however it ends.
 
-    They wait for the end of a pipe whose other side this process alone holds.
+    Each process watches a pipe and ends when its other side, which only this process holds, is closed.
 
     Args:
-        count: of the processes.
-        start: called in each first, with these arguments.
+        count: number of processes.
+        start: called first in each process.
         arguments: for `start`.
     """
     context = multiprocessing.get_context("spawn")  # a fork would inherit threads that compute, and the pipe
@@ -124,7 +124,7 @@ def workers(
 
 
 def _start_worker(lifeline: Connection, start: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    for name in ("SIGINT", "SIGHUP"):  # of a terminal; they reach the parent, which ends its workers
+    for name in ("SIGINT", "SIGHUP"):  # a terminal sends them to the parent too, which ends its workers
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
@@ -133,7 +133,7 @@ def _start_worker(lifeline: Connection, start: Callable[..., None] | None, argum
 
 
 def _end_with(lifeline: Connection) -> None:
-    """Ends this process when the other side of the pipe, to which nothing is written, is closed."""
+    """Ends this process when the other side of the pipe is closed; nothing is ever written to it."""
     with suppress(EOFError, OSError):
         lifeline.recv_bytes()
     os._exit(1)
@@ -141,10 +141,10 @@ def _end_with(lifeline: Connection) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within the context no other process can lock the folder. There is a file `.lock` in it for as long.
+    """Within the context, no other process can lock the folder. It holds a file `.lock` meanwhile.
 
-    The operating system lets go of the lock when the process ends, however that happens. Where there are no such locks
-    the file itself is the lock, and one that a killed process has left has to be deleted by hand.
+    The operating system releases the lock when the process ends, however that happens. Where there are no such locks,
+    the file itself is the lock; if a killed process has left it behind, it has to be deleted by hand.
 
     Raises:
         FileNotFoundError: if there is no such folder.
@@ -170,7 +170,10 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _flocked(path: Path, busy: str) -> IO[str]:
-    """The file, open and locked, and still there under its name: its last owner deletes it before letting go."""
+    """Opens and locks the file.
+
+    An owner deletes the file before unlocking it. If that happened in between, the file is opened anew.
+    """
     while True:
         file = path.open("a")
         try:
@@ -186,7 +189,7 @@ def _flocked(path: Path, busy: str) -> IO[str]:
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal that ends the program."""
+    """Raised by a signal that ends the program."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -197,5 +200,5 @@ def _raise(number: int, frame: FrameType | None) -> Any:
 
 
 def _top(error: BaseException) -> str:
-    """The package that a module was looked for in, or nothing."""
+    """The package of a module that was not found; empty for other errors."""
     return (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""

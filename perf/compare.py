@@ -1,13 +1,16 @@
-"""Whether something has become slower: `python -m efcp.perf.compare old.csv new.csv`, of two runs of `efcp.perf.bench`.
+"""Finds what has become slower between two runs of `efcp.perf.bench`.
 
-Rows with the same operation, implementation and case are compared. Slower is what took more by more than the noise:
-its p20 lies above the old p80, in milliseconds and, because machines have fast and slow hours, also in units of the
-bandwidth that was measured beside it. What had a time and has none any more, or is missing, is flagged as well.
+    python -m efcp.perf.compare old.csv new.csv
 
-The exit status is 1 if anything of our own is flagged, 0 otherwise, and 2 for files that cannot be compared.
+Rows with the same operation, implementation and case are compared. A row is slower if the difference exceeds the noise:
+its p20 lies above the old p80. This must hold in milliseconds, and also in units of the bandwidth measured beside the
+row, since a whole machine can be faster or slower at times. A row that has lost its time, or is missing, is flagged as
+well.
+
+The exit status is 1 if a row of our own is flagged, 0 otherwise, and 2 for files that cannot be compared.
 """
 
-if __name__ == "__main__":  # before the imports, of which one may fail
+if __name__ == "__main__":  # before the imports, since one may fail
     from efcp.perf.command import run
 
     run("efcp.perf.compare")
@@ -28,14 +31,15 @@ USED = [*KEY, "status", "p20_ms", "p50_ms", "p80_ms", "bandwidth GB/s"]
 
 
 def compare(old: pd.DataFrame, new: pd.DataFrame) -> pd.DataFrame:
-    """A row for every row of the old run.
+    """Compares two runs, with a row for every row of the old one.
 
     Args:
         old, new: bench.csv of two runs.
 
     Returns:
-        The key, the old and new p50 in ms, ratio = new / old, ratio of bandwidth = the same with times in units of what
-        a copy or a read took, and verdict: "slower", "faster", "lost" (no time any more) or "".
+        Columns: those of `KEY`; old_ms and new_ms, the medians; ratio = new_ms / old_ms; ratio_of_bandwidth, the same
+        with each time multiplied by the bandwidth of its run; verdict: "slower", "faster", "lost" (no time any more)
+        or "".
     """
     both = old[USED].merge(new[USED], on=KEY, how="left", suffixes=("", " new"))
     own, other = both["bandwidth GB/s"], both["bandwidth GB/s new"]

@@ -1,15 +1,15 @@
-"""The implementations of each operation, and of a step, on one problem.
+"""The implementations of each operation, and of a whole step, that are compared on one problem.
 
 | implementation | what |
 |---|---|
 | `efcp` | ours for the device: Numba on a CPU, Triton on a GPU |
-| `definition` | plain PyTorch, `efcp.kernels.reference`; what all others are checked against |
-| `published` | the published algorithm, `published.py`; not for windows that take it half a minute |
-| `torch.topk` | `compress_` of add, abs, topk, gather and scatter; rounding is not fed back |
-| `torch.sparse` | products with the window in CSR format; dense newest row and transposed matrix come for nothing |
+| `definition` | plain PyTorch, `efcp.kernels.reference`; all others are checked against it |
+| `published` | the published algorithm, `published.py`; left out for windows that take it half a minute |
+| `torch.topk` | `compress_` by add, abs, topk, gather and scatter; rounding is not fed back |
+| `torch.sparse` | products with the window in CSR format; the newest row and the transpose are made beforehand |
 | `Adam`, `SGD` | foreach (up to 16.8M elements) and fused, SGD with momentum; checked against their plain loops |
 
-Each works on tensors of its own, but for `compress_`, of which all but `published` write the same row of the window.
+Each works on tensors of its own, except in `compress_`: there all but `published` write the same row of the window.
 """
 
 from collections.abc import Callable
@@ -31,7 +31,7 @@ __all__ = ["DEFINITION", "OPERATIONS", "OURS", "PUBLISHED", "Implementation"]
 
 OURS, DEFINITION, PUBLISHED = "efcp", "definition", "published"
 PUBLISHED_ENTRIES = 220_000_000
-FOREACH_ELEMENTS = 1 << 24  # of a parameter; for larger ones memory is short
+FOREACH_ELEMENTS = 1 << 24  # in a parameter; with more, memory is short
 LR = 1e-3
 MOMENTUM = 0.9
 FLOAT32_SUMS = 1e-3  # tolerance for sums of millions of terms in float32
@@ -39,14 +39,14 @@ FLOAT32_SUMS = 1e-3  # tolerance for sums of millions of terms in float32
 
 @dataclass(frozen=True)
 class Implementation:
-    """A way to do an operation.
+    """One way to do an operation.
 
     Args:
-        run: does it once.
-        results: after the first run, what is to agree with the expected results.
-        tolerance: how far results may be off, in largest magnitudes of what is expected.
-        expected: the results that are right; None for those of the definition.
-        bytes: that have to be moved, where it is not the floor of the operation.
+        run: does the operation once.
+        results: returns, after the first run, the tensors to compare with the expected ones.
+        tolerance: how far results may be off, relative to the largest expected magnitude.
+        expected: returns the right results; None for those of the definition.
+        bytes: bytes that have to be moved; None for the floor of the operation.
         capturable: whether a CUDA graph can be made of a run.
     """
 
@@ -59,7 +59,7 @@ class Implementation:
 
 
 def rounding(tensor: Tensor) -> float:
-    """The tolerance for what is summed in float32, in another order, and rounded to the dtype of a tensor."""
+    """The tolerance for float32 sums in another order that are rounded to the dtype of a tensor."""
     return max(torch.finfo(tensor.dtype).eps, 4 * torch.finfo(torch.float32).eps)
 
 
@@ -68,7 +68,7 @@ def has_published(p: Problem) -> bool:
 
 
 def returning(function: Callable[[], Tensor], **options: Any) -> Implementation:
-    """Of an operation whose result is what a function returns."""
+    """An implementation whose result is what a function returns."""
     returned: list[Tensor] = []
 
     def run() -> None:
@@ -99,7 +99,7 @@ def compress_implementations(p: Problem) -> dict[str, Implementation]:
         p.indices[:, slot] = index.to(p.indices.dtype).unsqueeze(1)
         a.scatter_(1, index, 0.0)
 
-    lost = 4 * torch.finfo(p.values.dtype).eps  # rounding that is not fed back, of values larger than what is left
+    lost = 4 * torch.finfo(p.values.dtype).eps  # rounding of kept values, which exceed those left, is not fed back
     implementations = {
         OURS: build(dispatched.compress_, capturable=True),
         DEFINITION: build(reference.compress_),
@@ -159,7 +159,7 @@ def apply_implementations(p: Problem) -> dict[str, Implementation]:
 
 
 def step_implementations(p: Problem) -> dict[str, Implementation]:
-    """Steps with a full window. The damping is S_ii/m on average, where no way to compute an update loses digits."""
+    """Steps with a full window. The damping is the mean of S_ii / m, where no way to compute an update loses digits."""
     gram = p.gram()
     damping = float(gram.diagonal().mean()) / p.case.window
     _, error_dtype, value_dtype = DTYPES[p.case.dtype]

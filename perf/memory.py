@@ -1,20 +1,20 @@
-"""Memory of optimizers: measured, each in a process of its own, beside what `efcp.estimate_memory` says.
+"""Measures the memory of optimizers, each in a process of its own, beside the estimate of `efcp.estimate_memory`.
 
 Columns of memory.csv:
 
 | column | what |
 |---|---|
-| how | "measured"; "estimate", of `estimate_memory`, nothing allocated; "formula", for optimizers that are not here |
-| state bytes | of the tensors in the optimizer's state |
-| estimated bytes | what the estimate says about the same |
+| how | "measured"; "estimate", with nothing allocated; "formula", for optimizers that neither EFCP nor PyTorch has |
+| state bytes | bytes of the tensors in the optimizer's state |
+| estimated bytes | the estimate of the same |
 | per parameter | state bytes for each element of the parameters |
-| resident bytes | growth of the process (of a GPU's allocator) until all state had been written to |
-| temporary bytes | growth beyond that, at most, in a step |
-| peak bytes | of the process (the allocator), with parameters, gradients and, on a CPU, PyTorch itself |
+| resident bytes | growth of the process (on a GPU: of the allocator) until all state has been written to |
+| temporary bytes | the most that a step adds to that |
+| peak bytes | peak of the process (the allocator), with parameters, gradients and, on a CPU, PyTorch itself |
 
-Formulas, in bytes: Shampoo-like, for each matrix (first dimension × the others) cut into blocks of at most 1024 × 1024,
-4 · 2 (r² + c²) for both statistics and their inverse roots, and 8 an element for momentum and grafting. Optimizers of
-PyTorch have one row for each element and moment.
+The formula of the Shampoo-like optimizer: each matrix (first dimension × the others) is cut into blocks r × c of at
+most 1024 × 1024. A block takes 4 · 2 (r² + c²) bytes for both statistics and their inverse roots, and each element 8
+bytes for momentum and grafting. Optimizers of PyTorch are estimated by a step on meta tensors.
 
     python -m efcp.perf.memory '{"shapes": [[10, 4]], ...}'    # one measurement, in this process, as JSON
 """
@@ -51,7 +51,7 @@ SECONDS = 120  # for one measurement
 
 @dataclass(frozen=True)
 class Candidate:
-    """An optimizer for a model."""
+    """An optimizer with its options, for a model."""
 
     model: str
     optimizer: str  # a class of efcp or torch.optim
@@ -66,7 +66,7 @@ class Candidate:
         return getattr(owner, self.optimizer)(params, lr=1e-3, **self.resolved)
 
     def estimate(self, shapes: models.Shapes) -> int:
-        """Bytes of state."""
+        """Bytes of the optimizer's state for parameters of these shapes; nothing is allocated."""
         params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
         if hasattr(efcp, self.optimizer):
             return efcp.estimate_memory(params, getattr(efcp, self.optimizer), **self.resolved).total
@@ -93,7 +93,7 @@ class Candidate:
 
 
 def candidates(quick: bool) -> Iterator[tuple[Candidate, bool]]:
-    """What is looked at, and whether it is measured or only estimated."""
+    """Yields each candidate, and whether it is measured or only estimated."""
     resnet, bert, large = "ResNet-18, 11.7M", "BERT-base, 109M", "TinyLlama, 1.1B"
     measured = (
         {(64, 0.01)} if quick else {(64, 0.001), (64, 0.01), (64, 0.05), (1024, 0.001), (1024, 0.01), (1024, 0.05)}
@@ -117,7 +117,7 @@ def candidates(quick: bool) -> Iterator[tuple[Candidate, bool]]:
 
 
 def shampoo_bytes(shapes: models.Shapes) -> int:
-    """The formula above."""
+    """Bytes of state of a Shampoo-like optimizer, by the formula at the head of this file."""
 
     def pieces(length: int) -> list[int]:
         whole, rest = divmod(length, SHAMPOO_BLOCK)
@@ -134,13 +134,13 @@ def shampoo_bytes(shapes: models.Shapes) -> int:
 
 def measure_here(candidate: Candidate, device: torch.device) -> dict[str, int | None]:
     """State, resident, temporary and peak bytes of an optimizer, in this process, which should be fresh."""
-    warm_up = [torch.nn.Parameter(torch.zeros(1 << 17, device=device))]  # what libraries need once
+    warm_up = [torch.nn.Parameter(torch.zeros(1 << 17, device=device))]  # for what libraries allocate once
     shapes = models.MODELS[candidate.model]()
     for params in (warm_up, [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]):
         optimizer = candidate.build(params)
         for param in params:
             param.grad = torch.ones_like(param)
-            param.data.add_(1)  # so that its pages are there
+            param.data.add_(1)  # so that its pages are resident
         before = _now(device)
         optimizer.step()
         for state in optimizer.state.values():
@@ -161,7 +161,7 @@ def measure_here(candidate: Candidate, device: torch.device) -> dict[str, int | 
 
 
 def _status(name: str) -> int:
-    """A line of /proc/self/status in bytes; on other systems the peak of the process stands for all."""
+    """A line of /proc/self/status in bytes; on systems without it, the peak of the process stands for every line."""
     file = Path("/proc/self/status")
     for line in file.read_text().splitlines() if file.exists() else []:
         if line.startswith(name):
@@ -174,7 +174,7 @@ def _now(device: torch.device) -> int:
 
 
 def _reset_peak(device: torch.device) -> int | None:
-    """Makes the peak what is used now, and returns that; None where the system cannot."""
+    """Resets the peak to the memory in use now, and returns it; None where the system cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
@@ -190,7 +190,7 @@ def _peak(device: torch.device) -> int:
 
 
 def measured(candidate: Candidate, device: torch.device) -> dict[str, Any]:
-    """`measure_here` in a process of its own; or a status that says what went wrong."""
+    """The result of `measure_here` in a process of its own, or a status that says what went wrong."""
     request = json.dumps({"candidate": asdict(candidate), "device": device.type})
     command = [sys.executable, "-m", "efcp.perf.memory", request]
     try:
@@ -205,7 +205,7 @@ def measured(candidate: Candidate, device: torch.device) -> dict[str, Any]:
 
 
 def measure(device: torch.device, path: Path, quick: bool) -> pd.DataFrame:
-    """Writes memory.csv."""
+    """Measures or estimates all candidates; writes memory.csv and returns its rows."""
     rows: list[dict[str, Any]] = []
     for candidate, here in tqdm(list(candidates(quick)), desc="memory", unit="case"):
         estimated = candidate.estimate(models.MODELS[candidate.model]())
@@ -235,13 +235,13 @@ FITTED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def largest_models(memories: tuple[int, ...] = (16, 24, 40, 80, 141)) -> pd.DataFrame:
-    """How many float32 parameters fit, with their gradients and the optimizer's state, by estimate: no activations.
+    """Estimates how many float32 parameters fit with gradients and the optimizer's state, without activations.
 
     Args:
-        memories: in GiB.
+        memories: sizes of memory in GiB.
 
     Returns:
-        Rows: optimizer, memory GiB, largest d. Of one vector of d elements.
+        Rows: optimizer, memory GiB, largest d (of one vector of d elements), how.
     """
     rows = []
     for name, (optimizer, options) in FITTED.items():

@@ -1,4 +1,4 @@
-"""Parameter shapes of the models that memory and steps are measured for: an optimizer sees no more of a model."""
+"""Parameter shapes of the models whose memory and steps are measured. An optimizer sees nothing else of a model."""
 
 import math
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def resnet18() -> Shapes:
 
 
 def encoder(layers: int, width: int, vocabulary: int, positions: int) -> Shapes:
-    """A transformer as BERT is (arXiv 1810.04805), with its pooler: four times as wide inside."""
+    """A transformer like BERT (arXiv 1810.04805), with its pooler; its inner layers are four times as wide."""
     norm: Shapes = [(width,), (width,)]
 
     def linear(inputs: int, outputs: int) -> Shapes:
@@ -43,7 +43,7 @@ def encoder(layers: int, width: int, vocabulary: int, positions: int) -> Shapes:
 
 
 def decoder() -> Shapes:
-    """A transformer as Llama is, in the sizes of TinyLlama (arXiv 2401.02385): 1,100,048,384 parameters."""
+    """A transformer like Llama, in the sizes of TinyLlama (arXiv 2401.02385): 1,100,048,384 parameters."""
     width, inner, keys, layers, vocabulary = 2048, 5632, 256, 22, 32000
     attention: Shapes = [(width, width), (keys, width), (keys, width), (width, width)]
     layer = [*attention, (inner, width), (inner, width), (width, inner), (width,), (width,)]

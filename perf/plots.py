@@ -1,10 +1,10 @@
-"""All plots, from the CSVs of a run alone: `python -m efcp.perf.plots DIR`. What a CSV is missing for is not drawn.
+"""Draws all plots of a run from its CSVs alone: `python -m efcp.perf.plots DIR`.
 
-An implementation, an operation, a window has one colour, marker and line in all plots; colours run from dark to light,
-so that they differ in grey, too.
+A plot whose CSV is missing is left out. Each implementation, operation and window has one colour, marker and line in
+all plots. Colours run from dark to light, so that they also differ in grey.
 """
 
-if __name__ == "__main__":  # before the imports, of which one may fail
+if __name__ == "__main__":  # before the imports, since one may fail
     from efcp.perf.command import run
 
     run("efcp.perf.plots")
@@ -64,10 +64,10 @@ SHOWN = ("compress_", "window_dots", "window_apply_", "step")
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draws what can be drawn from the CSVs of a folder, into it.
+    """Draws every plot whose CSV is in a folder, and writes it there.
 
     Returns:
-        The files.
+        The paths of the plots.
     """
     made = []
     for name, (source, plot) in PLOTS.items():
@@ -81,7 +81,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def throughput(bench: pd.DataFrame) -> Figure | None:
-    """GB/s against density: the bytes that have to be moved, over the time."""
+    """GB/s against density: the bytes that have to be moved, divided by the time."""
     figure, panels = _density_panels(bench, "GB/s: bytes that have to be moved / time")
     for axes, line in panels:
         _implementations(axes, line, "density", "GB/s")
@@ -91,7 +91,7 @@ def throughput(bench: pd.DataFrame) -> Figure | None:
 
 
 def speedup(bench: pd.DataFrame) -> Figure | None:
-    """Times of others in ours, against density."""
+    """Times of other implementations, divided by ours, against density."""
     figure, panels = _density_panels(bench, "time / time of efcp")
     for axes, line in panels:
         own = line[line["implementation"] == OURS].groupby("density")["p50_ms"].median()
@@ -175,7 +175,7 @@ def roofline(bench: pd.DataFrame) -> Figure | None:
 
 
 def breakdown(frame: pd.DataFrame) -> Figure | None:
-    """Shares of a step's time, stacked; the whole one in ms beside them."""
+    """Stacked bars of the phases' shares of a step's time, with the whole step in ms beside each bar."""
     rows = timed(frame)
     table = rows.pivot_table("p50_ms", "model", "phase", sort=False).reindex(columns=[*PHASES, "step"]).dropna()
     if table.empty:
@@ -242,7 +242,7 @@ PLOTS: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
 
 
 class Decades(LogLocator):
-    """Ticks at powers of ten; at 1, 2 and 5 times these on a short axis."""
+    """Ticks at powers of ten, and on a short axis also at 2 and 5 times these."""
 
     def tick_values(self, vmin: float, vmax: float) -> Sequence[float]:
         self.set_params(subs=(1, 2, 5) if vmax < 300 * vmin else (1,))
@@ -269,7 +269,7 @@ def _log(axes: Axes, which: str, percent: bool = False) -> None:
 
 
 def _ticks(axes: Axes, values: pd.Series, apart: float = 1.0) -> None:
-    """Ticks of the x-axis where there are measurements, by a factor apart."""
+    """Puts ticks of the x-axis at measured values, each more than a factor `apart` from the one before."""
     ticks: list[float] = []
     for value in sorted(set(values)):
         if not ticks or value > apart * ticks[-1]:
@@ -285,7 +285,7 @@ def _short(value: float) -> str:
 
 
 def _density_panels(bench: pd.DataFrame, label: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
-    """Panels of the operations along density, and their measurements."""
+    """A figure with a panel for each operation, and the panels that have measurements along density, with these."""
     figure, panels = _figure(2, 2, (9.4, 7.0))
     drawn = []
     for axes in panels[2:]:
@@ -327,7 +327,7 @@ def _machine(bench: pd.DataFrame) -> str:
 
 
 def _with_legend(figure: Figure, panels: Sequence[Axes], columns: int = 4) -> Figure:
-    """One legend for all panels, below them; rows are filled first."""
+    """Adds one legend for all panels below them, filled row by row."""
     entries: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -1,9 +1,9 @@
-"""What operations are measured on: one parameter with a full window of random rows.
+"""The random problems that operations are measured on: one parameter with a full window.
 
-Gradient, error and values are normal, and each row of each block has a random support, as if gradients had nothing to
-do with each other; rows of real training overlap more (`traffic.py`). The window of the first `DRAWN` blocks repeats
-over all others, which saves the time of drawing it, and lets other formats be made of it quickly; no operation can
-profit from it, as the repetition is megabytes away.
+Gradient, error and values are normally distributed. Each row of each block has a random support, as if gradients were
+unrelated; rows of real training overlap more (`traffic.py`). Only the windows of the first `DRAWN` blocks are drawn,
+and all other blocks repeat them. This saves time, also when the window is converted to other formats. No operation can
+profit from it, since the repetitions are megabytes apart.
 """
 
 import warnings
@@ -30,7 +30,7 @@ DEFAULT_DTYPE = "fp32/fp32/bf16"
 
 @dataclass(frozen=True)
 class Case:
-    """A point of the grid.
+    """A point of the benchmark's grid: sizes and dtypes of a problem.
 
     Args:
         numel: d, elements of the parameter; a multiple of block_size.
@@ -67,7 +67,7 @@ class Case:
 
     @property
     def entries(self) -> int:
-        """Of the whole window."""
+        """The number of entries in the whole window."""
         return self.blocks.count * self.window * self.blocks.kept
 
     @property
@@ -76,9 +76,9 @@ class Case:
 
     @property
     def floors(self) -> dict[str, int]:
-        """By operation, the bytes that have to be moved at least: everything is read or written once.
+        """The fewest bytes that each operation has to move: everything is read or written once.
 
-        `window_dots` can do with less where it need not read values whose products are zero.
+        `window_dots` can need fewer, where it skips values whose products are zero.
         """
         grad, error, _ = (self.numel * dtype.itemsize for dtype in DTYPES[self.dtype])
         floors = {
@@ -91,9 +91,10 @@ class Case:
 
 
 def remove_ties_(grad: Tensor, error: Tensor, blocks: Blocks) -> None:
-    """Makes error + grad zero where, in a block, it is as large as the last element kept, but not kept.
+    """Zeroes error and grad where their sum is as large as the last element that its block keeps, but is not kept.
 
-    Of such ties the definition keeps the lower position, others do not care; none is wrong for it.
+    Of such ties the definition keeps the lower position. Other implementations may keep any without being wrong, but
+    their results would differ.
     """
     a = (error + grad).view(blocks.count, blocks.size)
     while blocks.kept < blocks.size:
@@ -120,7 +121,7 @@ class Problem:
 
     @staticmethod
     def random(case: Case, device: torch.device) -> "Problem":
-        """The same numbers on every device."""
+        """Draws a problem, with the same numbers on every device."""
         generator = torch.Generator().manual_seed(0)
         blocks, (grad, error, value) = case.blocks, DTYPES[case.dtype]
         drawn = torch.rand(min(DRAWN, blocks.count), case.window, blocks.size, generator=generator)
@@ -154,7 +155,7 @@ class Problem:
 
     @contextmanager
     def newest_row_kept(self) -> Iterator[None]:
-        """Puts back, at the end, what operations have written to row `slot`."""
+        """Within the context operations may overwrite row `slot`; it is restored at the end."""
         saved = [(t, t.index_select(1, self.slot)) for t in (self.values, self.indices)]
         try:
             yield

@@ -1,8 +1,8 @@
-"""The published algorithm of sparse M-FAC, stated in PyTorch to be measured against (arXiv 2306.06098, algorithm 1).
+"""The published algorithm of sparse M-FAC in PyTorch, to compare with `efcp` (arXiv 2306.06098, algorithm 1).
 
-What it does differently:
+The differences:
 
-| | here | in `efcp` |
+| | published | `efcp` |
 |---|---|---|
 | window | row-major: values and indices (m, K), K = blocks · k | block-major (blocks, m, k) |
 | compression | about ten passes over vectors of d elements | one |
@@ -10,8 +10,8 @@ What it does differently:
 | update | c/λ − Gᵀ(mλI + S)⁻¹Gc/λ, with c as a dense vector | Gᵀ m(mλI + S)⁻¹ e_t |
 | algebra | a factorisation each step, O(m³) | follows the replaced row, O(m²) |
 
-The difference in the update cancels digits where λ is small against ‖c‖²/m. Indices are relative to their block in 16
-bits, as published; PyTorch gathers and scatters by 64-bit indices, so they are widened a few rows at a time.
+The published update is a difference, which loses digits where λ is small against ‖c‖²/m. Indices are relative to their
+block in 16 bits, as published. PyTorch gathers and scatters by 64-bit indices, so a few rows are widened at a time.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ class RowMajorWindow:
     Args:
         values: (m, K) floating point.
         indices: (m, K) integer, position within the block.
-        blocks: how many, all of block_size elements.
+        blocks: number of blocks, each of block_size elements.
     """
 
     values: Tensor
@@ -42,12 +42,12 @@ class RowMajorWindow:
 
     @staticmethod
     def of(values: Tensor, indices: Tensor, block_size: int) -> "RowMajorWindow":
-        """From a block-major window, (blocks, m, k)."""
+        """Converts a block-major window, (blocks, m, k)."""
         rows, positions = (t.permute(1, 0, 2).flatten(1).contiguous() for t in (values, indices))
         return RowMajorWindow(rows, positions, len(values), block_size)
 
     def compress_(self, grad: Tensor, error: Tensor, slot: int) -> Tensor:
-        """error ← error + grad, whose Top-k in each block become row `slot`, and zero in the error.
+        """error ← error + grad; then its Top-k in each block move to row `slot` and become zero in the error.
 
         Args:
             grad, error: (d,); the error is updated in place.
@@ -78,7 +78,7 @@ class RowMajorWindow:
         return dense
 
     def _parts(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Values, and their positions in a vector of d elements, of some rows at a time."""
+        """Yields the values of a few rows at a time, with their positions in a vector of d elements."""
         entries = self.values.shape[1]
         kept = entries // self.blocks
         start = torch.arange(self.blocks, device=self.values.device).repeat_interleave(kept) * self.block_size
@@ -88,12 +88,12 @@ class RowMajorWindow:
 
 
 class PublishedMFAC:
-    """Steps one float32 parameter.
+    """The published optimizer, for one float32 parameter.
 
     Args:
         param, error: (d,) float32, both updated in place; `param.grad` is the gradient.
-        window: of `param`.
-        gram: S, (m, m), of the rows that are in the window.
+        window: the compressed gradients of `param`.
+        gram: S = G Gᵀ of the rows that are in the window, (m, m).
         damping: λ > 0.
         lr: learning rate.
     """

@@ -1,6 +1,6 @@
-"""What follows from the CSVs of a run alone: other CSVs, tables.md, and the plots.
+"""Makes tables.md, the plots and some further CSVs of a run from its measured CSVs alone.
 
-| from | follow |
+| from | is made |
 |---|---|
 | bench.csv | scaling.csv; tables of ratios; throughput, speedup, roofline and scaling plots |
 | breakdown.csv | its table and plot |
@@ -21,17 +21,17 @@ from efcp.perf.tables import markdown, read_measured, timed, write_csv
 
 __all__ = ["behind", "make", "ratios"]
 
-REPORTS = Path(__file__).parent / "results"  # of the compiled kernels; they depend on no machine
+REPORTS = Path(__file__).parent / "results"  # reports on the compiled kernels, the same on every machine
 PREDICTED = 1 << 24  # elements
 GIGA = 1e9
 
 
 def make(out: Path, file: TextIO) -> None:
-    """Writes into a folder all that follows from the CSVs that are in it, and prints the tables.
+    """Writes tables.md, plots and further CSVs into a folder, from the measured CSVs in it, and prints the tables.
 
     Args:
         out: folder with the CSVs of a run.
-        file: where the tables are printed, too.
+        file: where the tables are also printed.
     """
     text = "\n\n".join(["# Measurements", "Made by `python -m efcp.perf.bench`; README.md explains.", *_sections(out)])
     (out / "tables.md").write_text(text + "\n", encoding="utf-8")
@@ -85,7 +85,7 @@ _CASE = ["dtype", "d", "m", "B", "density"]
 
 
 def ratios(bench: pd.DataFrame) -> pd.DataFrame:
-    """For each operation and case: our median in ms and share of the bandwidth, and others' medians in ours."""
+    """For each operation and case: our median in ms, its share of the bandwidth, and others' medians over ours."""
     lines = []
     for key, rows in timed(bench).groupby(["operation", *_CASE], sort=False):
         own = rows[rows["implementation"] == OURS]
@@ -99,10 +99,14 @@ def ratios(bench: pd.DataFrame) -> pd.DataFrame:
 
 
 def behind(bench: pd.DataFrame, density: float = 0.05) -> pd.DataFrame:
-    """Where another implementation takes less time than ours, at densities up to one.
+    """Where another implementation takes less time than ours.
+
+    Args:
+        bench: bench.csv.
+        density: the greatest density that is looked at.
 
     Returns:
-        Rows: operation, case, implementation, times ours (its median in ours, below 1).
+        Rows: operation, case, implementation, and times ours: its median divided by ours, below 1.
     """
     table = ratios(bench)
     if table.empty:
@@ -115,7 +119,7 @@ def behind(bench: pd.DataFrame, density: float = 0.05) -> pd.DataFrame:
 
 
 def _environment(bench: pd.DataFrame) -> str:
-    """What the first measurement depended on."""
+    """A sentence on the machine, versions and commit of the first measurement."""
     for row in bench.head(1).to_dict("records"):
         known = {str(name): "unknown" if pd.isna(value) else value for name, value in row.items()}
         return "{machine}, {threads} threads; {versions}; commit {commit}; {timer}.".format_map(known)

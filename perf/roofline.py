@@ -1,22 +1,22 @@
-"""Times against the bytes that have to be moved, and a prediction for GPUs on which nothing has been measured.
+"""Compares times with the bytes that have to be moved, and predicts times on GPUs that have not been measured.
 
 The operations do next to no arithmetic for each byte, so their roof is the bandwidth of memory. The floors are those
 of `Case.floors`: every tensor is read or written once.
 
-The prediction takes from the reports of the compiled kernels (compile-report.csv, traffic.csv) what they say, and from
-datasheets what a GPU can do. Of each operation of a step it is the largest of three times, and the launches:
+The prediction combines the reports on the compiled kernels (compile-report.csv, traffic.csv) with the datasheets of the
+GPUs. An operation of a step takes the largest of three times, plus its launches:
 
-| time | what it takes |
+| time | formula |
 |---|---|
-| memory | floor × what gpusim has counted in floors (traffic.csv, sm_90, random windows) / bandwidth reached |
+| memory | floor × times floor as counted by gpusim (traffic.csv, sm_90, random windows) / bandwidth reached |
 | in flight | the same bytes / (bytes in flight of a multiprocessor × multiprocessors / latency) |
 | instructions | instructions for each element × elements / (lanes × multiprocessors × clock) |
 
-Assumptions: a kernel reaches `REACHED` of the datasheet's bandwidth; memory answers in `LATENCY`; an instruction of
-each warp scheduler in each cycle; instructions are those of the main loop, all branches taken, or where there is none
-the kernel's static instructions, loops counted once; a launch costs `LAUNCH` as in a CUDA graph, and a step launches
-as many small kernels for its m × m algebra as PyTorch has operations in it (counted). Reports of sm_90 stand for sm_80
-where there are none of it. None of this has been held against a GPU: see GPU.md.
+Assumptions: a kernel reaches `REACHED` of the datasheet's bandwidth. Memory answers in `LATENCY`. Each warp scheduler
+issues one instruction in each cycle. Instructions are those of the main loop with all branches taken; a kernel without
+one counts its static instructions, each loop once. A launch costs `LAUNCH`, as in a CUDA graph. The m × m algebra of a
+step launches one small kernel for each PyTorch operation in it (counted). Where there is no report for sm_80, that for
+sm_90 stands in. None of this has been checked against a GPU: see GPU.md.
 """
 
 import re
@@ -47,8 +47,12 @@ ADAM_TENSORS = 7
 
 
 def standing(bench: pd.DataFrame) -> pd.DataFrame:
-    """Where operations stand: of each with a time, bytes, ms, the least ms that the measured bandwidth allows, and the
-    ratio. Columns: operation, implementation, d, m, B, density, bytes, p50_ms, floor_ms, times floor."""
+    """Compares each time with the least that the measured bandwidth allows.
+
+    Returns:
+        Columns: operation, implementation, d, m, B, density, dtype, bytes, p50_ms, floor_ms = bytes / bandwidth, and
+        times floor = p50_ms / floor_ms.
+    """
     rows = timed(bench)
     floor = rows["bytes"] / rows["bandwidth GB/s"] / 1e6
     kept = rows[["operation", "implementation", "d", "m", "B", "density", "dtype", "bytes", "p50_ms"]]
@@ -57,9 +61,10 @@ def standing(bench: pd.DataFrame) -> pd.DataFrame:
 
 @cache
 def small_launches() -> int:
-    """Operations on numbers in a step of SparseMFAC besides those on windows: a launch each on a GPU.
+    """The number of small kernels that a step of SparseMFAC launches on a GPU, besides those on windows.
 
-    There M-FAC's algebra is that of the definition, and takes all its branches, since the host does not look.
+    It counts PyTorch operations on a CPU. As on a GPU, M-FAC's algebra is that of the definition and takes all its
+    branches, since the host reads no values there.
     """
     calls = 0
 
@@ -90,7 +95,7 @@ def predict(results: Path, d: int, window: int = 256) -> pd.DataFrame:
 
     Returns:
         Columns: gpu, density, d, m, operation ("step" is their sum, "Adam" what its bytes take), bytes, memory_ms,
-        in_flight_ms, instructions_ms, predicted_ms, limit, report (whose it is), how ("prediction").
+        in_flight_ms, instructions_ms, predicted_ms, limit, report (the target that it is of), how ("prediction").
 
     Raises:
         FileNotFoundError: where there are no reports.

@@ -1,8 +1,8 @@
 """How time and memory grow with the parameter's size d, the window m and the density: exponents of fitted power laws.
 
-For each quantity y and what is varied, x, log y = a + b log x is fitted by least squares over all x, the others held
-where most measurements are. `exponent at the end` is the slope between the two largest x, where fixed costs matter
-least. Times are those of a step; memory is what `efcp.estimate_memory` says of one float32 parameter.
+For each quantity y and each varied x, log y = a + b log x is fitted by least squares over all x. The others are held at
+the values with the most measurements. `exponent at the end` is the slope between the two largest x, where fixed costs
+matter least. Times are those of a step; memory is the estimate of `efcp.estimate_memory` for one float32 parameter.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,9 @@ DENSITIES = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
 def series(frame: pd.DataFrame, operation: str, axis: str) -> pd.DataFrame:
-    """The measurements of an operation along one axis, the rest being equal: where there are most of our own.
+    """The measurements of an operation along one axis, with all other columns of CONSTANT equal.
+
+    Of all such lines it is the one with the most values of the axis, and then the most rows.
 
     Args:
         frame: bench.csv.
@@ -42,7 +44,7 @@ def series(frame: pd.DataFrame, operation: str, axis: str) -> pd.DataFrame:
 
 
 def memory_curve(axis: str) -> pd.DataFrame:
-    """Estimated bytes of SparseMFAC's state along an axis; elsewhere d = 16.8M, m = 256, density 1%. Nothing allocated.
+    """Estimated bytes of SparseMFAC's state along an axis; the others are d = 16.8M, m = 256 and density 1%.
 
     Returns:
         Columns: the axis, bytes.
@@ -61,7 +63,7 @@ def memory_curve(axis: str) -> pd.DataFrame:
 
 
 def exponents(bench: pd.DataFrame) -> pd.DataFrame:
-    """The table of exponents.
+    """Fits the exponents of time and memory along each axis.
 
     Args:
         bench: bench.csv.

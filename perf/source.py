@@ -1,4 +1,4 @@
-"""Which source a measurement was made with."""
+"""The git commit of the source that a measurement was made with."""
 
 import subprocess
 from functools import cache
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @cache
 def commit() -> str:
-    """The commit of this package's checkout, "-dirty" where files have changed since; "unknown" outside of one."""
+    """The commit of this package's checkout, with "-dirty" if files have changed; "unknown" outside a checkout."""
     folder = str(Path(__file__).resolve().parent)
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""CSV files, and tables for people."""
+"""Reads and writes CSV files, and makes tables in Markdown."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ TEXTS = {
     *("model", "optimizer", "values", "error", "how", "phase"),
     *("target", "case", "kernel", "configuration", "support", "launch"),
 }
-"""The columns of all files of measurements that hold texts; others hold numbers."""
+"""The columns that hold texts, over all files of measurements; all others hold numbers."""
 _CASE = ("operation", "implementation", "device", "dtype", "d", "m", "B", "density", "status")
 NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "bench.csv": (
@@ -53,15 +53,15 @@ NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     ),
     "traffic.csv": (("operation", "launch"), ("density", "m", "error", "support", "times floor")),
 }
-"""By file: columns that have no empty cells, and other columns, of all that is made from it."""
+"""For each file, the columns that tables and plots need: those without empty cells, and the others."""
 
 
 def read_measured(path: Path, file: str | None = None) -> pd.DataFrame:
-    """A file of measurements.
+    """Reads a file of measurements.
 
     Args:
         path: of the file.
-        file: which of `NEEDED` it is; None where its name says so.
+        file: its key in `NEEDED`; None if that is its own name.
 
     Raises:
         FileNotFoundError, ValueError: as `read_csv`.
@@ -76,7 +76,7 @@ def read_rows(path: Path, columns: Iterable[str]) -> list[dict[str, str]]:
 
     Args:
         path: of the file.
-        columns: that it must have; others may be there.
+        columns: those that it must have; it may have others.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -141,17 +141,17 @@ def check_filled(frame: pd.DataFrame, columns: Iterable[str], path: Path) -> Non
 
 
 def first_line(chosen: "pd.Series[bool]") -> int:
-    """The line of a file, below its header, of the first row that is chosen; rows are numbered as `read_csv` does."""
+    """The line number in a file of the first chosen row. Line 1 is the header; rows are numbered as by `read_csv`."""
     return int(chosen.index[int(chosen.to_numpy().argmax())]) + 2
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows with a time, of bench.csv or breakdown.csv."""
+    """The rows of bench.csv or breakdown.csv that have a time."""
     return rows[(rows["status"] == "ok") & (rows["p50_ms"] > 0)]
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
-    """Writes a file that is whole at any time."""
+    """Writes a CSV file; an older one of that name is replaced only when the new one is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")
     frame.round(9).to_csv(partial, index=False, lineterminator="\n")
@@ -159,7 +159,7 @@ def write_csv(frame: pd.DataFrame, path: Path) -> None:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """A table; numbers with three digits, empty where there is none."""
+    """A table in Markdown. Numbers have three digits; cells without a number are empty."""
 
     def text(value: object) -> str:
         if isinstance(value, float):
@@ -175,7 +175,7 @@ def table(rows: Sequence[Iterable[object]], *, aligned: bool = False) -> str:
 
     Args:
         rows: of the table, the heads of its columns first.
-        aligned: for reading as plain text: all but the first column to the right.
+        aligned: pad the cells for reading as plain text; all columns but the first are right-aligned.
     """
     lines = [[str(cell) for cell in row] for row in rows]
     rule = ["---"] * len(lines[0])

@@ -1,9 +1,9 @@
-"""How long something takes on a device, and how much memory it takes meanwhile.
+"""Measures how long a run takes on a device, and how much memory it allocates.
 
 Before each run a tensor larger than the last cache is read (on a CPU) or overwritten (on a GPU), so that operands come
-from memory. On a CPU the clock is that of the wall; on a GPU CUDA events are recorded around the run, as
-`triton.testing.do_bench` does, and what is launched too slowly by Python to fill the GPU can be replayed from a CUDA
-graph (`as_graph`).
+from memory. A CPU is timed by the wall clock. On a GPU, CUDA events are recorded around the run, as
+`triton.testing.do_bench` does. A run that Python launches too slowly to fill the GPU can be replayed from a CUDA graph
+(`as_graph`).
 """
 
 import time
@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["Timer"]
 
-ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # of the tensors that are copied, read, and there to flush caches
+ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # of the tensors that are copied and read, and that flush the caches
 MOST_RUNS = 100
 LEAST_RUNS = 3
 SLOW = 2
@@ -42,17 +42,17 @@ class Timer:
 
     @property
     def name(self) -> str:
-        """How it measures."""
+        """The name of the clock."""
         return "CUDA events" if self.device.type == "cuda" else "wall clock"
 
     @property
     def transfers(self) -> dict[str, tuple[Call, int]]:
-        """Copying and reading memory: what does it, and the bytes that it moves."""
+        """The runs that copy and read memory, each with the bytes that it moves."""
         size = self._source.nbytes
         return {"copy": (lambda: self._copied.copy_(self._source), 2 * size), "read": (self._source.sum, size)}
 
     def milliseconds(self, run: Call) -> float:
-        """Of one run, out of cold caches."""
+        """The milliseconds of one run with cold caches."""
         if self.device.type == "cuda":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             self._copied.zero_()
@@ -69,12 +69,13 @@ class Timer:
     def in_turn(
         self, runs: Mapping[str, Call], seconds: Mapping[str, float], first: Mapping[str, float] | None = None
     ) -> dict[str, np.ndarray]:
-        """Milliseconds of each run of several, one after the other in turn, so that all meet the same disturbances.
+        """The milliseconds of several runs, repeated in turn, so that all meet the same disturbances.
 
         Args:
             runs: by name; each has been run before.
-            seconds: by name, for about how long to repeat it.
-            first: milliseconds of that run before; where it was `SLOW` times as long as there is, it stands for all.
+            seconds: by name, about how long to repeat it.
+            first: by name, milliseconds of that earlier run. If they exceed `SLOW` times `seconds`, they stand for all
+                repetitions, and it is not run again.
         """
         slow = {name: t for name, t in (first or {}).items() if t > SLOW * seconds[name] * 1e3}
         times = {name: [slow[name]] if name in slow else [] for name in runs}
@@ -92,7 +93,7 @@ class Timer:
         return {name: np.array(t) for name, t in times.items()}
 
     def temporary_bytes(self, run: Call) -> int | None:
-        """How much more memory is allocated at most during a run than before it; None on a CPU, which does not tell."""
+        """The most bytes allocated during a run beyond those before it; None on a CPU, where this is not known."""
         if self.device.type != "cuda":
             return None
         torch.cuda.synchronize(self.device)
@@ -103,7 +104,7 @@ class Timer:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def as_graph(self, run: Call) -> Call | None:
-        """The replay of a CUDA graph of a run that has been run before; None on a CPU."""
+        """Captures a run, which has been run before, in a CUDA graph and returns its replay; None on a CPU."""
         if self.device.type != "cuda":
             return None
         graph = torch.cuda.CUDAGraph()

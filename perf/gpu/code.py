@@ -1,4 +1,4 @@
-"""What is in the code of a compiled kernel: accesses to global memory by source line, instructions, the main loop.
+"""Reads the code of a compiled kernel: accesses to global memory by source line, instructions, the main loop.
 
 Accesses come from the PTX of NVIDIA and the assembler text of AMD, with the calls through which they were inlined.
 The order in which loads are issued and waited for comes from the machine code: SASS, by nvdisasm, and again AMD's text.
@@ -19,17 +19,17 @@ __all__ = ["Access", "Code", "Line", "accesses", "read_code", "source_lines", "s
 
 Line = tuple[str, int]  # name of a source file without its folder, number of a line
 
-ROUNDS = 8  # of a loop that are followed, until what is in flight no longer changes
+ROUNDS = 8  # of a loop that are followed; after so many, the bytes in flight repeat
 
 
 @dataclass(frozen=True)
 class Access:
-    """A static access to global memory by load, store or copy to shared memory; atomics are not among them."""
+    """A static access to global memory: a load, a store or a copy to shared memory, but no atomic."""
 
     kind: str  # load or store
     bits: int  # of a thread
-    lines: tuple[Line, ...]  # where it stands, then the calls that it was inlined through; empty where not known
-    reported: tuple[Line, ...]  # the same as line tables have it, which is wrong for inline assembly of several lines
+    lines: tuple[Line, ...]  # its own, then those of the calls it was inlined through; empty where not known
+    reported: tuple[Line, ...]  # the same from the line tables, which are wrong for inline assembly of several lines
 
     def streams(self, marked: set[Line]) -> bool:
         """Whether its own line, or one of the calls that led to it, is marked."""
@@ -41,10 +41,10 @@ class Code:
     """The machine code of a kernel.
 
     The main loop is the innermost loop with the most bytes of streaming loads. Bytes in flight are the most bytes of
-    streaming loads that a thread has outstanding at one time, when the main loop repeats (where there is none: in all
-    of the code, from its begin to its end). A load is outstanding from its issue until, on NVIDIA, the first
-    instruction that names one of its registers (copies to shared memory: until the wait for their group), and on AMD
-    until a wait for vmcnt that includes it. Every lane counts, masked or not.
+    streaming loads that a thread has outstanding at one time while the main loop repeats. (Without a main loop, the
+    code is followed once from begin to end.) A load is outstanding from its issue. On NVIDIA it ends at the first
+    instruction that names one of its registers, and a copy to shared memory at the wait for its group. On AMD it ends
+    at a wait for vmcnt that includes it. Every lane counts, masked or not.
     """
 
     instructions: int  # in all, padding left out
@@ -56,7 +56,7 @@ class Code:
 
 
 def source_lines(kernel: Compiled) -> set[tuple[Path, int]]:
-    """Lines from which the kernel has code, helpers and calls of them included, after compile-time branches."""
+    """The lines that the kernel's code comes from, after compile-time branches, with helpers and calls of them."""
     found = re.findall(r'loc\("([^"\n]+)":(\d+):\d+', kernel.stages["ttgir"].read_text())
     return {(Path(path), int(line)) for path, line in found}
 
@@ -77,11 +77,11 @@ def accesses(kernel: Compiled) -> list[Access]:
 
 
 def read_code(kernel: Compiled, streaming: Sequence[Access]) -> Code:
-    """Read the machine code.
+    """Read the machine code of a kernel.
 
     Args:
-        kernel: of which.
-        streaming: which of its accesses stream; others do not count in the main loop and in flight.
+        kernel: a compiled kernel.
+        streaming: its accesses that stream; no others count for the main loop and the bytes in flight.
 
     Raises:
         subprocess.CalledProcessError: nvdisasm cannot read it.
@@ -119,12 +119,12 @@ class _Instruction:
 
 
 Labels = dict[str, int]  # places in the code, by name
-_JUMPS = ("BRA", "CALL.REL.NOINC", "s_branch", "s_cbranch")  # kernels call no functions: the second leaves a loop
-_ENDS = ("BRA", "EXIT", "s_branch", "s_endpgm")  # what comes next in the text does not follow them
+_JUMPS = ("BRA", "CALL.REL.NOINC", "s_branch", "s_cbranch")  # kernels call no functions: CALL leaves a loop
+_ENDS = ("BRA", "EXIT", "s_branch", "s_endpgm")  # the next instruction in the text does not run after them
 
 
 def _successors(code: list[_Instruction], labels: Labels) -> list[list[int]]:
-    """Of each instruction, which may come next."""
+    """For each instruction, the numbers of those that may run next."""
     successors = []
     for n, i in enumerate(code):
         following = [n + 1] if (i.conditional or i.opcode not in _ENDS) and n + 1 < len(code) else []
@@ -148,9 +148,9 @@ def _main_loop(successors: list[list[int]], loads: list[int]) -> list[int]:
 
 
 def _between(start: int, end: int, successors: list[list[int]]) -> set[int]:
-    """Instructions on ways from start to end that stay between the two; none where there is no such way.
+    """Instructions on paths from start to end that stay between the two; none where there is no such path.
 
-    Not all that is jumped back over is a loop: what is seldom run, or what two paths share, may stand elsewhere.
+    A jump backwards need not close a loop: code that seldom runs, or that two paths share, may stand elsewhere.
     """
     predecessors: dict[int, list[int]] = {}
     reached, left = {start}, [start]
@@ -179,7 +179,10 @@ _PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared[\w:.]*\.global[^;]*?\][^;]*?
 
 
 def _ptx_accesses(text: str) -> Iterator[Access]:
-    """In inline assembly, LLVM gives each line the number after the one before; only the first number is true."""
+    """Yields the accesses in PTX.
+
+    In inline assembly, LLVM numbers the lines one after the other, so that only the first number is right.
+    """
     files = {number: Path(path).name for number, path in re.findall(r'\.file\s+(\d+) "([^"]+)"', text)}
     calls: dict[tuple[str, ...], tuple[Line, ...]] = {}  # by file, line, column
     lines: tuple[Line, ...] = ()
@@ -205,7 +208,7 @@ def _ptx_accesses(text: str) -> Iterator[Access]:
 
 @cache
 def _nvdisasm() -> str:
-    """It lies beside the cuobjdump that Triton uses."""
+    """Path of nvdisasm, which lies beside the cuobjdump that Triton uses."""
     return str(Path(triton.knobs.nvidia.cuobjdump.path).with_name("nvdisasm"))
 
 
@@ -224,7 +227,7 @@ def _parse_sass(text: str) -> tuple[list[_Instruction], Labels]:
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", text_line):
             conditional = bool(found[1] or re.match(r"!?U?P\d", found[3]))
             code.append(_Instruction(found[2], found[3], lines, conditional))
-    while code and code[-1].opcode in ("NOP", "BRA"):  # padding, and a loop for ever in front of it
+    while code and code[-1].opcode in ("NOP", "BRA"):  # padding, and the endless loop in front of it
         code.pop()
     return code, labels
 
@@ -239,7 +242,11 @@ def _sass_access(opcode: str) -> tuple[str, int] | None:
 
 
 def _outstanding_cuda(code: Iterable[tuple[_Instruction, int]]) -> Iterator[int]:
-    """Bytes in flight of a thread after each instruction; with each come the bytes that it loads, if it streams."""
+    """Yields the bytes in flight of a thread after each instruction.
+
+    Args:
+        code: instructions, each with the bytes of its streaming load, or 0.
+    """
     owner: dict[int, int] = {}  # of a register: the load that will write it
     flying: dict[int, int] = {}  # bytes, by load
     groups = [0]  # bytes of copies to shared memory; the last group is open
@@ -294,7 +301,7 @@ def _amd_access(opcode: str) -> tuple[str, int] | None:
 
 
 def _outstanding_amd(code: Iterable[tuple[_Instruction, int]]) -> Iterator[int]:
-    """As for NVIDIA. Loads, stores and atomics end in order, and a wait says how many may be left."""
+    """The same for AMD. Loads, stores and atomics end in order, and a wait says how many may be left."""
     queue: list[int] = []
     for i, loaded in code:
         if re.match(r"(global|buffer|flat|scratch)_(load|store|atomic)", i.opcode):

@@ -1,8 +1,8 @@
 """How many programs of a kernel a streaming multiprocessor (NVIDIA) or compute unit (AMD) holds at a time.
 
-Registers are given out in eights to each lane of a warp: `cuda_occupancy.h` (256 of a warp), and LLVM's
+Each lane of a warp gets a multiple of eight registers. The sources are `cuda_occupancy.h` (256 for a warp) and LLVM's
 AMDGPUBaseInfo.cpp (getTotalNumVGPRs 512, getVGPRAllocGranule 8). Scalar registers of AMD are left out: only more than
-100 of them would cost a wave of eight. What a multiprocessor has besides is in `efcp.kernels.gpus`.
+100 of them would cost one wave of eight. The other limits of a multiprocessor are in `efcp.kernels.gpus`.
 """
 
 from efcp.kernels.gpus import ARCHITECTURES

@@ -1,4 +1,4 @@
-"""Compile kernels as for a GPU that is not there, and read from the binaries what they need of it.
+"""Compiles kernels for a GPU that is not there, and reads from the binaries which resources they need.
 
     with compile_for(GPUTarget("hip", "gfx942", 64)) as compiled:
         compress_(grad, error, values, indices, slot, finite, blocks)
@@ -33,11 +33,11 @@ class Compiled:
     target: GPUTarget
     num_warps: int
     registers: int  # of a thread: vector registers on AMD, with those for accumulation
-    spilled: int  # of a thread, bytes of (vector) registers; on AMD also where accumulation registers take them up
+    spilled: int  # of a thread, bytes of (vector) registers; on AMD also those kept in accumulation registers
     spilled_scalars: int  # of a warp, bytes: on AMD, scalar registers in lanes of a vector register, not in memory
     stack: int  # of a thread, bytes in memory, spilled registers included
     shared: int  # of a program, bytes
-    constants: dict[str, Any] = field(repr=False)  # compile-time arguments, and others that Triton made so
+    constants: dict[str, Any] = field(repr=False)  # compile-time arguments, and others that Triton made constant
     seconds: float | None  # to compile; None where the kernel came from Triton's cache
     stages: dict[str, Path] = field(repr=False)  # what the compiler wrote: ttir, ttgir, llir, ptx or amdgcn, ...
 
@@ -47,7 +47,7 @@ def compile_for(target: GPUTarget) -> Iterator[list[Compiled]]:
     """Within the context, launches compile for a target and do nothing more.
 
     Yields:
-        A list that every kernel enters when it is first launched within the context.
+        A list to which every kernel is added when it is first launched within the context.
 
     Raises:
         RuntimeError: where kernels are interpreted, not compiled.
@@ -66,7 +66,7 @@ def compile_for(target: GPUTarget) -> Iterator[list[Compiled]]:
 
 
 class _Driver:
-    """What Triton asks of `triton.runtime.driver.active`."""
+    """A stand-in for `triton.runtime.driver.active`, with all that Triton asks of it."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -77,12 +77,12 @@ class _Driver:
         self.utils = SimpleNamespace(
             # module, function, registers, spills, most threads of a program; nothing is loaded
             load_binary=lambda name, kernel, shared, device: (None, None, 0, 0, 1024),
-            # It is for the reader of `shared` to say what is too much.
+            # No limit here: whoever reads `shared` decides what is too much.
             get_device_properties=lambda device: {"max_shared_mem": 1 << 30},
         )
 
     def note_time(self, *, metadata: dict[str, Any], times: Any, cache_hit: bool, **rest: object) -> None:
-        """Triton calls it when it has compiled a kernel, or found it in its cache."""
+        """Notes how long a kernel took; Triton calls it after compiling one, or finding it in its cache."""
         if not cache_hit:
             self.seconds[metadata["hash"]] = times.total / 1e6
 
@@ -101,7 +101,7 @@ class _Driver:
 
 
 class _Launcher:
-    """Triton makes one for each compiled kernel, and calls it for each launch."""
+    """Notes a kernel that is launched. Triton makes one for each compiled kernel, and calls it for each launch."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.source, self.metadata = source, metadata

@@ -1,35 +1,35 @@
-"""Compile every shipped configuration of the Triton kernels for GPUs that are not here, and tell what came of it.
+"""Compiles every shipped configuration of the Triton kernels for GPUs that are not here, and reports on the code.
 
     python -m efcp.perf.gpu.report            # results/gpu/compile-report.csv and .md
     python -m efcp.perf.gpu.report --check    # exit status 1 if a kernel is not as it should be
 
-Operations and targets are shared out among processes (`--processes`). Without `--quick`, what is done is kept until all
-is, in a folder for temporary files, so that the report goes on from there if it was interrupted.
+Several processes share the operations and targets (`--processes`). Without `--quick`, finished parts are kept in a
+folder for temporary files until all are done, so that an interrupted report can go on from there.
 
 | column | what |
 |---|---|
-| case | block size, density, dtypes of gradient / error / values, and window of the first operation that launched it |
+| case | block size, density, dtypes of gradient / error / values, and window of its first launch |
 | configuration | its compile-time numbers and types |
 | registers, spilled, stack | of a thread; the last two in bytes |
 | shared | of a program, bytes |
 | programs | that a multiprocessor holds at a time, `occupancy.py` |
-| occupancy | warps of these, in most warps of a multiprocessor |
-| KB in flight | bytes in flight of a thread, as in `code.py`, times lanes, warps and resident programs, in 1024 bytes |
-| loads, stores | of global memory, static: file: line bits×count; * where they stream, ? where the line is not known |
+| occupancy | their warps, relative to the most warps of a multiprocessor |
+| KB in flight | bytes in flight of a thread, as in `code.py`, times lanes, warps and resident programs, over 1024 |
+| loads, stores | static, of global memory: file: line bits×count; * if streaming, ? for an unknown line |
 | main loop | lines of its streaming loads |
-| an element | instructions of the main loop for each element of gradient or window that it loads, of a thread |
+| an element | instructions of a thread in the main loop for each element of gradient or window that it loads |
 | instructions, barriers | static |
-| compile s | seconds |
+| compile s | seconds to compile |
 
 An access streams if its line, or the line of a call through which it was inlined, ends with the comment `# stream`.
-Of a call over several lines it is the first one. Where a kernel has two paths that end in the same way, the compiler
-for AMD makes one of these ends, whose accesses then have no line: they stand for marked lines that have none, and must
-be wide like them.
+Of a call over several lines, the first line counts. Where two paths of a kernel end in the same way, the compiler for
+AMD merges the ends, and their accesses lose their lines. Accesses without a line stand for marked lines without an
+access, and must be as wide.
 
 On sm_80 and sm_90, fewer than 32 KB in flight count as a problem.
 """
 
-if __name__ == "__main__":  # before the imports, of which one may fail
+if __name__ == "__main__":  # before the imports, since one may fail
     from efcp.perf.command import run
 
     run("efcp.perf.gpu.report")
@@ -84,16 +84,16 @@ DTYPES: list[tuple[torch.dtype, torch.dtype | None, torch.dtype]] = [  # of grad
 # The fallbacks of portable.py read rows that begin anywhere, entry by entry.
 EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel"})
 STREAM_BITS = 128
-KB_IN_FLIGHT = 32  # at least, on these:
+KB_IN_FLIGHT = 32  # the least, on these targets:
 BUSY = (80, 90)
-# The sums of large blocks leave shared memory for too few programs.
+# With large blocks its sums take so much shared memory that too few programs fit.
 FILLING, SHARED_OF_MANY = "_apply_kernel", 32 << 10
 RESULTS = Path("results/gpu")
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the optimizer would be used with."""
+    """The settings of an optimizer that the kernels depend on."""
 
     block_size: int
     density: float
@@ -109,7 +109,7 @@ class Case:
 
 @dataclass(frozen=True)
 class CompiledCase:
-    """A kernel of an operation; or none, and why it was not compiled."""
+    """A kernel of an operation, or the reason why it was not compiled."""
 
     operation: str
     target: GPUTarget
@@ -122,14 +122,14 @@ Job = tuple[GPUTarget, str]  # an operation on a target
 
 
 class Compilation(NamedTuple):
-    """What came of an operation on a target."""
+    """The result of compiling an operation for a target."""
 
-    rows: list[dict[str, object]]  # of the table, columns as in the description of this module and `problem`
+    rows: list[dict[str, object]]  # of the table; columns as at the head of this file, and `problem`
     reached: list[tuple[str, int]]  # files and lines that its kernels have code from
 
 
 def compile_one(target: GPUTarget, operation: str, cases: Sequence[Case]) -> Compilation:
-    """Compile an operation in all cases, without Triton's cache, so that kernels have a time."""
+    """Compile an operation in all cases, without Triton's cache, so that every kernel has a compile time."""
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         results = compile_cases(target, operation, cases)
@@ -156,7 +156,7 @@ def compile_cases(target: GPUTarget, operation: str, cases: Iterable[Case]) -> l
 
 
 def problems(kernel: Compiled, exempt: frozenset[str] = EXEMPT) -> list[str]:
-    """What is wrong with a kernel: spilled registers, memory of a thread, too much of anything, narrow streams.
+    """What is wrong with a kernel: spilled registers, use of a stack, more than a multiprocessor holds, narrow streams.
 
     Args:
         kernel: compiled for one of `ARCHITECTURES`.
@@ -184,7 +184,7 @@ def problems(kernel: Compiled, exempt: frozenset[str] = EXEMPT) -> list[str]:
 
 
 def unreached(reached: Iterable[tuple[str, int]]) -> list[str]:
-    """Marked lines, in the source files of kernels, that are compiled into none of them."""
+    """Messages on marked lines in the source files of kernels that are compiled into no kernel."""
     lines = set(reached)
     marked = {(path, line) for path in {path for path, _ in lines} for line in stream_lines(Path(path))}
     return [f"{path}:{line} is marked, but in no kernel" for path, line in sorted(marked - lines)]
@@ -223,13 +223,13 @@ def main(arguments: list[str] | None = None) -> int:
 def compile_all(
     targets: Sequence[GPUTarget], cases: Sequence[Case], processes: int, folder: Path | None
 ) -> list[Compilation]:
-    """All operations on all targets, by target.
+    """Compile all operations for all targets, in the order of the targets.
 
     Args:
-        targets: for which GPUs.
-        cases: what to launch.
-        processes: how many are made at a time; 1: in this process.
-        folder: where each is kept when it is done, and taken from if it is there.
+        targets: the GPUs.
+        cases: the settings to launch with.
+        processes: how many compile at a time; 1 compiles in this process.
+        folder: where each result is kept, and taken from if it is there; None keeps nothing.
     """
     jobs = [(target, operation) for target in targets for operation in OPERATIONS]
     files = {job: folder / f"{job[0].arch}-{job[1]}.json" for job in jobs} if folder else {}
@@ -246,7 +246,7 @@ def compile_all(
 
 
 def _made(jobs: Sequence[Job], cases: Sequence[Case], processes: int) -> Iterator[tuple[Job, Compilation]]:
-    """Each as soon as it is done."""
+    """Yields each job with its result as soon as it is done."""
     if processes == 1:
         yield from ((job, compile_one(*job, cases)) for job in jobs)
         return
@@ -256,7 +256,7 @@ def _made(jobs: Sequence[Job], cases: Sequence[Case], processes: int) -> Iterato
 
 
 def _version(cases: Sequence[Case]) -> str:
-    """Of all that the report depends on."""
+    """A hash of everything that the report depends on."""
     version = hashlib.sha256(f"{triton.__version__} {torch.__version__} {cases}".encode())
     for folder in (Path(triton_ops.__file__).parents[1], Path(__file__).parent):
         for path in sorted(folder.rglob("*.py")):
@@ -265,7 +265,7 @@ def _version(cases: Sequence[Case]) -> str:
 
 
 def all_cases() -> Iterator[Case]:
-    """Block sizes, densities and dtypes with a window of 256; other windows and float64 for the default block size."""
+    """Each block size with the main dtypes and densities; the default block size with all dtypes and windows."""
     for block_size in BLOCK_SIZES:
         for dtypes in DTYPES[:3]:
             yield Case(block_size, 0.01, *dtypes, 256)
@@ -278,7 +278,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def quick_cases() -> Iterator[Case]:
-    """Where kernels differ most: the default, few and many entries, a block in pieces, the widest dtypes."""
+    """The cases where kernels differ most: the default, few and many entries, a block in pieces, the widest dtypes."""
     yield Case(4096, 0.01, FP32, FP32, BF16, 256)
     yield Case(4096, 0.1, BF16, BF16, BF16, 32)
     yield Case(256, 0.01, BF16, FP32, BF16, 256)
@@ -286,7 +286,7 @@ def quick_cases() -> Iterator[Case]:
 
 
 def markdown(frame: pd.DataFrame, quick: bool) -> str:
-    """A table for each operation."""
+    """The report in Markdown, with a table for each operation."""
     text = [
         "# Compiled kernels",
         "",
@@ -304,7 +304,7 @@ def markdown(frame: pd.DataFrame, quick: bool) -> str:
 
 
 def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], object]]]:
-    """Operations on two parameters, of which one has a shorter last block; none with the same arguments as another."""
+    """Yields launches on two parameters, one with a shorter last block; no two launches have the same arguments."""
     seen: set[tuple[object, ...]] = set()
     for case in cases:
         meta = partial(torch.empty, device="meta")
@@ -365,7 +365,7 @@ def _name(row: dict[str, object]) -> str:
 
 
 def _configuration(kernel: Compiled) -> str:
-    """Numbers and types; not layouts, which are long, and follow from these."""
+    """A kernel's compile-time numbers and types; not its layouts, which are long and follow from these."""
     shown = (bool, int, float, tl.dtype)
     return " ".join(f"{key}={value}" for key, value in kernel.constants.items() if isinstance(value, shown))
 
@@ -409,7 +409,7 @@ def _row(result: CompiledCase) -> dict[str, object]:
 
 
 def _element_bytes(result: CompiledCase) -> int:
-    """Bytes that are loaded for an element: of a gradient with its error, or a value of the window with its index."""
+    """Bytes that are loaded for an element: a gradient with its error, or a value of the window with its index."""
     case = result.case
     if result.operation == "compress_":
         return case.grad.itemsize + (case.error.itemsize if case.error else 0)

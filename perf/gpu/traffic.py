@@ -1,9 +1,10 @@
-"""What the Triton kernels ask of global memory, counted by gpusim, and held against the least that they could.
+"""Counts the global-memory traffic of the Triton kernels with gpusim, and compares it with the least possible.
 
     python -m efcp.perf.gpu.traffic    # results/gpu/traffic.csv and .md; some minutes
 
-One parameter of 256 blocks of 4096 elements in float32, with error in float32 (`compress_` also in bfloat16), values in
-bfloat16, and indices in int16. Rows of the CSV are launches, and their sum for each operation, `all`. The floor:
+The kernels work on one parameter of 256 blocks of 4096 elements in float32, with error in float32 (for `compress_` also
+in bfloat16), values in bfloat16, and indices in int16. A row of the CSV is one launch, or the sum `all` over the
+launches of an operation. The floor:
 
 | operation | bytes |
 |---|---|
@@ -11,17 +12,17 @@ bfloat16, and indices in int16. Rows of the CSV are launches, and their sum for 
 | `window_dots` | the window read |
 | `window_apply_` | the window read, target read and written |
 
-Windows are random ("at chance": each row a random support), or "trained": of the first layer of a perceptron that
-SparseMFAC has trained on MNIST 5k, cut to 256 blocks. Their rows overlap: `entries met` is the share of the entries of
-all rows but the newest whose element the newest row has, too (and not as a zero), `groups of 8` and `groups of 16` the
-share of aligned groups of so many entries of the window in which there is such an entry.
+A window is "random", each row with a random support, or "trained": that of the first layer of a perceptron that
+SparseMFAC has trained on MNIST 5k, cut to 256 blocks. Rows can overlap. `entries_met` is the share of the entries, in
+all rows but the newest, whose element is also in the newest row (and is not zero there). `groups_of_8` and
+`groups_of_16` are the shares of aligned groups of 8 and 16 entries of the window that contain such an entry.
 
-Bytes are those of active lanes, but of one instruction no more than those of its sectors: where lanes ask for the same
-element, it counts once. Sectors are of 32 bytes; several requests that use one count it several times, as if there were
-no cache. Atomics are in `bytes stored`. What PyTorch does besides, such as filling with zeros, is not counted.
+Bytes are those that active lanes ask for, but at most those of the instruction's sectors, so that an element that
+several lanes ask for counts once. A sector has 32 bytes, and counts again for every request that uses it, as if there
+were no cache. Atomics are in `bytes stored`. What PyTorch does besides, such as filling with zeros, is not counted.
 """
 
-if __name__ == "__main__":  # before the imports, of which one may fail
+if __name__ == "__main__":  # before the imports, since one may fail
     from efcp.perf.command import run
 
     run("efcp.perf.gpu.traffic")
@@ -61,7 +62,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of a window with its newest row, shares as described above."""
+    """How a window overlaps with its newest row: the shares described at the head of this file."""
 
     entries_met: float
     groups_of_8: float
@@ -81,7 +82,7 @@ def random_window(window: int, density: float) -> Window:
 
 
 def trained_window(window: int, density: float) -> Window:
-    """A window from real training, on the CPU: `window` steps and a quarter as many again."""
+    """A window from real training on the CPU, over `window` steps and a quarter as many more."""
     torch.manual_seed(0)
     data = _data().train
     first = torch.nn.Linear(784, 1344)  # 257 blocks
@@ -106,7 +107,7 @@ def trained_window(window: int, density: float) -> Window:
 
 
 def overlap(window: Window) -> Overlap:
-    """How the rows of a window, of a parameter without a shorter last block, meet the newest one."""
+    """Measures how the rows of a window overlap with the newest one. No block may be shorter than the others."""
     (values, indices, blocks), slot = window.rows, window.slot
     met = torch.zeros(values.shape, dtype=torch.bool)
     for value, index, m in zip(values, indices, met, strict=True):
@@ -126,16 +127,16 @@ def overlap(window: Window) -> Overlap:
 
 
 def count(arch: int, operation: Callable[[], object], reached: Iterable[Tensor], floor: int) -> pd.DataFrame:
-    """Run an operation once, and count what its launches ask of global memory.
+    """Run an operation once, and count the global-memory traffic of its launches.
 
     Args:
         arch: compute capability without the dot, for gpusim.
         operation: what to run.
-        reached: tensors that its kernels reach by other ways than their arguments.
+        reached: tensors that its kernels do not get as arguments, but reach by pointers.
         floor: the bytes that it cannot do without.
 
     Returns:
-        A row for each launch, and one for all of them, with what it asks for in multiples of the floor.
+        A row for each launch, and one for all of them, which also has their bytes in multiples of the floor.
     """
     with simulate(arch=arch, counters=True, time_limit=120.0) as simulator:
         simulator.allow(*reached)
@@ -155,12 +156,12 @@ def count(arch: int, operation: Callable[[], object], reached: Iterable[Tensor],
 
 
 def measure(arch: int, densities: Iterable[float], windows: Sequence[int]) -> pd.DataFrame:
-    """All operations in all cases.
+    """Counts the traffic of all operations in all cases.
 
     Args:
         arch: compute capability without the dot, for gpusim.
         densities: shares of elements that a row keeps.
-        windows: numbers of rows, m; `compress_`, for which they do not matter, is run with the first only.
+        windows: numbers of rows, m; `compress_` does not depend on them, and is run with the first only.
     """
     frames = []
     cases = [(density, window) for density in densities for window in windows]
@@ -179,7 +180,7 @@ def measure(arch: int, densities: Iterable[float], windows: Sequence[int]) -> pd
 
 
 def markdown(frame: pd.DataFrame, arch: int) -> str:
-    """A table for each operation, with the sums over its launches."""
+    """A report in Markdown, with a table of the sums over launches for each operation."""
     text = [f"# Traffic to global memory, sm_{arch}", ""]
     text += ["Made by `python -m efcp.perf.gpu.traffic`, whose head explains the columns. In MiB.", ""]
     for operation, rows in frame[frame["launch"] == "all"].groupby("operation", sort=True):

@@ -10,17 +10,17 @@ from efcp.analysis.data import FASHION_FILES
 
 
 def write_idx(path: Path, array: NDArray[np.uint8]) -> None:
-    """An array as a gzipped IDX file."""
+    """Writes an array as a gzipped IDX file."""
     header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
 def write_image_set(folder: Path, train: int = 480, test: int = 100, size: int = 8, shuffle_test: bool = False) -> Path:
-    """Noisy images of ten patterns, in equal shares, which a network learns within an epoch or two.
+    """Writes noisy images of ten patterns, in equal shares, which a network learns within an epoch or two.
 
     Args:
         folder: made if need be.
-        train, test: how many images; of those to train, one in twelve is for validation.
+        train, test: numbers of images; one in twelve of the training images is for validation.
         size: height and width.
         shuffle_test: put the labels of the test images in random order.
 

@@ -1,4 +1,4 @@
-"""Data sets of noise, and results that no training has gone into, for tests of everything around it."""
+"""Data sets of noise, and invented results, for tests of everything around training."""
 
 import math
 import random
@@ -12,7 +12,7 @@ PARAMETERS = 10_000
 
 
 def noise(shape: tuple[int, ...], classes: int = 10, tokens: bool = False, count: int = 64) -> DataSet:
-    """Three splits of normal numbers, or of tokens, with labels at random."""
+    """A data set of normal numbers, or of tokens, with random labels."""
     generator = torch.Generator().manual_seed(0)
 
     def split() -> Split:

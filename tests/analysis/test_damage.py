@@ -1,4 +1,4 @@
-"""Reports of unfinished and damaged results: what there is, or what is missing; never another exception."""
+"""Unfinished and damaged results give a report on what there is, or say what is missing, and never fail otherwise."""
 
 import random
 from collections.abc import Callable
@@ -134,7 +134,7 @@ def test_a_damaged_file_is_told_apart(
 def test_any_damage_ends_in_a_report_or_an_error_that_names_the_file(
     folder: Path, capsys: pytest.CaptureFixture[str], seed: int
 ) -> None:
-    """A fifth of the cases draws all plots of an experiment, and the others the one of the trade-off."""
+    """A fifth of the cases draw all plots of an experiment, and the others the plot of the trade-off."""
     generator = random.Random(seed)
     every = seed % 5 == 0
     path = folder / (generator.choice(sorted(file.name for file in folder.iterdir())) if every else "runs.csv")

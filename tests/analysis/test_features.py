@@ -101,7 +101,7 @@ def test_missing_weights_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_features_are_the_networks(weights: Path) -> None:
-    """As for single images that are prepared one by one; a batch's size is no divisor of their number."""
+    """Features equal those of images that are prepared one by one, though the last batch is not full."""
     network = load_weights(efficientnet_lite0(), weights)
     images = torch.randint(256, (features._BATCH + 1, 28, 28), dtype=torch.uint8)
     computed = compute_features(network, images)
@@ -125,7 +125,7 @@ def test_recipe() -> None:
 
 @pytest.fixture
 def computed_images(monkeypatch: pytest.MonkeyPatch, weights: Path) -> list[int]:
-    """Small chunks and random weights; the list grows by the number of images of each chunk that is computed."""
+    """Sets small chunks and random weights. The list gets the number of images of each chunk that is computed."""
     counts: list[int] = []
 
     def counted(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:

@@ -216,7 +216,7 @@ def test_the_schedule_rises_and_falls() -> None:
 
 
 def test_diagnostics_are_those_of_the_step() -> None:
-    """Of SGD: u = g, turned and scaled by nothing."""
+    """SGD has u = g, neither turned nor scaled."""
     method = named_method("SGD (momentum 0.9)", {"momentum": 0.0})
     record = train(Run("tune", PROBE, method, 1e-2, 0), noise((1280,))).record
     assert record["cosine"] == pytest.approx(1, abs=1e-3)

@@ -15,7 +15,7 @@ WINDOW, NORM = 100, 2.0  # so that s/m = 0.04
 
 
 def write_runs(folder: Path, rate: float, method: str = "dense M-FAC") -> Path:
-    """Runs whose validation accuracy falls with the distance of log lr from what the rule with a rate says."""
+    """Writes runs whose validation accuracy falls with the distance of log lr from the rule with this rate."""
     rows = [
         {
             **dict.fromkeys(COLUMNS),
@@ -62,7 +62,7 @@ def test_a_task_that_does_not_follow_it_shows_what_is_lost(tmp_path: Path) -> No
 
 
 def test_start_is_good_for_the_method_that_it_suits_least(tmp_path: Path) -> None:
-    """One method is best at a rate of 0.01, the other at 1: between them neither loses much."""
+    """One method is best at lr 0.01 and the other at lr 1; at lr 0.1 neither loses much."""
     runs = pd.concat(
         rule.read_tuning(write_runs(tmp_path / name, rate, name)).query("damping == 0.001")
         for name, rate in (("dense M-FAC", 0.01 / 0.041), ("sparse M-FAC", 1 / 0.041))

@@ -18,7 +18,7 @@ from tests.analysis.test_paper import CONFIG
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see processes")
 
-SECONDS = 300  # that a test waits at most for what takes a few
+SECONDS = 300  # the longest that a test waits for something that takes a few
 EXPERIMENT = CONFIG.replace("epochs = 1", "epochs = 10\ntrain_size = 200")
 
 
@@ -53,7 +53,7 @@ def state(process: int) -> tuple[str, int] | None:
 
 
 def runs(processes: set[int]) -> set[int]:
-    """Those that have not ended; one of which nobody has taken the exit status has."""
+    """Those of the processes that still run; a zombie, whose exit status nobody has read, does not."""
     return {process for process in processes if (own := state(process)) and own[0] not in "ZX"}
 
 
@@ -76,7 +76,7 @@ def paper_arguments(images: Path, out: Path) -> list[str]:
 
 @pytest.fixture
 def start() -> Iterator[Callable[[list[str]], subprocess.Popen[str]]]:
-    """Starts a command in a process group of its own; what still runs in the end is killed."""
+    """Starts a command in a process group of its own, and kills it at the end if it still runs."""
     started: list[subprocess.Popen[str]] = []
 
     def begin(arguments: list[str]) -> subprocess.Popen[str]:

@@ -98,7 +98,7 @@ def test_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vocabulary = {"[PAD]": 0, "[UNK]": 1, "good": 2, "film": 3}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.enable_truncation(2)  # what the file says of lengths does not count
+    tokenizer.enable_truncation(2)  # the settings of length in the file do not count
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     monkeypatch.setattr(text, "model_directory", lambda: tmp_path)
     ids = text.tokenize(["good film good", " ".join(["film"] * (LENGTH + 5))])

@@ -184,7 +184,7 @@ def test_a_file_that_is_not_whole_is_not_overwritten(
 
 
 def test_a_run_that_no_plan_has_is_refused(finished: Path) -> None:
-    """Each of its values is one that the settings have, but not together."""
+    """The settings have each of the run's values, but not together."""
     records = RecordFile(finished / "runs.csv")
     methods = compared_methods(4, 3e-3, [0.1], [2], [1, 2])
     size = {"train_size": 200, "epochs": 2, "batch_size": 20}

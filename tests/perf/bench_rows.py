@@ -1,4 +1,4 @@
-"""A made-up bench.csv, of times that grow with the bytes."""
+"""A made-up bench.csv, in which times grow with the bytes."""
 
 import pandas as pd
 import torch

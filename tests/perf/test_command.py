@@ -29,7 +29,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def run_without(module: str, packages: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command in a process in which these packages cannot be imported."""
+    """Runs a command in a process in which these packages cannot be imported."""
     line = [sys.executable, "-c", BLOCKED, ",".join([module, *packages]), *arguments]
     return subprocess.run(line, capture_output=True, text=True, check=False)
 
@@ -188,7 +188,7 @@ def test_a_command_leaves_a_locked_folder_alone(
 
 
 def test_a_lock_that_is_deleted_while_it_is_waited_for_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between opening and locking the file its owner may have deleted it, and a third command have made another."""
+    """Between opening and locking a file, its owner may have deleted it, and a third command may have made another."""
     flock, calls = command.fcntl.flock, 0
 
     def late(file: int, operation: int) -> None:

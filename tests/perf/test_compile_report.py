@@ -1,4 +1,4 @@
-"""The report on compiled kernels: what it finds in small kernels of its own, and what it takes exception to."""
+"""The report on compiled kernels: what it finds in the small kernels of this file, and what it calls a problem."""
 
 import re
 from pathlib import Path
@@ -26,7 +26,7 @@ SIZE = 1024  # elements of a block
 
 @pytest.fixture(scope="module", autouse=True)
 def own_cache(tmp_path_factory):
-    """Kernels that another copy of this file has left in Triton's cache know its path, not that of this one."""
+    """A cache for this file alone: kernels that another copy of the file has left in Triton's know that copy's path."""
     with triton.knobs.cache.scope():
         triton.knobs.cache.dir = str(tmp_path_factory.mktemp("triton"))
         yield
@@ -109,7 +109,7 @@ def test_nothing_to_say_about_a_good_kernel(target):
 
 @TARGETS
 def test_accesses_know_the_calls_that_led_to_them(target):
-    """A helper that is used with masks and without has the same lines for both; the calls tell them apart."""
+    """A helper that is called with masks and without has the same lines for both; the lines of the calls differ."""
     found = accesses(double(target))
     name = Path(__file__).name
     loads = {access.lines for access in found if access.kind == "load"}
@@ -122,7 +122,7 @@ def test_accesses_know_the_calls_that_led_to_them(target):
 @TARGETS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_streams_of_every_dtype_must_be_wide(target, dtype):
-    """8 elements of bfloat16 in one access, 2 of float64."""
+    """A wide access holds 8 elements of bfloat16, or 2 of float64."""
     x = torch.zeros(4 * SIZE, dtype=dtype)
     assert problems(double(target, x, x)) == []
 
@@ -206,7 +206,7 @@ AMD_LOOP = """
 
 
 def test_bytes_in_flight_by_hand(tmp_path):
-    """Loads of 16, 8 and 2 bytes a round, all but the last two waited for: at most 8 + 2 + 16 + 8 + 2 bytes."""
+    """A round loads 16, 8 and 2 bytes, and waits for all but the last two: at most 8 + 2 + 16 + 8 + 2 in flight."""
     (tmp_path / "text").write_text(AMD_LOOP)
     sample = compiled(GFX942, _plain_kernel, torch.zeros(2))
     kernel = Compiled(**{**vars(sample), "stages": {"amdgcn": tmp_path / "text"}})
@@ -291,7 +291,7 @@ def broken(*_: object) -> None:
 
 @pytest.fixture
 def small(monkeypatch):
-    """The operations are one small kernel, besides nothing."""
+    """Replaces the operations by one small kernel, and `window_dots` by nothing."""
 
     def run(grads, *_):
         _double_kernel[(1,)](grads[0], grads[0], 4 * SIZE, SIZE=SIZE, num_warps=operations.num_warps)
@@ -300,7 +300,7 @@ def small(monkeypatch):
     operations.num_warps = 4
     monkeypatch.setattr(compile_report, "triton_ops", operations)
     monkeypatch.setattr(compile_report, "quick_cases", lambda: [Case(SIZE, 0.01, *[torch.float32] * 3, 4)])
-    monkeypatch.setattr(compile_report, "unreached", lambda reached: [])  # of the many in this file
+    monkeypatch.setattr(compile_report, "unreached", lambda reached: [])  # this file has many unreached lines
     return operations
 
 
@@ -344,7 +344,7 @@ def test_goes_on_where_it_was_interrupted(small, monkeypatch, tmp_path):
 
 
 def test_processes_share_the_work(monkeypatch):
-    """Each compiles with the operations as they are."""
+    """Each process compiles the real operations."""
     monkeypatch.setattr(compile_report, "OPERATIONS", ("norm_is_finite",))
     cases = [Case(4096, 0.01, *[torch.float32] * 3, 4)]
     ((first,), (second,)) = (compiled.rows for compiled in compile_report.compile_all([SM90, GFX942], cases, 2, None))
@@ -354,7 +354,7 @@ def test_processes_share_the_work(monkeypatch):
 
 def test_the_report(small, tmp_path):
     small.window_dots = broken
-    small.num_warps = 1  # which no other test has compiled in this process, for it goes to a cache of its own
+    small.num_warps = 1  # no other test has compiled this in the process, and it goes to a cache of its own
     csv, text = tmp_path / "a" / "report.csv", tmp_path / "report.md"
     assert compile_report.main(["--quick", "--processes", "1", "--csv", str(csv), "--markdown", str(text)]) == 0
     frame = pd.read_csv(csv)

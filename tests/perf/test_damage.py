@@ -1,4 +1,4 @@
-"""Reports of damaged measurements: what there is, or an error that names file and what is missing."""
+"""Damaged measurements give a report on what there is, or an error that names the file and what is missing."""
 
 import io
 import random

@@ -107,7 +107,7 @@ def one_block_kernel(x, out, WHAT: tl.constexpr, BLOCK: tl.constexpr, K: tl.cons
 def one_block(
     what: str, x: torch.Tensor, like: torch.Tensor, arch: int, num_warps: int, **options: int
 ) -> torch.Tensor:
-    """What the kernel writes; K is the number of elements of `like`, which is the expected result, unless given."""
+    """What the kernel writes. K is by default the number of elements of `like`, the expected result."""
     out = torch.zeros_like(like)
     k = options.get("k", like.numel())
     with simulate(arch, check_races=True):
@@ -283,7 +283,7 @@ def select_kernel(x, out, n, K: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def run_select(arch: int = 90, num_warps: int = 4, **options: object) -> tuple[bool, Launch]:
-    """Whether the result is right, and the launch."""
+    """Runs the kernel; returns whether its result is right, and the launch."""
     n, k, block = 2 * 1024 + 300, 41, 1024
     x, out = torch.randn(n), torch.zeros(3, k)
     blocks = torch.nn.functional.pad(x, (0, -n % block)).view(-1, block)
@@ -781,7 +781,7 @@ def shared_kernel(out, stride, BLOCK: gl.constexpr):
     ids=["stride 0", "stride 2", "stride 32", "stride 33"],
 )
 def test_counters_of_bank_conflicts(stride: int, words: int, updates: int) -> None:
-    """Words of the busiest bank: one that several lanes want is read or written once, and updated for each of them."""
+    """Wavefronts count the words of the busiest bank. A word is read or written once, and updated for each lane."""
     out = torch.zeros(32, dtype=torch.int32)
     with simulate(90, counters=True) as sim:
         shared_kernel[(1,)](out, stride, BLOCK=2048, num_warps=1)

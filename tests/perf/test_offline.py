@@ -26,10 +26,10 @@ TARGETS = {
 
 @pytest.mark.parametrize("target", ["gfx90a", "gfx942"])
 def test_the_barrier_between_rows_orders_global_memory(target):
-    """On AMD a barrier alone does not. (On NVIDIA `bar.sync` does.)
+    """On NVIDIA `bar.sync` orders it. On AMD a barrier alone does not.
 
-    Fences of workgroup scope on both sides do: the wavefronts of a workgroup share a compute unit and its cache, as
-    long as the mode that spreads them over several units is off.
+    There it takes fences of workgroup scope on both sides: the wavefronts of a workgroup share a compute unit and its
+    cache, as long as the mode that spreads them over several units is off.
     """
     blocks, one = Blocks(4096, 4096, 0.1), torch.ones(())
     values = torch.zeros(1, 4, blocks.kept)

@@ -1,4 +1,4 @@
-"""The published algorithm is stated right: it does what the dense algebra says, and steps as ours where it can."""
+"""The published algorithm is right: it agrees with the dense algebra, and with our steps where it can."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def test_steps_are_ours_where_nothing_is_rounded() -> None:
 
 
 def test_small_damping_costs_it_digits_and_not_ours() -> None:
-    """c/λ − Gᵀ(…)Gc/λ is a difference of vectors a million times as long as it."""
+    """c/λ − Gᵀ(…)Gc/λ is a difference of vectors that are a million times as long as the result."""
     made, param = optimizer()
     made.damping = 1e-7
     own = torch.nn.Parameter(torch.zeros(D))

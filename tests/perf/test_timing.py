@@ -1,4 +1,4 @@
-"""How often something is run."""
+"""How often the timer repeats its runs."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from efcp.perf.timing import ELEMENTS, LEAST_RUNS, MOST_RUNS, Timer
 
 @pytest.fixture
 def timer(monkeypatch: pytest.MonkeyPatch) -> Timer:
-    """One whose runs say how long they take, in ms, and which take no time."""
+    """A timer whose runs return how many ms they pretend to take."""
     timer = Timer(torch.device("cpu"))
     monkeypatch.setattr(timer, "milliseconds", lambda run: run())
     return timer

@@ -1,7 +1,7 @@
 """Run compiled Triton and Gluon kernels on the CPU: a functional simulator of NVIDIA GPUs, for tests.
 
-README.md says what it proves and how to use it. The package can be imported without Triton; `why_unavailable` tells
-what is missing, and `simulate` needs it.
+README.md says what it proves and how to use it. `simulate` needs Triton, but the package can be
+imported without it; `why_unavailable` tells what is missing.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""Arguments of a launch in the form in which native code takes them."""
+"""Converts the arguments of a launch to the form that native code takes."""
 
 import ctypes
 from typing import Any

@@ -1,4 +1,4 @@
-"""Make native code, and keep it in a cache."""
+"""Compile native code for the host, and keep it in a cache."""
 
 import ctypes
 import functools
@@ -42,7 +42,7 @@ def cached(name: str, key: bytes, build: Callable[[Path], None]) -> Path:
 
 @functools.cache
 def _code_key() -> bytes:
-    """Changes with this package, so that native code made by another version of it is not used."""
+    """A part of the cache's keys. It changes with this package, so that code made by another version is not used."""
     sources = sorted([*HERE.glob("*.py"), HERE / "runtime.c"])
     return b"\0".join([triton.__version__.encode(), *(source.read_bytes() for source in sources)])
 

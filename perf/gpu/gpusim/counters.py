@@ -1,4 +1,4 @@
-"""What a launch did to memory, in the units in which a GPU counts.
+"""Counters of a launch's memory accesses, in the units in which a GPU counts.
 
 A request is what the active lanes of one warp ask for in one execution of one instruction. A request to global memory
 is served in 32-byte sectors; one to shared memory in wavefronts, each of which reads at most one word of every bank.
@@ -74,11 +74,11 @@ class Counters:
 
 @dataclass
 class Launch:
-    """One kernel launch that ended well."""
+    """One kernel launch that succeeded."""
 
     kernel: str
     grid: tuple[int, int, int]
     num_warps: int
     shared_bytes: int  # shared memory of a CTA
-    barrier_sites: int  # barriers in the code, those within a warp included: what `drop_barriers` numbers
+    barrier_sites: int  # barriers in the code, also those within a warp; `drop_barriers` names them by number
     counters: Counters | None  # None without the option `counters`

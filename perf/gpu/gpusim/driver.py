@@ -29,12 +29,12 @@ TRAFFIC_PER_MS = 2e9  # bytes, in the model for the autotuner
 
 
 class Driver:
-    """What Triton asks of `triton.runtime.driver.active`."""
+    """The stand-in for `triton.runtime.driver.active`, with all that Triton asks of it."""
 
     def __init__(self, simulator: "Simulator") -> None:
         arch = simulator.arch
         self.simulator = simulator
-        self.device = f"gpusim:{arch}"  # Triton keys its caches by device, so every architecture is one of its own
+        self.device = f"gpusim:{arch}"  # Triton keys its caches by device, so every architecture is another device
         properties = {
             "max_shared_mem": SHARED_BYTES[arch],
             "multiprocessor_count": MULTIPROCESSORS[arch],
@@ -64,7 +64,7 @@ class Driver:
         return self.modelled_time
 
     def modelled_time(self, call: Callable[[], object], quantiles: list[float] | None = None, **_: object) -> Any:
-        """For `triton.autotune`: milliseconds by the global memory traffic of one call; nothing is measured."""
+        """Milliseconds of a call, for `triton.autotune`: by its global memory traffic, without a measurement."""
         simulator = self.simulator
         before, counting = len(simulator.launches), simulator.counters
         simulator.counters = True
@@ -78,7 +78,7 @@ class Driver:
 
 
 class Launcher:
-    """Triton makes one for every compiled kernel."""
+    """Passes the launches of a kernel to the simulator. Triton makes one for every compiled kernel."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         for name, wanted in (("num_ctas", 1), ("global_scratch_size", 0), ("profile_scratch_size", 0)):

@@ -18,7 +18,7 @@ class MisalignedError(SimulationError):
 
 
 class DataRaceError(SimulationError):
-    """Two CTAs, or two warps with no barrier in between, touch the same byte, not both reading or both by atomics."""
+    """Two CTAs, or two warps with no barrier in between, touch a byte, unless both read it or both use atomics."""
 
 
 class DeadlockError(SimulationError):

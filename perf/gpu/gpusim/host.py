@@ -1,4 +1,4 @@
-"""What the simulator needs of the host: Triton, a CPU and a C compiler. It can be imported where they are missing."""
+"""Checks what the simulator needs of the host: Triton, a CPU and a C compiler. It can be imported without them."""
 
 import os
 import platform

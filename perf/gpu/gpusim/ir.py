@@ -1,4 +1,4 @@
-"""What the translators share: sites, and small things about the text of LLVM IR."""
+"""What the translators share: sites, and helpers for the text of LLVM IR."""
 
 import re
 from dataclasses import dataclass

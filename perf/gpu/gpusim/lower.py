@@ -102,7 +102,7 @@ class _Lowering:
 
     @staticmethod
     def clean(text: str) -> str:
-        """Without attributes, address spaces and scopes of synchronisation."""
+        """A text without attributes, address spaces and scopes of synchronisation."""
         text = text.replace("ptr addrspace(3) @global_smem", f"ptr inttoptr (i64 {SHARED_BASE} to ptr)")
         text = re.sub(r" #\d+(?=$|[,\s])", "", text)
         return re.sub(r" (addrspace\(\d+\)|syncscope\(\"[^\"]*\"\))", "", text)
@@ -147,7 +147,10 @@ class _Lowering:
         self.declarations[symbol] = declaration
 
     def matrix_function(self, symbol: str, direction: str, count: int, transposed: bool) -> None:
-        """Define ldmatrix or stmatrix, which have a register for each matrix, by the runtime's, which has an array."""
+        """Define ldmatrix or stmatrix as a call of the runtime's function.
+
+        The intrinsic has a register for each matrix, and the runtime's function has an array.
+        """
         registers = [f"%r{i}" for i in range(count)]
         call = f"call void @gs_{direction}matrix(ptr %m, ptr %p, i32 {count}, i32 {int(transposed)}, i32 %site)"
         body = [f"%m = alloca [{count} x i32]"]
@@ -273,7 +276,7 @@ def _without_metadata(line: str) -> str:
 
 
 def _source_locations(lines: list[str]) -> Callable[[str], str]:
-    """A function from the number of a debug location to "file.py:line" in the kernel, outside inlined functions."""
+    """A function from the number of a debug location to "file.py:line" in the kernel itself, outside inlined code."""
     nodes = {m[1]: m[2] for line in lines if (m := re.match(r"!(\d+) = (.*)", line))}
 
     def field(number: str | None, name: str) -> str | None:

@@ -30,25 +30,25 @@ class Failure(IntEnum):
 
 
 class NativeSite(ctypes.Structure):
-    """site_t"""
+    """Mirrors site_t of runtime.c."""
 
     _fields_ = [(name, ctypes.c_uint8) for name in ("kind", "align", "dropped")]
 
 
 class NativeCount(ctypes.Structure):
-    """site_count_t"""
+    """Mirrors site_count_t of runtime.c."""
 
     _fields_ = [(name, ctypes.c_uint64) for name in ("requests", "lanes", "bytes", "units")]
 
 
 class NativeRegion(ctypes.Structure):
-    """region_t"""
+    """Mirrors region_t of runtime.c."""
 
     _fields_ = [("base", ctypes.c_uint64), ("end", ctypes.c_uint64)]
 
 
 class NativeLaunch(ctypes.Structure):
-    """launch_t"""
+    """Mirrors launch_t of runtime.c."""
 
     _fields_ = [
         ("entry", ctypes.c_void_p),

@@ -16,7 +16,7 @@ from .ir import LLVM_TYPE, Site, bits_of, split_args
 
 
 class Snippet:
-    """A PTX snippet, translated by its construction.
+    """A PTX snippet with its translation, which the constructor makes.
 
     Attributes:
         sites: memory accesses and barriers, in the order in which the function numbers them from %site on
@@ -60,7 +60,7 @@ class Snippet:
         for k, ty in enumerate(self.out_types):
             self.width[f"${k}"] = bits_of(ty)
         for k, (code, ty) in enumerate(zip(codes[num_outputs:], arg_types, strict=True)):
-            reg = f"${int(code)}" if code.isdigit() else f"${num_outputs + k}"  # a number: the same as that output
+            reg = f"${int(code)}" if code.isdigit() else f"${num_outputs + k}"  # a number ties the input to that output
             self.width[reg] = bits_of(ty)
             self.regs[reg] = self.to_int(f"%a{k}", ty)
         for statement in self.statements():
@@ -177,7 +177,7 @@ class Snippet:
 
     @staticmethod
     def type_bits(ty: str) -> int:
-        """Width of a PTX type that has a number."""
+        """Width of a PTX type, from the number in its name."""
         m = re.search(r"\d+", ty)
         if m is None:
             raise ValueError(ty)
@@ -186,7 +186,7 @@ class Snippet:
     # operands
 
     def get(self, operand: str, bits: int) -> str:
-        """An operand as an integer value of a width."""
+        """An operand as an integer value of `bits` bits."""
         operand = operand.strip()
         if m := re.fullmatch(r"0[fFdD]([0-9A-Fa-f]+)", operand):
             return str(int(m[1], 16))

@@ -16,7 +16,7 @@ INTEGER_OPERATION = {
     "xor": "xor",
 }
 FLOAT_OPERATION = {"add": "fadd", "sub": "fsub", "mul": "fmul", "div": "fdiv"}
-OTHER_ROUNDING = {"rz", "rm", "rp", "rs", "rna"}  # than to nearest even
+OTHER_ROUNDING = {"rz", "rm", "rp", "rs", "rna"}  # every rounding but to nearest even
 OTHER_RANGE = {"sat", "satfinite", "relu", "xorsign"}
 
 
@@ -31,11 +31,11 @@ class Arithmetic(Snippet):
         return int(m[1]) if m else 1
 
     def sign(self) -> str:
-        """s or u."""
+        """The signedness of the type: s or u."""
         return "s" if self.type[0] == "s" else "u"
 
     def is_float(self) -> bool:
-        """The type is a float; only rounding to nearest is known, without saturation."""
+        """Whether the type is a float; its only known form rounds to nearest, without saturation."""
         if self.type in LLVM_TYPE and not (OTHER_ROUNDING | OTHER_RANGE).isdisjoint(self.mods):
             raise self.unsupported()
         return self.type in LLVM_TYPE
@@ -49,7 +49,7 @@ class Arithmetic(Snippet):
         return self.call(ty, f"llvm.{name}.{mangled}", *operands)
 
     def float_intrinsic(self, name: str, d: str, *operands: str) -> None:
-        """Assign an LLVM intrinsic of floating-point operands."""
+        """Assign the value of an LLVM intrinsic on floating-point operands."""
         values = [self.get_float(o, self.type) for o in operands]
         self.set_float(d, self.intrinsic(name, LLVM_TYPE[self.type], *values), self.type)
 
@@ -216,7 +216,7 @@ class Arithmetic(Snippet):
         self.float_intrinsic("fma", d, a, b, c)
 
     def min_max(self, d: str, a: str, b: str) -> None:
-        """The intrinsics differ in what they do with NaN."""
+        """Minimum or maximum. LLVM has two intrinsics for floats, which differ in what they do with NaN."""
         if self.is_float():
             self.float_intrinsic(self.opcode + ("imum" if "NaN" in self.mods else "num"), d, a, b)
             return
@@ -242,7 +242,7 @@ class Arithmetic(Snippet):
         self.set(d, self.intrinsic("abs", f"i{bits}", self.get(a, bits), flag="false"), bits)
 
     def unary_float(self, d: str, a: str) -> None:
-        """The runtime has these functions of f32 under the names of the intrinsics."""
+        """A function of an f32, which the runtime has under the name of the intrinsic."""
         form = self.mods[0]
         known = form == "approx" or (form == "rn" and self.opcode in ("sqrt", "rcp"))
         if self.type != "f32" or not known:
@@ -291,7 +291,7 @@ class Arithmetic(Snippet):
         self.set_float(d, packed, to)
 
     def float_to_int(self, d: str, a: str, to: str, source: str) -> None:
-        """Saturating; NaN becomes zero."""
+        """Convert with saturation; NaN becomes zero."""
         rounding = {"rni": "rint", "rzi": "trunc", "rmi": "floor", "rpi": "ceil"}
         name, ty = next(rounding[m] for m in self.mods if m in rounding), LLVM_TYPE[source]
         rounded = self.intrinsic(name, ty, self.get_float(a, source))

@@ -22,12 +22,12 @@ ATOMIC_OPERATION = {
 
 
 class Instructions(Arithmetic):
-    """All the instructions."""
+    """A snippet that knows all the instructions."""
 
     # memory
 
     def space(self) -> str:
-        """global or shared."""
+        """The memory that the instruction accesses: global or shared."""
         for mod in self.mods:
             if mod in ("global", "shared", "shared::cta"):
                 return mod.split("::")[0]
@@ -40,7 +40,7 @@ class Instructions(Arithmetic):
         return value
 
     def active(self, condition: str | None) -> str:
-        """A guard as the runtime's argument."""
+        """A guard as the argument `active` of the runtime."""
         return self.let(f"zext i1 {condition} to i32") if condition else "1"
 
     def check(self, space: str, kind: str, pointer: str, size: str, align: int, condition: str | None) -> str:
@@ -107,7 +107,7 @@ class Instructions(Arithmetic):
         self.guarded([], bits, body)
 
     def access(self, kind: str) -> str:
-        """The kind of a load or store: strong ones do not race with atomics."""
+        """The kind of a load or store; strong ones count as atomic, since they do not race with atomics."""
         return kind if STRONG.isdisjoint(self.mods) else "atomic"
 
     def op_atom(self, destination: str, address: str, source: str, swap: str = "", *cache_policy: str) -> None:
@@ -178,7 +178,7 @@ class Instructions(Arithmetic):
         self.set(destination, "0", 64)
 
     def no_op(self, *operands: str) -> None:
-        """Without caches, and with memory that is sequentially consistent, some instructions do nothing."""
+        """An instruction without effect, as there are no caches and memory is sequentially consistent."""
 
     op_membar = op_fence = op_griddepcontrol = op_prefetch = op_discard = op_applypriority = no_op
 

@@ -8,8 +8,8 @@
  * that lower.py and the PTX translator generate calls `gs_x`.
  *
  * Shared memory is addressed by offsets from SHARED_BASE, as on the device, and is translated at each
- * access. All accesses to global and shared memory pass through gs_global and gs_shared, which look after
- * bounds, races and counters.
+ * access. All accesses to global and shared memory pass through gs_global and gs_shared, which check bounds
+ * and races, and count.
  */
 #define _GNU_SOURCE
 #include <emmintrin.h>
@@ -71,7 +71,7 @@ typedef struct { copy_t *items; uint32_t count, capacity, group; } copy_queue_t;
 /* A warp's rendezvous. */
 typedef struct { uint32_t mask, arrived, phase, members[2]; uint64_t result[2]; } warp_t;
 
-static launch_t *L;                          /* the launch, and the CTA that runs: */
+static launch_t *L;                          /* the launch; S is the CTA that runs */
 static struct {
     uint32_t cta[3], cta_index, threads, warps, current, live;
     char *shared;
@@ -200,7 +200,7 @@ static void block(void) {
     run_next(0);
 }
 
-static void release_warp(uint32_t warp) {                /* everybody in the rendezvous has come */
+static void release_warp(uint32_t warp) {                /* all lanes of the rendezvous have come */
     warp_t *p = &S.warp[warp];
     S.ready[warp] |= p->arrived;
     p->members[p->phase] = p->arrived;
@@ -357,9 +357,9 @@ static const region_t *find_region(uint64_t address, uint32_t bytes) {
     return S.last_region = &regions[low - 1];
 }
 
-/* Race detection. A shadow of memory holds, for every byte, the party that last wrote it, that last read it,
- * and that last updated it atomically. A party is a number, `many` if there were several; numbers below
- * `floor` date from before a barrier. Two parties race on a byte unless both read it, or both update it
+/* Race detection. A shadow of memory holds, for every byte, the parties that last wrote it, last read it and
+ * last updated it atomically. A party is a number. The number `many` stands for several parties, and numbers
+ * below `floor` date from before a barrier. Two parties race on a byte unless both read it, or both update it
  * atomically. */
 enum { WRITTEN, READ, ATOMIC };
 typedef struct { uint32_t self, floor, many; int double_writes_race; } parties_t;
@@ -495,7 +495,7 @@ API void nvvm_bar_warp_sync(uint32_t mask, uint32_t site) {
 /* What the lanes of a warp publish to each other in one warp operation; valid until the lane's next one. */
 typedef struct {
     uint64_t *values;        /* [lane] */
-    uint64_t *result;        /* a common result, computed by the lane that has `last` set: it runs first */
+    uint64_t *result;        /* a common result; the lane that has `last` set runs first and computes it */
     uint32_t members;        /* lanes that take part */
     int last;
 } exchange_t;

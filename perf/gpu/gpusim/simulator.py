@@ -1,4 +1,4 @@
-"""`simulate`, and the launches in it."""
+"""Defines `simulate`, and runs the launches inside it."""
 
 import ctypes
 from collections.abc import Callable, Collection, Iterator
@@ -70,7 +70,7 @@ def simulate(
 
 @dataclass
 class Simulator:
-    """What `simulate` gives: its options, and a record of the launches."""
+    """What `simulate` yields: its options, and a record of the launches."""
 
     arch: int
     check_races: bool
@@ -101,7 +101,7 @@ class Simulator:
 
         Args:
             program: the kernel
-            metadata: Triton's, of which it takes name, num_warps and shared
+            metadata: Triton's; name, num_warps and shared are used
             grid: numbers of CTAs
             arguments: names and values of what the compiled kernel takes
         """
@@ -164,7 +164,7 @@ def _collect(native: NativeLaunch, program: Program, counts: Any) -> Counters:
 
 
 def _exception(native: NativeLaunch, program: Program, kernel: str, tensors: dict[str, torch.Tensor]) -> Exception:
-    """What a failed launch raises."""
+    """The exception that a failed launch raises."""
     failure, text = Failure(native.error), native.err_text.decode()
     if failure == Failure.MEMORY:
         return MemoryError(f"{kernel}: out of host memory")

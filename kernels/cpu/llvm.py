@@ -1,13 +1,14 @@
-"""What compiled code does by LLVM's own instructions, as Numba has no words for it, or none as fast.
+"""Functions for kernels, made of LLVM instructions: those that Numba cannot express, or not as fast.
 
     memory behind an address          `load_*`, `store_*`, `pointer`, `prefetch`
     bits of numbers and of masks      `float_of_bits`, `bits_of_float`, `trailing_zeros`, `bits_set`
     64 comparisons at a time          `mask_at_least`, `add_and_mask`: the search of Top-k
-    a call and its shares             `pieces_and_arguments`, `take`
-    eight entries at a time           sums of products, and terms, of `window_dots` and `window_apply_`
-    32 positions at a time            `overlap_mask_*`: which may be among those of the newest row
+    a call and its shares             `pieces_and_arguments`, `take_number`
+    eight entries at a time           `add_*`, `sum_of_eight` for `window_dots`; `eight_terms*` for `window_apply_`
+    64 positions at a time            `overlap_mask_*`: which may be positions of the newest row
 
-Unlike an index into an array, no index behind an address is tested for being negative.
+`address` and `index` mean: number `index` of those stored from `address` on. Indices must not be negative; they are not
+wrapped around, as those of arrays are.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +22,14 @@ from numba.extending import intrinsic, models, register_model
 
 from efcp.kernels.cpu.dtypes import BFLOAT16, FLOAT32
 
-LANES = 64  # elements whose comparisons make one bit mask
+LANES = 64  # elements that are compared at a time; the results are the bits of one mask
 
 
 def _instruction(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Makes a function in compiled code of LLVM's instructions; it is called without the typing context."""
+    """A decorator for functions made of LLVM instructions. Kernels call them without the typing context.
+
+    It gives type checkers a type for Numba's `intrinsic`, which has none.
+    """
     return intrinsic(**options)(function) if options else intrinsic(function)
 
 
@@ -85,7 +89,7 @@ def bits_of_float(typing_context: Any, number: Any) -> Any:
 
 @_instruction
 def prefetch(typing_context: Any, address: Any) -> Any:
-    """Fetches 64 bytes into the second-level cache. Any address will do."""
+    """Fetches 64 bytes into the second-level cache. Any address is allowed, even one without memory."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         pointer = I8.as_pointer()
@@ -99,7 +103,7 @@ def prefetch(typing_context: Any, address: Any) -> Any:
 
 
 def _lanes_at_least(builder: ir.IRBuilder, numbers: ir.Value, key: ir.Value) -> ir.Value:
-    """64 bits: which of 64 integers, their signs put aside, are at least `key`."""
+    """A 64-bit mask: which of 64 integers, with their sign bits cleared, are at least `key`."""
     vector, bits = numbers.type, numbers.type.element.width
     keys = builder.and_(numbers, ir.Constant(vector, [2 ** (bits - 1) - 1] * LANES))
     bound = builder.insert_element(ir.Constant(vector, ir.Undefined), key, ir.Constant(I32, 0))
@@ -110,7 +114,7 @@ def _lanes_at_least(builder: ir.IRBuilder, numbers: ir.Value, key: ir.Value) -> 
 
 @_instruction
 def mask_at_least(typing_context: Any, address: Any, key: Any) -> Any:
-    """64 bits: which of the 64 keys at an address, their signs put aside, are at least `key`."""
+    """A 64-bit mask: which of the 64 integers at an address, with their sign bits cleared, are at least `key`."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         vector = ir.VectorType(ir.IntType(key.bitwidth), LANES)
@@ -122,7 +126,7 @@ def mask_at_least(typing_context: Any, address: Any, key: Any) -> Any:
 
 @_instruction
 def add_and_mask(typing_context: Any, error: Any, grad: Any, key: Any) -> Any:
-    """Adds the 64 numbers at one address to those at another, and returns the mask of `mask_at_least` for the sums."""
+    """Adds the 64 numbers at `grad` to those at `error`, in place. Returns `mask_at_least` of the sums."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         size = key.bitwidth // 8
@@ -154,7 +158,7 @@ def bits_set(typing_context: Any, mask: Any) -> Any:
 
 @_instruction
 def pointer(typing_context: Any, address: Any) -> Any:
-    """For `numba.carray`, which makes an array of the memory there."""
+    """An address as a pointer, for `numba.carray`, which makes an array of the memory there."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         return builder.inttoptr(arguments[0], I8.as_pointer())
@@ -164,7 +168,7 @@ def pointer(typing_context: Any, address: Any) -> Any:
 
 @partial(_instruction, prefer_literal=True)
 def pieces_and_arguments(typing_context: Any, call: Any, count: Any) -> Any:
-    """The number of pieces and so many arguments."""
+    """The number of pieces of a call, followed by its first `count` arguments."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         first = builder.inttoptr(arguments[0], I64.as_pointer())
@@ -176,7 +180,7 @@ def pieces_and_arguments(typing_context: Any, call: Any, count: Any) -> Any:
 
 @_instruction
 def take_number(typing_context: Any, call: Any) -> Any:
-    """The number of a share, which no other thread gets."""
+    """The number of the next share of a call. No other thread gets the same one."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         following = builder.inttoptr(arguments[0], I64.as_pointer())
@@ -190,7 +194,7 @@ F32x8, F64x8 = ir.VectorType(ir.FloatType(), EIGHT), ir.VectorType(ir.DoubleType
 
 
 class _Sums(types.Type):
-    """Eight float64 sums, which stay in registers."""
+    """Numba's type of eight float64 sums, which stay in registers."""
 
     def __init__(self) -> None:
         super().__init__("eight float64")
@@ -206,7 +210,7 @@ SUMS = _Sums()
 
 
 def _eight_values(builder: ir.IRBuilder, code: int, values: ir.Value, entry: ir.Value) -> ir.Value:
-    """Consecutive values of the window, float32 or bfloat16, as float32."""
+    """Eight consecutive values of the window, float32 or bfloat16, as float32."""
     words, halves = ir.VectorType(I32, EIGHT), ir.VectorType(I16, EIGHT)
     if code == FLOAT32:
         first = builder.gep(builder.inttoptr(values, ir.FloatType().as_pointer()), [entry])
@@ -217,15 +221,18 @@ def _eight_values(builder: ir.IRBuilder, code: int, values: ir.Value, entry: ir.
 
 
 def _products_adder(value_code: int, index_size: int) -> Callable[..., Any]:
-    """Adds to eight sums the products of values of the window, float32 or bfloat16, and what a float32 table holds at
-    their indices. Products of bfloat16 numbers are taken in float32, others in float64."""
+    """Makes a function that adds eight products to eight sums.
+
+    A product is a value of the window, float32 or bfloat16, times the number that a float32 table holds at its index.
+    With bfloat16 values, products are taken in float32, else in float64.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         sums, values, indices, entry, table = arguments
         first_index = builder.gep(builder.inttoptr(indices, (I8 if index_size == 1 else I16).as_pointer()), [entry])
         first_number = builder.inttoptr(table, ir.FloatType().as_pointer())
         numbers = ir.Constant(F32x8, ir.Undefined)
-        for lane in range(EIGHT):  # on many processors faster than the instruction that gathers
+        for lane in range(EIGHT):  # on many processors faster than a gather instruction
             index = builder.zext(builder.load(builder.gep(first_index, [ir.Constant(I64, lane)])), I64)
             number = builder.load(builder.gep(first_number, [index]))
             numbers = builder.insert_element(numbers, number, ir.Constant(I32, lane))
@@ -255,7 +262,7 @@ def no_sums(typing_context: Any) -> Any:
 
 @_instruction
 def sum_of_eight(typing_context: Any, sums: Any) -> Any:
-    """The sum of eight, always in the same order."""
+    """The sum of the eight sums, always added in the same order."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         total = arguments[0]
@@ -270,7 +277,7 @@ def sum_of_eight(typing_context: Any, sums: Any) -> Any:
 def _eight_products(
     context: Any, builder: ir.IRBuilder, signature: Any, values: ir.Value, entry: ir.Value, weights: ir.Value
 ) -> ir.Value:
-    """A tuple of numbers: consecutive bfloat16 values of the window, each times its weight."""
+    """A tuple of eight consecutive bfloat16 values of the window, each times its weight."""
     product = builder.fmul(_eight_values(builder, BFLOAT16, values, entry), weights)
     terms = [builder.extract_element(product, ir.Constant(I32, lane)) for lane in range(EIGHT)]
     return context.make_tuple(builder, signature.return_type, terms)
@@ -278,7 +285,7 @@ def _eight_products(
 
 @_instruction
 def eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> Any:
-    """Eight consecutive bfloat16 values, each times a weight."""
+    """Eight consecutive bfloat16 values of the window, all times the same weight."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         values, entry, weight = arguments
@@ -292,7 +299,7 @@ def eight_terms(typing_context: Any, values: Any, entry: Any, weight: Any) -> An
 
 @_instruction
 def eight_terms_of_rows(typing_context: Any, values: Any, entry: Any, weights: Any) -> Any:
-    """The same, with a weight for each at an address."""
+    """Eight consecutive bfloat16 values of the window, times the eight float32 weights at an address."""
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         values, entry, weights = arguments
@@ -306,7 +313,7 @@ BYTES = ir.VectorType(I8, 32)
 
 
 def _looks_up_bytes() -> bool:
-    """Whether Numba compiles for a processor with that instruction, AVX2's."""
+    """Whether Numba compiles for a processor with AVX2, which can look up 32 bytes with one instruction."""
     _, _, features = cpu_target.target_context.codegen().magic_tuple()
     return "+avx2" in features.split(",")
 
@@ -315,21 +322,23 @@ LOOKS_UP_BYTES = _looks_up_bytes()
 
 
 def _looked_up(builder: ir.IRBuilder, table: ir.Value, places: ir.Value) -> ir.Value:
-    """What a table of 16 bytes holds for 32 others: at their lowest four bits, but 0 where the highest is set."""
+    """Looks up 32 bytes in a table of 16, by their lowest four bits. Gives 0 for bytes whose highest bit is set."""
     look_up = builder.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), ir.FunctionType(BYTES, [BYTES, BYTES]))
     twice = ir.Constant(ir.VectorType(I32, 32), [*range(16), *range(16)])
     return builder.call(look_up, [builder.shuffle_vector(table, table, twice), places])
 
 
 def _looked_up_in_two(builder: ir.IRBuilder, tables: Sequence[ir.Value], places: ir.Value) -> ir.Value:
-    """The same, where the highest bit is set of the second table."""
+    """Looks up 32 bytes in two tables of 16. Bytes whose highest bit is set are looked up in the second table."""
     flipped = builder.xor(places, ir.Constant(BYTES, [128] * 32))
     return builder.or_(_looked_up(builder, tables[0], places), _looked_up(builder, tables[1], flipped))
 
 
 def _upper_and_lower(builder: ir.IRBuilder, indices: ir.Value, shift: ir.Value) -> list[ir.Value]:
-    """The bytes of the highest bits of 32 indices of two bytes, and those of the lowest. Of 32 the second and the third
-    eight are exchanged."""
+    """The upper and the lower bytes of 32 indices of two bytes each: index >> shift, and index & 255.
+
+    AVX2 packs halves of a register, so the second and the third eight of the 32 are exchanged.
+    """
     words = ir.VectorType(I16, 16)
     pack = builder.module.declare_intrinsic("llvm.x86.avx2.packuswb", (), ir.FunctionType(BYTES, [words, words]))
     first = builder.inttoptr(indices, words.as_pointer())
@@ -341,7 +350,10 @@ def _upper_and_lower(builder: ir.IRBuilder, indices: ir.Value, shift: ir.Value) 
 
 
 def _overlap_masker(index_size: int) -> Callable[..., Any]:
-    """64 bits: which of 64 positions may be in the newest row. All, where the processor cannot tell."""
+    """Makes a function that returns a 64-bit mask: which of 64 positions may be in the newest row.
+
+    On processors without AVX2 it is all of them.
+    """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
         if not LOOKS_UP_BYTES:

@@ -5,6 +5,7 @@
 | `compress`, `dots`, `apply`, `finite`, `dense`, `inverse_root` | an operation each: its kernels, and their launcher |
 | `launch.py` | the table of parameters that kernels read, and threads |
 | `convert.py`, `dtypes.py` | conversion of numbers of any dtype to and from float32 |
+| `memory.py`, `bits.py` | numbers behind addresses; bits of numbers and of masks |
 | `llvm.py` | instructions that Numba does not offer |
 | `machine_code.py` | compiling, and the cache on disk |
 

@@ -13,22 +13,20 @@ from numba import carray
 from torch import Tensor
 
 from efcp.kernels.blocks import SparseRows
+from efcp.kernels.cpu.bits import bits_set, trailing_zeros
 from efcp.kernels.cpu.convert import add_block, read_block, store_index, store_value, write_block
 from efcp.kernels.cpu.dtypes import CODES, FLOAT32, FLOAT64, NONE, SIZES
 from efcp.kernels.cpu.launch import launch_of, run, scalar_address, slot_address, table_row, take_share
 from efcp.kernels.cpu.llvm import (
     LANES,
     add_and_mask,
-    bits_set,
-    load_i64,
-    load_u8,
     mask_at_least,
     pieces_and_arguments,
     pointer,
     prefetch,
-    trailing_zeros,
 )
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_i64, load_u8
 
 Ahead = tuple[int, int, int, int]  # of the next block: address of its gradient, bytes an element; the same of its error
 

@@ -6,10 +6,10 @@ bits wide. Cutting off carries beyond bit 32 (`& LOW`) shows LLVM that vector la
 
 import numpy as np
 
+from efcp.kernels.cpu.bits import bits_of_float, float_of_bits
 from efcp.kernels.cpu.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from efcp.kernels.cpu.llvm import (
-    bits_of_float,
-    float_of_bits,
+from efcp.kernels.cpu.machine_code import jit
+from efcp.kernels.cpu.memory import (
     load_f32,
     load_f64,
     load_u8,
@@ -19,7 +19,6 @@ from efcp.kernels.cpu.llvm import (
     store_u8,
     store_u16,
 )
-from efcp.kernels.cpu.machine_code import jit
 
 LOW = 0xFFFFFFFF
 

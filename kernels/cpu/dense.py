@@ -15,8 +15,9 @@ from efcp.kernels.cpu.convert import bfloat16_to_float32, float16_to_float32
 from efcp.kernels.cpu.dots import add_up
 from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, FLOAT32, FLOAT64
 from efcp.kernels.cpu.launch import CPU, PIECES, run, slot_address, take_share
-from efcp.kernels.cpu.llvm import load_f32, load_f64, load_i64, load_u16, pieces_and_arguments, store_f64
+from efcp.kernels.cpu.llvm import pieces_and_arguments
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f32, load_f64, load_i64, load_u16, store_f64
 
 PART = 4096  # columns in a part
 

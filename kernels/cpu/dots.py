@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from efcp.kernels.blocks import SparseRows
+from efcp.kernels.cpu.bits import bits_of_float, bits_set, trailing_zeros
 from efcp.kernels.cpu.convert import index_at, value_at
 from efcp.kernels.cpu.dtypes import CODES, FLOAT16, FLOAT32, SIZES
 from efcp.kernels.cpu.launch import CPU, PIECES, launch_of, run, slot_address, table_row, take_share
@@ -31,20 +32,15 @@ from efcp.kernels.cpu.llvm import (
     add_bf16_u16,
     add_f32_u8,
     add_f32_u16,
-    bits_of_float,
-    bits_set,
-    load_f64,
-    load_i64,
     no_sums,
     overlap_mask_u8,
     overlap_mask_u16,
     pieces_and_arguments,
     prefetch,
-    store_f64,
     sum_of_eight,
-    trailing_zeros,
 )
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f64, load_i64, store_f64
 
 FEW = 48  # entries; the filter pays where a row has at most so many in a block
 PORTION = 1024  # entries of the window that are filtered at a time

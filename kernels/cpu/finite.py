@@ -14,8 +14,9 @@ from efcp.kernels.addresses import gradient_addresses
 from efcp.kernels.cpu.convert import bfloat16_to_float32, float16_to_float32
 from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, FLOAT32, FLOAT64
 from efcp.kernels.cpu.launch import CPU, PIECES, run, take_share
-from efcp.kernels.cpu.llvm import load_f32, load_f64, load_i64, load_u16, pieces_and_arguments, store_f64
+from efcp.kernels.cpu.llvm import pieces_and_arguments
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f32, load_f64, load_i64, load_u16, store_f64
 from efcp.kernels.reference import accumulation_dtype
 
 CHUNK = 4096  # elements of a gradient in a chunk

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from efcp.kernels.addresses import addresses
 from efcp.kernels.cpu.launch import CPU, run, slot_address, take_share
-from efcp.kernels.cpu.llvm import load_f64, load_i64, pieces_and_arguments, pointer, store_f64
+from efcp.kernels.cpu.llvm import pieces_and_arguments, pointer
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f64, load_i64, store_f64
 
 PIECE_ROWS = 64  # rows of an m × m matrix in a piece; threads take whole pieces
 

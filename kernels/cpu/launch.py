@@ -30,8 +30,9 @@ from torch import Tensor
 
 from efcp.kernels.addresses import addresses, floating, group_addresses
 from efcp.kernels.blocks import SparseRows
-from efcp.kernels.cpu.llvm import load_i64, take_number
+from efcp.kernels.cpu.llvm import take_number
 from efcp.kernels.cpu.machine_code import Kernel, jit
+from efcp.kernels.cpu.memory import load_i64
 
 CPU = torch.device("cpu")
 PARALLEL = 1 << 15  # elements, or entries of the window; with fewer, one thread is faster. The same as in PyTorch

@@ -1,4 +1,4 @@
-"""The numbers of `window_apply_`: how the rows of a window become an update, and an update a step of the parameters."""
+"""The weights and factors of `window_apply_`: how rows of the window become an update, and this a step."""
 
 from typing import NamedTuple
 
@@ -8,20 +8,20 @@ from torch import Tensor
 class Update(NamedTuple):
     """target ← target_factor · target + update_factor · u, with u = Σᵢ weightsᵢ · Gᵢ over the rows Gᵢ of a window.
 
-    With momenta (heavy ball): momentum ← momentum_factor · momentum + u, and the target follows the momentum in place
-    of u. All are tensors on the targets' device, floating point: weights (m,), factors ().
+    With momentum (heavy ball): momentum ← momentum_factor · momentum + u, and the new momentum takes the place of u in
+    the formula above. All are floating point tensors on the targets' device: weights (m,), factors ().
     """
 
     weights: Tensor
     target_factor: Tensor
     update_factor: Tensor
-    momentum_factor: Tensor | None = None  # with momenta, and only there
+    momentum_factor: Tensor | None = None  # None without momentum
 
     def factors(self, with_momenta: bool) -> dict[str, Tensor]:
         """The factors by name.
 
         Raises:
-            ValueError: where the factor of momenta is missing, or is given without them.
+            ValueError: where there are momenta but no `momentum_factor`, or the other way round.
         """
         if (self.momentum_factor is not None) != with_momenta:
             allowed = "be a tensor where there are momenta" if with_momenta else "be None without momenta"

@@ -1,7 +1,7 @@
-"""Dtypes as compiled code knows them: by small numbers."""
+"""Small numbers that stand for dtypes in compiled code."""
 
 import torch
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64, NONE = range(5)
-SIZES = (4, 2, 2, 8, 0)  # bytes, by code
+SIZES = (4, 2, 2, 8, 0)  # bytes of an element, by code
 CODES = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16, torch.float64: FLOAT64}

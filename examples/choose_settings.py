@@ -1,9 +1,9 @@
-"""Chooses window and density for a budget of bytes per parameter, before anything is allocated, and steps once.
+"""Chooses window and density for a memory budget before anything is allocated, then takes one step.
 
     python examples/choose_settings.py --budget 8
 
-The network is a ResNet-20 of 4.3 million parameters. Estimates are made of it on the meta device, where tensors take no
-memory: this works as well for networks that this machine could not hold.
+The network is a ResNet-20 of 4.3 million parameters. The estimates use a copy of it on the meta device, where tensors
+take no memory. So this also works for networks that do not fit into this machine.
 """
 
 import argparse

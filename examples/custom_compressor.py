@@ -1,9 +1,10 @@
-"""A compressor of one's own, without editing the package: of each matrix it keeps the rows with the largest norms.
+"""A compressor of your own, without editing the package: from each matrix it keeps the rows with the largest norms.
 
     python examples/custom_compressor.py
 
-For a linear layer a row is what one neuron sees. One position serves a whole row, where TopK stores one for each entry.
-What is not kept goes into the error, which is added to the next gradient. Compares both on MNIST at the same density.
+In a linear layer, a row holds the weights of one neuron. One position is stored for a whole row, while TopK stores one
+for each entry. What is not kept goes into the error, which is added to the next gradient. The program compares both
+compressors on MNIST at the same density.
 """
 
 import argparse
@@ -20,7 +21,10 @@ import efcp
 
 @dataclass(frozen=True)
 class TopRows(efcp.Compressor):
-    """Options: the fields of a frozen dataclass. They become options of the param groups."""
+    """Keeps the rows with the largest norms: a share `density` of them, rounded up.
+
+    Options are the fields of a frozen dataclass. They become options of the param groups.
+    """
 
     density: float
 
@@ -42,7 +46,7 @@ class TopRows(efcp.Compressor):
 
 @dataclass(frozen=True)
 class TopRowsWindow(efcp.SingleWindow):
-    """The last m gradients of a parameter of R × C elements. Tensors are changed in place: they are the state."""
+    """The last m gradients of a parameter of R × C elements. The tensors are the state, changed in place."""
 
     values: Tensor  # (m, k, C)
     positions: Tensor  # (m, k)

@@ -1,9 +1,9 @@
-"""A preconditioner of one's own, without editing the package: each gradient is scaled to length one.
+"""A preconditioner of your own, without editing the package: each gradient is scaled to length one.
 
     python examples/custom_preconditioner.py
 
-A preconditioner sees the Gram matrix S of the window's rows, and returns the weights of the rows in the update. Here
-the newest row c alone has a weight, 1 / ‖c‖, so that the update is c / ‖c‖. Compares it with M-FAC on MNIST.
+A preconditioner gets the Gram matrix S of the window's rows, and returns the weights of the rows in the update. Here
+only the newest row c has a weight, 1 / ‖c‖, so the update is c / ‖c‖. The program compares it with M-FAC on MNIST.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from efcp.gram import Gram
 class Normalized(efcp.Preconditioner):
     """f(S) e_t = e_t / (√S_tt + ε) for the newest row t. Options are the fields of a frozen dataclass."""
 
-    eps: float = 1e-8  # a row of zeros must have a finite weight, too
+    eps: float = 1e-8  # keeps the weight of a zero row finite
 
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
         norm = gram.matrix.diagonal()[slot].sqrt()  # (1,)

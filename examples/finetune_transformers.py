@@ -2,11 +2,11 @@
 
     python examples/finetune_transformers.py
 
-Text and labels are the help texts that Python brings with it (`help("compound")`); nothing is downloaded. So the
-network, a small BERT, starts from random weights, and tokens are the words of the training paragraphs. To fine-tune a
-pretrained network, take `from_pretrained` for both. Prints the test accuracy beside AdamW's after the same epochs.
-AdamW is ahead here, which no rate or damping that we tried changed: transformers from random weights are not what we
-recommend SparseMFAC for. The example shows how to plug it in.
+The texts are the help pages that come with Python (`help("compound")`), so nothing is downloaded. The network, a small
+BERT, starts from random weights, and its tokens are the words of the training paragraphs. To fine-tune a pretrained
+network, use `from_pretrained` for the network and the tokenizer. The program prints the test accuracies of AdamW and
+SparseMFAC after the same number of epochs. AdamW is ahead here, with every learning rate and damping that we tried: for
+transformers from random weights we do not recommend SparseMFAC. The example shows how to plug it in.
 """
 
 import argparse
@@ -52,7 +52,7 @@ vocabulary = {word: number for number, (word, _) in enumerate(counts.most_common
 
 
 def encoded(paragraphs: list[tuple[list[str], int]]) -> list[dict[str, object]]:
-    """What BERT reads: ids padded to `LENGTH`, the mask of those that are there, and the label."""
+    """The inputs of BERT: ids padded to `LENGTH`, a mask of those that are not padding, and the label."""
     rows = []
     for words, label in paragraphs:
         ids = [vocabulary.get(word, UNKNOWN) for word in words[:LENGTH]]

@@ -1,8 +1,8 @@
-"""A small CNN on 5,000 images of MNIST: SparseMFAC takes AdamW's place, and nothing else in the training loop changes.
+"""A small CNN on 5,000 images of MNIST: SparseMFAC replaces AdamW, and the rest of the training loop stays the same.
 
     python examples/image_classifier.py
 
-Prints the test accuracy of both after the same epochs, and what their state takes in memory.
+Prints the test accuracy of both after the same number of epochs, and the memory that their state takes.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Stops in the middle of training, goes on in a new process, and ends at the same bits as training in one piece.
+"""Stops in the middle of training, resumes in a new process, and ends with the same bits as uninterrupted training.
 
     python examples/resume.py
 
-A checkpoint holds the model, the optimizer, the scheduler and the state of the random numbers. The program starts
-itself three times: for the whole training, for its first half, and for the second half from the checkpoint.
+A checkpoint holds the model, the optimizer, the scheduler and the state of the random number generator. The program
+starts itself three times: for the whole training, for the first half, and for the second half from the checkpoint.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def compare(arguments: argparse.Namespace) -> None:
-    """Trains in one piece and in two, and compares all tensors of the last checkpoints."""
+    """Trains in one piece and in two halves, and compares all tensors of the final checkpoints."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 

@@ -1,8 +1,9 @@
-"""PyTorch Lightning: `configure_optimizers` returns LowRankMFAC and a scheduler; Lightning does the rest.
+"""LowRankMFAC in PyTorch Lightning: `configure_optimizers` returns it and a scheduler; Lightning does the rest.
 
     python examples/train_lightning.py
 
-A small network on 5,000 images of MNIST. Of the gradient of each weight matrix the window keeps factors of rank 1.
+The program trains a small network on 5,000 images of MNIST. The window keeps factors of rank 1 of the gradient of each
+weight matrix.
 """
 
 import argparse

@@ -1,16 +1,18 @@
-"""The operations of a step, and what each takes and gives: one definition, faster versions, and a choice between them.
+"""The operations of an optimizer step: their contracts, one definition in PyTorch, and faster versions of it.
+
+Each function here is the contract of an operation. It calls the backend that `dispatch.py` chooses.
 
 | file | what |
 |---|---|
 | `reference.py` | the definition, in PyTorch |
 | `blocks.py` | the layout: blocks, rows, padding |
-| `update.py` | the numbers of `window_apply_` |
+| `update.py` | the weights and factors of `window_apply_` |
 | `lowbit.py` | numbers in 8 and 4 bits |
-| `addresses.py` | what a tensor must be for compiled code to read and write it |
+| `addresses.py` | checks that compiled code can read and write a tensor, and its address |
 | `dispatch.py` | the choice of a backend |
 | `cpu/` | compiled by Numba, for CPUs |
 | `triton/` | Triton kernels, for GPUs |
-| `operators.py` | the operations as nodes of a compiled graph |
+| `operators.py` | the operations as PyTorch operators, for compiled graphs |
 """
 
 from collections.abc import Sequence
@@ -53,13 +55,13 @@ __all__ = [
 
 
 def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
-    """Whether gradients can be compressed: no Inf, no NaN, and a squared norm that does not overflow.
+    """Whether the squared norm of all gradients is finite: no Inf, no NaN, and no overflow of the sum.
 
     Args:
         grads: at least one, each (n,) contiguous, of one floating point dtype and on one device.
 
     Returns:
-        () bool: whether the sum of all squares is finite in the dtype of arithmetic, `accumulation_dtype`.
+        () bool. The sum is taken in `accumulation_dtype`: float64 for float64 gradients, else float32.
     """
     if torch.compiler.is_compiling():
         return reference.norm_is_finite(grads)
@@ -71,21 +73,21 @@ def compress_(
 ) -> None:
     """Blockwise Top-k with error feedback: a = e + g, the newest row c = Top-k(a), e = a − c.
 
-    Of each block the k elements of largest magnitude are kept; of equal ones those at lower positions. The row is
-    written to the window rounded to its dtype, and the error keeps what the rounding leaves. Where `finite` is false,
-    the row is zero and the error stays as it was. (EFCP, arXiv 2306.06098, algorithm 1.)
+    In each block, the k elements of largest magnitude are kept; among equal ones, those at lower positions. The row is
+    rounded to the window's dtype, and the error keeps what this rounding leaves. Where `finite` is false, the row
+    becomes zero and the error stays as it was. (EFCP, arXiv 2306.06098, algorithm 1.)
 
-    As in the other operations, there may be many parameters: with the same dtypes, block size, density and window, and
-    on one device. There is at least one.
+    One call handles all parameters of a group, at least one. They share dtypes, block size, density, window and device.
+    This holds for the other operations on windows as well.
 
     Args:
-        grads: of each parameter (n,) contiguous, floating point; never changed. None makes the values of the row zero,
-            and nothing else.
-        errors: of each parameter (n,) contiguous, floating point, updated in place; empty for no error feedback,
-            that is a = g.
-        rows: of each parameter, (blocks, m, k); row `slot` is overwritten.
-        slot: (1,) int64, the row to write, on the device of the others.
-        finite: () bool, on the device of the others.
+        grads: the gradient of each parameter: (n,) contiguous, floating point, never changed. Where one is None, only
+            the values of its row are set to zero; its indices and its error stay as they were.
+        errors: the error of each parameter: (n,) contiguous, floating point, updated in place. Empty where there is no
+            error feedback: then a = g.
+        rows: the window of each parameter: (blocks, m, k). Row `slot` is overwritten.
+        slot: (1,) int64, the row to write, on the same device.
+        finite: () bool, on the same device.
     """
     if torch.compiler.is_compiling():
         operators.compress_(grads, errors, *operators.unpacked(rows), slot, finite)
@@ -149,7 +151,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
     With momenta, in the same pass over the window, also those of every row with the momenta.
 
     Args:
-        rows: of each parameter, (blocks, m, k).
+        rows: the window of each parameter: (blocks, m, k).
         slot: (1,) int64, on the window's device.
         momenta: of each parameter (n,), contiguous: all floating point, or all in 8 bits; or empty.
 
@@ -169,7 +171,7 @@ def dense_dots(rows: Tensor, vector: Tensor) -> Tensor:
         vector: (n,) contiguous, floating point, on the device of the rows.
 
     Returns:
-        (m,) float64. Products and sums are in float64, as preconditioners need it where rows are nearly parallel.
+        (m,) float64. Products and sums are taken in float64: preconditioners need this where rows are nearly parallel.
     """
     if torch.compiler.is_compiling():
         return operators.dense_dots(rows, vector)
@@ -180,7 +182,7 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
     """Adds the weighted sum of the window's rows to parameters; `Update` has the formula.
 
     Args:
-        targets: of each parameter (n,) contiguous, floating point, updated in place. Arithmetic is in float32 (float64
+        targets: the parameters: (n,) contiguous, floating point, updated in place. Arithmetic is in float32 (float64
             for float64 targets), rounded once at the end.
         momenta: of each parameter (n,) contiguous, floating point, updated in place where the update says so; or in 8
             bits, only read; or empty.
@@ -195,26 +197,28 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
 
 
 def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Makes R, RᵀR = (ridge · I + S)⁻¹, follow a change of row and column `slot` of S, in O(m²).
+    """Updates a root R of the inverse, RᵀR = (ridge · I + S)⁻¹, after row and column `slot` of S have changed. O(m²).
 
-    With t the slot: a Householder reflection of R from the left, which leaves RᵀR as it is, moves all of column t to
-    row t. Without that row and column, RᵀR is the inverse of the matrix without its row and column t. The new column s,
-    s_t on the diagonal, then adds the row (−sᵀRᵀR, 1 at t) / √σ with σ = ridge + s_t − ‖Rs‖², the Schur complement,
-    which is at least the ridge.
+    Let t be the slot, s the new column of S without its diagonal entry, and s_t that entry.
 
-    This is a square-root filter. Updates of the inverse itself lose twice as many digits: on windows of dependent rows
-    its error grows without bound where squared norms of gradients are 10⁸ λ.
+    1. A Householder reflection from the left moves all of column t of R into row t. It leaves RᵀR as it is.
+    2. Row and column t of R are set to zero. RᵀR is now the inverse of ridge · I + S without row and column t.
+    3. Row t of R becomes (−sᵀRᵀR, 1 at t) / √σ, where σ = ridge + s_t − ‖Rs‖² is the Schur complement, ≥ ridge.
+
+    This is a square-root filter. Updating the inverse itself would lose twice as many digits: on windows of dependent
+    rows its error grows without bound once squared gradient norms reach 10⁸ λ.
 
     Args:
         R: (m, m) float64, contiguous, changed in place.
-        column: (m,) float64, contiguous, column t of RᵀR, with which one pass over R is enough; becomes that of slot
-            (t + 1) mod m.
-        S: (m, m) float64, contiguous, already with its new row and column.
+        column: (m,) float64, contiguous: column t of RᵀR. Given it, one pass over R is enough. On return it holds
+            column (t + 1) mod m of the new RᵀR, for the next call.
+        S: (m, m) float64, contiguous, with its new row and column already in place.
         slot: (1,) int64.
         ridge: mλ.
 
     Returns:
-        x, column t of RᵀR, and by how much it is not that of the inverse, e_t − (ridge · I + S) x: (m,) each.
+        x, column t of the new RᵀR, and its residual e_t − (ridge · I + S) x, which would be zero in exact arithmetic:
+        (m,) float64 each.
     """
     if torch.compiler.is_compiling():
         return operators.update_inverse_root_(R, column, S, slot, ridge)

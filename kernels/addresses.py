@@ -1,8 +1,8 @@
-"""From tensors to addresses: the only place where compiled code learns where to read and write.
+"""Checks tensors and returns their addresses: the only place where compiled code learns where to read and write.
 
-Compiled code believes what it is told. A wrong number of elements, dtype or device, a gap between elements, a sign that
-PyTorch has put off (`Tensor.is_neg`), or a tensor without memory of its own would make it read or write foreign memory,
-or wrong numbers, without a word. Hence an address is given out only for a tensor that is what the kernel takes it for.
+Compiled code checks nothing. It would silently read or write foreign memory, or wrong numbers, if a tensor had another
+size, dtype or device than expected, gaps between its elements, a negation that PyTorch has put off (`Tensor.is_neg`),
+or no memory of its own. So every tensor is checked before its address is returned.
 """
 
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ MAY_BE_EMPTY = ("errors",)  # arguments that may hold nothing, for parameters th
 
 
 def has_plain_storage(kind: type[Tensor]) -> bool:
-    """Whether tensors of a class keep their elements in memory of their own, as `Tensor` and `Parameter` do.
+    """Whether tensors of this class keep their elements in memory of their own, as `Tensor` and `Parameter` do.
 
-    Classes that handle PyTorch's operations themselves, such as DTensor, may hold other tensors instead, or nothing.
+    Classes that override PyTorch's operations, such as DTensor, may hold other tensors instead, or nothing.
     """
     return kind is Parameter or kind is Tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether a tensor stands for one without having its elements: on the meta device, or under FakeTensorMode."""
+    """Whether a tensor has a shape and a dtype but no elements: on the meta device, or under FakeTensorMode."""
     return tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
@@ -44,10 +44,10 @@ def addresses(
     may_lack: bool = False,
     fake: bool = False,
 ) -> list[int]:
-    """The addresses of the first elements of tensors, for compiled code to read and write; 0 for None.
+    """The addresses of the first elements of tensors, for compiled code to read and write. None has the address 0.
 
     Args:
-        name: of the argument that holds the tensors, for errors.
+        name: the name of the argument that holds the tensors, for error messages.
         tensors: each contiguous, with plain storage and without a negative bit.
         dtype, device: what all tensors must have.
         numels: how many elements each tensor must have.
@@ -55,8 +55,8 @@ def addresses(
         fake: whether tensors must be fake instead of having plain storage; their addresses are 0.
 
     Raises:
-        TypeError: for tensors without plain storage, and for what is no tensor.
-        ValueError: for tensors that break another rule, or another number of them than of `numels`.
+        TypeError: for tensors without plain storage, and for objects that are not tensors.
+        ValueError: for tensors that break another rule, and where `tensors` and `numels` differ in length.
     """
     if len(tensors) != len(numels):
         raise ValueError(f"{name} must hold {len(numels)} tensors, got {len(tensors)}")
@@ -82,17 +82,20 @@ def addresses(
 def group_addresses(
     rows: Sequence[SparseRows], device: torch.device, fake: bool = False, /, **others: Sequence[Tensor | None]
 ) -> tuple[list[int], ...]:
-    """Addresses of values, of indices, and of other tensors with an entry for each of a parameter's, of all parameters.
+    """The addresses of all tensors of a group of parameters: values, indices, and others such as gradients and errors.
 
     Args:
-        rows: of each parameter; the same window, block size, density and dtype in all.
-        device: what all tensors must be on.
+        rows: the window of each parameter. All have the same window size, block size, density and dtype.
+        device: the device that all tensors must be on.
         fake: as in `addresses`.
-        others: by the names of arguments: of each parameter (n,), of one dtype. Those of MAY_LACK may hold None in
-            place of tensors; those of MAY_BE_EMPTY may be empty, which gives zeros.
+        others: by argument name, a tensor (n,) for each parameter, all of one dtype. Arguments in MAY_LACK may hold
+            None in place of a tensor. Arguments in MAY_BE_EMPTY may be empty, and then give zeros.
+
+    Returns:
+        A list of addresses, one a parameter, for the values, for the indices, and for each of the others.
 
     Raises:
-        TypeError, ValueError: as `addresses`, and for rows that do not belong together.
+        TypeError, ValueError: as in `addresses`, and for rows that do not belong together.
     """
     if not rows:
         raise ValueError("rows must hold those of at least one parameter, got none")
@@ -124,7 +127,7 @@ def group_addresses(
 
 
 def check_group(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> None:
-    """Raises what `group_addresses` raises, for code that needs no addresses. Tensors may all be fake."""
+    """Checks a group as `group_addresses` does, for code that needs no addresses. The tensors may all be fake."""
     device, fake = (rows[0].values.device, is_fake(rows[0].values)) if rows else (torch.device("cpu"), False)
     group_addresses(rows, device, fake, **others)
 
@@ -235,10 +238,14 @@ def check_lowbit(
 
 
 def check_numbers(like: Tensor, **tensors: Tensor) -> None:
-    """Raises what `addresses` raises unless tensors have one element each, and the device of `like`; fake if it is.
+    """Checks that each tensor has one element and is on the device of `like`, and fake where `like` is.
 
     Args:
-        tensors: by the names of arguments: `slot` int64, `finite` bool, all others floating point.
+        like: a tensor on the device of the operation.
+        tensors: by argument name: `slot` is int64, `finite` is bool, all others are floating point.
+
+    Raises:
+        TypeError, ValueError: as in `addresses`.
     """
     for name, tensor in tensors.items():
         dtype = {"slot": torch.int64, "finite": torch.bool}.get(name) or floating(name, tensor)
@@ -246,20 +253,21 @@ def check_numbers(like: Tensor, **tensors: Tensor) -> None:
 
 
 def check_weights(like: Tensor, weights: Tensor, window_size: int) -> Tensor:
-    """The weights, contiguous. Raises what `addresses` raises unless they are (window,), as `like` in all else."""
+    """The weights, made contiguous. Checks, as `addresses` does, that they are (m,) and on the device of `like`."""
     weights = weights.contiguous()
     addresses("weights", [weights], floating("weights", weights), like.device, [window_size], fake=is_fake(like))
     return weights
 
 
 def gradient_addresses(grads: Sequence[Tensor], device: torch.device | None = None) -> list[int]:
-    """Addresses of gradients of any sizes, of one floating point dtype and on one device; 0 where they are fake.
+    """The addresses of gradients of any sizes, of one floating point dtype and on one device; 0 where they are fake.
 
     Args:
-        device: on which they must be; that of the first where None is given.
+        grads: at least one.
+        device: where they must be. None means the device of the first.
 
     Raises:
-        TypeError, ValueError: as `addresses`.
+        TypeError, ValueError: as in `addresses`.
     """
     if not grads:
         raise ValueError("grads must hold at least one tensor, got none")
@@ -283,7 +291,7 @@ def dense_addresses(rows: Tensor, vector: Tensor) -> tuple[int, int]:
 
 
 def check_inverse_root(R: Tensor, column: Tensor, S: Tensor, slot: Tensor) -> None:
-    """Raises what `addresses` raises unless these are what `update_inverse_root_` takes."""
+    """Checks the arguments of `update_inverse_root_`, and raises errors as `addresses` does."""
     if not (isinstance(R, Tensor) and R.dim() == 2):
         raise ValueError(f"R must be a matrix, got {_shape(R)}")
     window_size, fake = len(R), is_fake(R)
@@ -293,7 +301,7 @@ def check_inverse_root(R: Tensor, column: Tensor, S: Tensor, slot: Tensor) -> No
 
 
 def floating(name: str, tensor: Tensor) -> torch.dtype:
-    """The dtype of a tensor. Raises TypeError unless it is real floating point, of 16 bits or more."""
+    """The dtype of a tensor. Raises TypeError unless it is one of `FLOATING`."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in FLOATING:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATING)
         raise TypeError(f"{name} must be of dtype {names}, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
@@ -305,7 +313,7 @@ def _shape(tensor: object) -> object:
 
 
 def _refusal(name: str, tensor: object, dtype: torch.dtype, device: torch.device, numel: int, fake: bool) -> Exception:
-    """What is wrong with a tensor that is given no address."""
+    """The error that says why `addresses` refuses a tensor."""
     if not isinstance(tensor, Tensor):
         return TypeError(f"{name} must be a tensor, got a {type(tensor).__name__}")
     if fake and not is_fake(tensor):

@@ -1,13 +1,13 @@
-"""How a parameter is cut into blocks, and what the sparse window of such a parameter looks like.
+"""The layout of a sparse window: how a parameter is cut into blocks, and how the rows of the window are stored.
 
-A parameter of n elements is cut into blocks of B elements; where B does not divide n, the last block, the tail, is
-shorter. A block of L elements keeps k = ceil(density · L) of them in each row of the window. The window is stored
-block-major, all m rows of a block side by side:
+A parameter of n elements is cut into blocks of B elements. Where B does not divide n, the last block is shorter, and is
+called the tail. In each row of the window, a block of L elements keeps k = ceil(density · L) of them. The window is
+stored block by block, with all m rows of a block side by side:
 
     indices  (blocks, m, k)  position within the block, ascending in each row; uint8 where B ≤ 256, else int16
     values   (blocks, m, k)
 
-The tail keeps fewer elements than k; what is left of its rows is padding, which no operation reads or writes.
+The tail may keep fewer elements than k. The rest of its rows is padding, which no operation reads or writes.
 """
 
 import math
@@ -34,9 +34,9 @@ class Part(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def kept(length: int, density: float) -> int:
-    """k = ceil(density · length), with density taken as the decimal number that it prints as.
+    """k = ceil(density · length), computed exactly, with density as the decimal number that it prints as.
 
-    In binary floating point 0.07 · 100 is a little more than 7, and its ceiling 8.
+    In binary floating point 0.07 · 100 is a little more than 7, so its ceiling would be 8.
     """
     return math.ceil(Fraction(str(density)) * length)
 
@@ -46,8 +46,8 @@ class Blocks:
     """The blocks of a parameter.
 
     Args:
-        numel: elements of the parameter, n ≥ 0.
-        block_size: elements of a block, 1 ≤ B ≤ 32768. A parameter with fewer elements is one block.
+        numel: n ≥ 0, elements of the parameter.
+        block_size: B, elements of a block, 1 ≤ B ≤ 32768. A parameter with fewer elements is one block.
         density: the share of a block's elements that a row of the window keeps, 0 < density ≤ 1.
     """
 
@@ -57,7 +57,7 @@ class Blocks:
 
     @cached_property
     def size(self) -> int:
-        """B, elements of every block but the tail."""
+        """Elements of every block but the tail: B, or n where the parameter is smaller."""
         return max(1, min(self.block_size, self.numel))
 
     @cached_property
@@ -67,22 +67,22 @@ class Blocks:
 
     @cached_property
     def tail(self) -> int:
-        """Elements of the shorter last block, 0 where there is none."""
+        """Elements of the tail, the shorter last block; 0 where there is none."""
         return self.numel % self.size
 
     @cached_property
     def count(self) -> int:
-        """Number of blocks."""
+        """Number of all blocks, the tail included."""
         return self.full + (self.tail > 0)
 
     @cached_property
     def kept(self) -> int:
-        """k of a full block."""
+        """k, the elements that a full block keeps in each row of the window."""
         return kept(self.size, self.density)
 
     @cached_property
     def kept_in_tail(self) -> int:
-        """k of the tail, 0 where there is none."""
+        """The elements that the tail keeps in each row of the window; 0 where there is no tail."""
         return kept(self.tail, self.density)
 
     @property
@@ -90,7 +90,7 @@ class Blocks:
         return torch.uint8 if self.block_size <= 256 else torch.int16
 
     def parts(self, max_elements: int) -> Iterator[Part]:
-        """The blocks from first to last, in parts of at most max_elements elements (but at least one block)."""
+        """All blocks in order, in parts of at most `max_elements` elements, but of at least one block."""
         step = max(1, max_elements // self.size)
         for first in range(0, self.full, step):
             last = min(first + step, self.full)
@@ -105,7 +105,7 @@ class Blocks:
 
 
 class SparseRows(NamedTuple):
-    """The window of one parameter: values and indices (blocks, m, k), as laid out by `blocks`."""
+    """The sparse window of one parameter: values and indices, (blocks, m, k) each, in the layout of `blocks`."""
 
     values: Tensor
     indices: Tensor

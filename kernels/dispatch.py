@@ -1,9 +1,9 @@
-"""The choice of a backend: by device, by what is installed and works, or as it is forced.
+"""The choice of a backend, by device and by what is installed; users can force one.
 
-A backend is a module with all operations: four of the sparse window, one of the dense one, and one of the m × m
-matrices of M-FAC. On a GPU it is `triton`, on a CPU `cpu`, where Triton or Numba is installed; else it is `reference`.
-If the installation turns out not to work, `reference` takes its place, and one warning says why. The environment
-variable `EFCP_KERNELS`, or `use_backend`, forces a backend; one that does not work is then an error.
+A backend is a module with all operations: four on sparse windows, one on dense windows, and one on the m × m matrices
+of M-FAC. GPUs use `triton` and CPUs use `cpu`, where Triton or Numba is installed; everything else uses `reference`. If
+an installed package turns out not to work, `reference` takes its place, and one warning says why. The environment
+variable `EFCP_KERNELS` or the context `use_backend` forces a backend; if that one does not work, it is an error.
 """
 
 import importlib
@@ -26,15 +26,15 @@ BACKENDS = {
     "triton": "efcp.kernels.triton",
     "cpu": "efcp.kernels.cpu",
 }
-FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}  # by type of device
-PACKAGES = {"cpu": "numba", "triton": "triton"}  # with which they are made
+FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}  # the fastest backend, by type of device
+PACKAGES = {"cpu": "numba", "triton": "triton"}  # the package that a backend needs
 
 _forced: str | None = None
-_broken: set[str] = set()  # backends that were chosen, and turned out not to work
+_broken: set[str] = set()  # backends that turned out not to work
 
 
 class BackendError(RuntimeError):
-    """A backend does not work here. What it was asked for has not begun: no tensor is changed."""
+    """A backend does not work on this machine. It has not started the operation, so no tensor has changed."""
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -48,8 +48,7 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Within the context, run the operations of a backend on every device.
 
     Args:
-        name: "reference", "triton", "cpu" or None, which leaves the choice to the device. It goes before the variable
-            `EFCP_KERNELS`.
+        name: "reference", "triton" or "cpu"; it takes precedence over the variable `EFCP_KERNELS`. None forces nothing.
 
     Raises:
         ValueError: for another name.
@@ -64,7 +63,7 @@ def use_backend(name: str | None) -> Iterator[None]:
 
 @cache
 def _module(name: str) -> ModuleType:
-    """A backend.
+    """The module of a backend.
 
     Raises:
         BackendError: if it cannot be imported.
@@ -76,7 +75,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _replace(name: str, error: BackendError) -> None:
-    """Leaves what a backend should do to the definition from now on."""
+    """From now on, the definition runs in place of a backend that does not work. Warns once."""
     _broken.add(name)
     text = f"efcp: the definition runs in place of the kernels of {PACKAGES[name]}, and is slower: {error}"
     warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -84,12 +83,12 @@ def _replace(name: str, error: BackendError) -> None:
 
 @cache
 def _can_import(name: str) -> bool:
-    """Whether what a backend is made with is installed, and works."""
+    """Whether a backend can be imported. Warns where its package is installed but does not work."""
     try:
         _module(name)
     except BackendError as error:
         missing = isinstance(error.__cause__, ModuleNotFoundError) and importlib.util.find_spec(PACKAGES[name]) is None
-        if not missing:  # it is installed, and broken
+        if not missing:  # the package is installed, but broken
             _replace(name, error)
         return False
     return True
@@ -103,7 +102,7 @@ def backend_name(device: torch.device) -> str:
     """The backend for tensors on a device.
 
     Raises:
-        ValueError: if the environment variable `EFCP_KERNELS` names none.
+        ValueError: if the environment variable `EFCP_KERNELS` names no backend.
     """
     forced = _forced_name()
     if forced is not None:
@@ -113,10 +112,10 @@ def backend_name(device: torch.device) -> str:
 
 
 def run(operation: str, tensor: Tensor, *arguments: Any) -> Any:
-    """Calls an operation of the backend for the device of a tensor.
+    """Runs an operation with the backend for the device of `tensor`.
 
     Raises:
-        BackendError: if a backend that is forced does not work.
+        BackendError: if a backend is forced and does not work.
     """
     name = "reference" if is_fake(tensor) else backend_name(tensor.device)
     try:

@@ -1,15 +1,15 @@
-"""What GPUs have: one table, from which kernels are launched and their performance is reckoned.
+"""Hardware figures of GPUs: the one table that launches of kernels and predictions of their performance use.
 
 A multiprocessor (on AMD a compute unit) has four partitions (SIMDs), each with 512 registers of 32 bits for every lane
 of a warp (wavefront).
 
-| | where from |
+| figures | source |
 |---|---|
-| NVIDIA: warps, programs, shared memory | CUDA C++ Programming Guide, table Technical Specifications per Compute Capability (8.0, 9.0, 10.0: 64 warps, 32 programs; 12.0: 48 and 24). The tuning guides agree, but for the one of Blackwell, which says 32 programs and 128 KB for 12.0: the latter is with the L1 cache |
-| NVIDIA: shared memory that a program costs besides its own | Hopper Tuning Guide: 1 KB |
+| NVIDIA: warps, programs, shared memory | CUDA C++ Programming Guide, table Technical Specifications per Compute Capability (8.0, 9.0, 10.0: 64 warps, 32 programs; 12.0: 48 and 24). The tuning guides agree, except Blackwell's, which gives 32 programs and 128 KB for 12.0; the 128 KB include the L1 cache |
+| NVIDIA: shared memory reserved for each program, on top of its own | Hopper Tuning Guide: 1 KB |
 | NVIDIA: granule of shared memory | `cuda_occupancy.h`: 128 bytes |
-| AMD | LLVM, AMDGPUBaseInfo.cpp, for gfx90a, whose features gfx942 has, too: getMaxWavesPerEU 8, getEUsPerCU 4, getMaxWorkGroupsPerCU 16, getLocalMemorySize 64 KB, getLdsDwGranularity 128 words |
-| products | datasheets and whitepapers, named with each |
+| AMD | LLVM, AMDGPUBaseInfo.cpp, for gfx90a; gfx942 has the same features: getMaxWavesPerEU 8, getEUsPerCU 4, getMaxWorkGroupsPerCU 16, getLocalMemorySize 64 KB, getLdsDwGranularity 128 words |
+| products | datasheets and whitepapers, named beside each |
 """  # noqa: E501
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ KB = 1 << 10
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a multiprocessor holds.
+    """What a multiprocessor of one architecture can hold at a time.
 
     Attributes:
-        warps, programs: at a time, at most.
-        single_programs: programs of one warp; on AMD they take none of the 16 barriers.
+        warps, programs: the most that are resident at a time.
+        single_programs: the most resident programs of one warp each. On AMD these need none of the 16 barriers.
         shared: bytes of shared memory.
-        program_shared: bytes of it, the most for one program.
-        reserved: bytes of it that each program takes besides its own.
-        shared_granule: bytes, the unit in which it is given out.
+        program_shared: bytes of shared memory that one program can take, at most.
+        reserved: bytes of shared memory that each program takes on top of its own.
+        shared_granule: bytes, the unit in which shared memory is allocated.
     """
 
     warps: int
@@ -46,7 +46,7 @@ def _nvidia(program_shared: int, warps: int, programs: int) -> Architecture:
 
 
 _CDNA = Architecture(32, 16, 32, 64 * KB, 64 * KB, 0, 512)
-_LEAST = _nvidia(99 * KB, 48, 24)  # of compute capability 8.0 and above
+_LEAST = _nvidia(99 * KB, 48, 24)  # what every GPU of compute capability 8.0 or above has
 ARCHITECTURES: dict[int | str, Architecture] = {
     80: _nvidia(163 * KB, 64, 32),
     87: _nvidia(163 * KB, 48, 16),
@@ -57,11 +57,14 @@ ARCHITECTURES: dict[int | str, Architecture] = {
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
 }
-"""By compute capability without the dot, or by AMD's name."""
+"""The architectures, by compute capability without the dot (90 for 9.0), or by AMD's name."""
 
 
 def architecture(target: int | str) -> Architecture:
-    """What is known of a target; of other NVIDIA GPUs of compute capability 8.0 and above, what all of them have.
+    """The architecture of a target. An NVIDIA GPU of 8.0 or above that is not listed gets the least that all have.
+
+    Args:
+        target: the compute capability without the dot, or AMD's name.
 
     Raises:
         KeyError: for other targets.
@@ -73,14 +76,14 @@ def architecture(target: int | str) -> Architecture:
 
 @dataclass(frozen=True)
 class Product:
-    """What a datasheet says of a GPU.
+    """The figures of a GPU's datasheet.
 
     Attributes:
-        targets: whose compiled code stands for it, the first that there is.
-        bandwidth: of memory, bytes a second.
-        multiprocessors: or compute units.
-        clock: Hz, boost.
-        lanes: threads of which an instruction is issued in a cycle, on a multiprocessor.
+        targets: the targets whose compiled code may stand for this GPU, in order of preference.
+        bandwidth: of memory, in bytes a second.
+        multiprocessors: their number; on AMD, that of compute units.
+        clock: the boost clock, in Hz.
+        lanes: threads for which a multiprocessor issues an instruction in each cycle.
         source: where the figures are from.
     """
 

@@ -1,11 +1,11 @@
-"""The operations as operators of PyTorch, `torch.ops.efcp.*`, for graphs: `torch.compile` and `torch.export` keep a
-call to one as a single node, whatever the backend does inside.
+"""The operations as PyTorch operators, `torch.ops.efcp.*`, for compiled graphs.
 
-Calling an operator costs tens of microseconds more than calling the backend, hence the functions of `efcp.kernels` use
-them only under a compiler. An operator takes no objects: `SparseRows` become lists of tensors and the numbers of
-`Blocks`, and an `Update` its tensors.
+`torch.compile` and `torch.export` keep a call to an operator as a single node, whatever the backend does inside.
+Calling an operator costs tens of microseconds more than calling the backend directly, so the functions of
+`efcp.kernels` call operators only under a compiler. Operators cannot take objects of our classes: `SparseRows` are
+passed as lists of tensors with the numbers of their `Blocks`, and an `Update` as its tensors.
 
-Schemas are written out: PyTorch 2.6 cannot infer them from annotations such as `Sequence[Tensor | None]`.
+Schemas are written out, since PyTorch 2.6 cannot infer them from annotations such as `Sequence[Tensor | None]`.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from efcp.kernels.update import Update
 
 
 def unpacked(rows: Sequence[SparseRows]) -> tuple[list[Tensor], list[Tensor], list[int], int, float]:
-    """(values, indices, numels, block_size, density), as the operators take them."""
+    """The arguments that operators take in place of `SparseRows`: (values, indices, numels, block_size, density)."""
     blocks = [r.blocks for r in rows]
     numels = [b.numel for b in blocks]
     return [r.values for r in rows], [r.indices for r in rows], numels, blocks[0].block_size, blocks[0].density

@@ -1,8 +1,8 @@
-"""The definition of the operations, in plain PyTorch.
+"""The definition of the operations, in plain PyTorch. Every faster version is tested against these functions.
 
-Every faster version is tested against these. They run on any device, and work through a parameter in parts, so that
-their temporaries do not grow with it. On a CPU they are deterministic; on an accelerator `scatter_add_`, and with it
-`window_apply_`, is so only under `torch.use_deterministic_algorithms(True)`.
+They run on any device. They work through a parameter in parts, so their temporaries do not grow with the model. On a
+CPU they are deterministic. On an accelerator `window_apply_` is deterministic only under
+`torch.use_deterministic_algorithms(True)`, as it uses `scatter_add_`. The contracts are in `__init__.py`.
 """
 
 from collections.abc import Sequence
@@ -29,16 +29,16 @@ from efcp.kernels.lowbit import BLOCK, LowBit, decoded, encoded, parts, replace_
 from efcp.kernels.update import Update
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
-DENSE_PART = 1 << 22  # entries of a dense window in a temporary, but on a CPU, whose cache they are to stay in
+DENSE_PART = 1 << 22  # entries of a dense window in a temporary; on a CPU it is PART, which fits into the cache
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic on tensors of a dtype: float64 for float64, else float32."""
+    """The dtype in which tensors of a dtype are added and multiplied: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def largest(a: Tensor, k: int) -> Tensor:
-    """Positions of the k elements of largest magnitude in each row of `a`; of equal ones, those further left.
+    """Positions of the k elements of largest magnitude in each row of `a`; among equal ones, those further left.
 
     Args:
         a: (rows, length), without NaN.
@@ -55,7 +55,7 @@ def largest(a: Tensor, k: int) -> Tensor:
 
 
 def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
-    if not torch.compiler.is_compiling():  # this is the one operation that is compiled as it stands here
+    if not torch.compiler.is_compiling():  # the only operation that compilers trace through
         gradient_addresses(grads)
     norms = torch._foreach_norm(list(grads), 2, accumulation_dtype(grads[0].dtype))
     return torch.stack(norms).square().sum().isfinite()

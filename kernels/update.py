@@ -1,4 +1,4 @@
-"""The numbers of `window_apply_`: how the rows of a window become an update, and an update a step of the parameters."""
+"""The weights and factors of `window_apply_`: how rows of the window become an update, and this a step."""
 
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ class Update(NamedTuple):
         """The factors by name.
 
         Raises:
-            ValueError: where the factor of momenta is missing, or is given without them.
+            ValueError: where there are momenta but no `momentum_factor`, or the other way round.
         """
         if (self.momentum_factor is not None) != with_momenta:
             allowed = "be a tensor where there are momenta" if with_momenta else "be None without momenta"

@@ -1,4 +1,4 @@
-"""Full-matrix Adagrad (GGT): weights from (S^½ + εI)⁻¹, by an eigendecomposition each step or more seldom."""
+"""Full-matrix Adagrad (GGT): weights from (√S + εI)⁻¹, by an eigendecomposition each step or more seldom."""
 
 import math
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from efcp.preconditioners.base import Preconditioner
 
 @dataclass(frozen=True)
 class GGT(Preconditioner):
-    """Full-matrix Adagrad over a window: f(S) = (S^½ + εI)⁻¹, u = [(GᵀG)^½ + εI]⁻¹c (arXiv 1806.02958; 2306.06098).
+    """Full-matrix Adagrad over a window: f(S) = (√S + εI)⁻¹, u = [√(GᵀG) + εI]⁻¹c (arXiv 1806.02958; 2306.06098).
 
     With a decay β₂, the rows of the window count β₂^age each: f(S) = D (√(DSD) + εI)⁻¹ D, D = diag(β₂^age).
 

@@ -3,19 +3,20 @@
 | file | what |
 |---|---|
 | `compress`, `dots`, `apply`, `average`, `lowbit`, `finite`, `dense`, `inverse_root` | an operation: kernels, caller |
-| `launch.py` | what kernels are told of their parameters, and threads |
-| `convert.py`, `dtypes.py` | numbers of any dtype, to and from float32 |
-| `llvm.py` | what Numba has no words for |
-| `machine_code.py` | compiling, and the cache |
+| `launch.py` | the table of parameters that kernels read, and threads |
+| `convert.py`, `dtypes.py` | conversion of numbers of any dtype to and from float32 |
+| `memory.py`, `bits.py` | numbers behind addresses; bits of numbers and of masks |
+| `llvm.py` | instructions that Numba does not offer |
+| `machine_code.py` | compiling, and the cache on disk |
 
-The blocks of all parameters are numbered through and shared out among threads; a thread takes one block at a time and
-works in a scratch of that block's size, so that memory is read and written once and no temporary grows with a
-parameter. The compiled functions see a table of addresses and sizes, and dtype codes, not arrays: a call costs
-microseconds, each parameter one more, and one compilation serves many combinations of dtypes.
+The blocks of all parameters are numbered consecutively and shared out among threads. A thread works on one block at a
+time, in a scratch buffer of that block's size. So memory is read and written once, and no temporary grows with a
+parameter. The compiled functions read a table of addresses, sizes and dtype codes in place of arrays. A call therefore
+costs microseconds, one more for each parameter, and one compilation serves many combinations of dtypes.
 
-Results do not depend on the number of threads. `compress_` and `window_apply_` give the bits of the definition;
-`window_dots`, `dense_dots` and `update_inverse_root_` add up the same float64 terms in another fixed order, and
-`norm_is_finite` adds up the squares of a chunk in float32, of chunks in float64.
+Results do not depend on the number of threads. `compress_` and `window_apply_` give the same bits as the definition.
+`window_dots`, `dense_dots` and `update_inverse_root_` add up the same float64 terms in another, fixed order.
+`norm_is_finite` sums the squares within a chunk in float32, and these sums in float64.
 """
 
 from efcp.kernels.cpu.apply import window_apply_

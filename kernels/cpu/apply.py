@@ -1,4 +1,4 @@
-"""`window_apply_`: the weighted sum of the rows, gathered in a scratch of a block, then added to the parameter."""
+"""`window_apply_` on a CPU: sums the weighted rows of a block in a scratch buffer, then adds them to the parameter."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -17,14 +17,14 @@ from efcp.kernels.cpu.lowbit import read_momentum
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel
 from efcp.kernels.update import Update
 
-FETCHING_ROWS = 16  # of the window; after so many `window_apply_` fetches a portion of the parameter into the cache
-SHORT = 16  # entries of a row in a block, up to which `window_apply_` takes eight at a time across rows
+FETCHING_ROWS = 16  # rows of the window; before each such group, a portion of the parameter is fetched into the cache
+SHORT = 16  # entries; blocks with rows of at most so many are taken eight entries at a time, across rows
 
 
 @cache
 def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
     real = np.float64 if wide else np.float32
-    eight = value_code == BFLOAT16 and not wide  # at a time: a third fewer instructions
+    eight = value_code == BFLOAT16 and not wide  # eight entries at a time take a third fewer instructions
 
     @cached_kernel(wide, value_code, index_size)
     def apply(call: int) -> None:
@@ -53,7 +53,7 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                 end, numel, size, kept, kept_in_tail, values, indices, target, momentum, scales = table_row(
                     table, parameters, number
                 )
-                if eight and spread_kept != kept <= SHORT:  # a weight for each entry of a block
+                if eight and spread_kept != kept <= SHORT:  # repeats each weight for every entry of its row
                     spread_kept = kept
                     for i in range(window_size):
                         spread[i * kept : (i + 1) * kept] = weight[i]
@@ -68,7 +68,7 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                             prefetch(line)
                         unfetched += portion
                         last_row = min(first_row + FETCHING_ROWS, window_size)
-                        # Three loops, as one that can do all is slow with few entries.
+                        # Three loops, since a single loop for all cases is slow where rows have few entries.
                         if eight and chosen == kept <= SHORT:
                             rest = last_row * kept - (last_row - first_row) * kept % EIGHT
                             for j in range(first_row * kept, rest, EIGHT):

@@ -13,9 +13,10 @@ from efcp.kernels.addresses import Momenta, average_addresses
 from efcp.kernels.cpu.convert import read_block, write_block
 from efcp.kernels.cpu.dtypes import CODES, FLOAT64, INT8, NONE
 from efcp.kernels.cpu.launch import CPU, PIECES, momentum_code, run, scalar_address, take_share
-from efcp.kernels.cpu.llvm import load_f64, load_i64, load_u8, pieces_and_arguments, store_f64
+from efcp.kernels.cpu.llvm import pieces_and_arguments
 from efcp.kernels.cpu.lowbit import encode8, read_momentum
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f64, load_i64, load_u8, store_f64
 from efcp.kernels.lowbit import LowBit
 
 CHUNK = 4096  # elements of a momentum, the unit in which the work is shared out

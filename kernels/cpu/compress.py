@@ -1,7 +1,7 @@
-"""`compress_`: blockwise Top-k with error feedback, one block at a time.
+"""`compress_` on a CPU: blockwise Top-k with error feedback, one block at a time.
 
-The key of a number is its bits without the sign: an integer that orders as the magnitude does. The key of the k-th
-largest is searched for, from that of the block before.
+The key of a number is its bits without the sign, an integer: keys have the same order as magnitudes. Selecting the k
+largest magnitudes means finding the k-th largest key. The search starts from the key found in the previous block.
 """
 
 from collections.abc import Sequence
@@ -13,29 +13,27 @@ from numba import carray
 from torch import Tensor
 
 from efcp.kernels.blocks import SparseRows
+from efcp.kernels.cpu.bits import bits_set, trailing_zeros
 from efcp.kernels.cpu.convert import add_block, read_block, store_index, store_value, write_block
 from efcp.kernels.cpu.dtypes import CODES, FLOAT32, FLOAT64, NONE, SIZES
 from efcp.kernels.cpu.launch import launch_of, run, scalar_address, slot_address, table_row, take_share
 from efcp.kernels.cpu.llvm import (
     LANES,
     add_and_mask,
-    bits_set,
-    load_i64,
-    load_u8,
     mask_at_least,
     pieces_and_arguments,
     pointer,
     prefetch,
-    trailing_zeros,
 )
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_i64, load_u8
 
-Ahead = tuple[int, int, int, int]  # the next block: where its gradient starts, bytes an element, the same of its error
+Ahead = tuple[int, int, int, int]  # of the next block: address of its gradient, bytes an element; the same of its error
 
 
 @jit
 def _count(bits: np.ndarray, length: int, key: int, most: int) -> int:
-    """How many keys are at least `key`. In the integer type of the bits throughout, so that all its lanes count."""
+    """How many keys are at least `key`. Counts in the integer type of the bits, so that LLVM uses all vector lanes."""
     count = np.int32(0)
     for j in range(length):
         count = np.int32(count + np.int32(bits.dtype.type(bits[j] & most) >= key))
@@ -54,17 +52,19 @@ def _largest(bits: np.ndarray, length: int, most: int) -> int:
 def _coarse_threshold(
     bits: np.ndarray, length: int, kept: int, enough: int, guess: int, reaching: int, most: int
 ) -> tuple[int, int]:
-    """A key that at least `kept` and at most `enough` elements reach, or, where ties forbid it, the largest that `kept`
-    reach; and how many reach it.
+    """A key that at least `kept` and at most `enough` elements reach, and how many reach it.
 
-    The search goes from the guess, which so many are known to reach (0: no guess), in growing steps until the key lies
-    between two others, then bisects.
+    Where ties make that impossible, it is the largest key that at least `kept` elements reach. The search starts from
+    the guess and takes growing steps until it has a key on either side of the wanted one; then it bisects.
+
+    Args:
+        guess: a key that `reaching` elements reach; 0 for no guess.
     """
     integer = bits.dtype.type
     low, reached = integer(0), np.int64(length)
     if reached <= enough:
         return low, reached
-    high = most  # reached by fewer than `kept`
+    high = most  # fewer than `kept` elements reach it
     key, count = guess, np.int64(reaching)
     if guess == 0:
         key = max(integer(1), _largest(bits, length, most))
@@ -88,9 +88,9 @@ def _coarse_threshold(
 
 @jit
 def _fine_threshold(keys: np.ndarray, length: int, kept: int, low: int, most: int) -> int:
-    """The largest key that `kept` of the keys reach, or a smaller one that no more reach; all of them reach `low`.
+    """A key that exactly `kept` of the keys reach; where ties make that impossible, the largest that more reach.
 
-    Steps that go where `kept` would be if keys were spread evenly take turns with bisection.
+    All keys reach `low`. Interpolation, which assumes that keys are spread evenly, takes turns with bisection.
     """
     integer = keys.dtype.type
     reached, above = np.int64(length), np.int64(0)
@@ -110,7 +110,7 @@ def _fine_threshold(keys: np.ndarray, length: int, kept: int, low: int, most: in
 
 @jit
 def _collect(bits: np.ndarray, length: int, key: int, most: int, ties: int, limit: int, found: np.ndarray) -> None:
-    """Positions, ascending, of the `limit` elements that exceed a key, or are among the first `ties` that equal it."""
+    """Finds the `limit` elements that exceed a key, or are among the first `ties` equal to it: ascending positions."""
     count = np.uint64(0)
     for position in range(length):
         own = bits.dtype.type(bits[position] & most)
@@ -127,7 +127,7 @@ def _collect(bits: np.ndarray, length: int, key: int, most: int, ties: int, limi
 
 @jit
 def _masks(bits: np.ndarray, length: int, key: int, masks: np.ndarray) -> int:
-    """Which elements reach a key, 64 to a mask; and how many."""
+    """Writes masks of the elements that reach a key, 64 elements to a mask. Returns how many reach it."""
     reached = np.int64(0)
     for start in range(0, length, LANES):
         mask = mask_at_least(bits.ctypes.data + start * bits.itemsize, key)
@@ -140,10 +140,11 @@ def _masks(bits: np.ndarray, length: int, key: int, masks: np.ndarray) -> int:
 
 @jit
 def _positions(masks: np.ndarray, length: int, found: np.ndarray, ahead: Ahead) -> None:
-    """Positions, ascending, of the bits that are set in masks. There must be room for four more.
+    """Writes the positions of the set bits of masks to `found`, ascending. `found` needs room for four more.
 
-    Four are written at a time, whether there are as many or not: the processor cannot predict how many bits are set.
-    On the way it fetches what is needed next, in small portions, so that neither memory nor the processor waits.
+    Always writes four positions at a time, even where fewer are left: the processor could not predict a branch on the
+    number of set bits. In between it fetches the next block into the cache, in small portions, so that neither memory
+    nor the processor waits.
     """
     grad, grad_size, error, error_size = ahead
     count = np.uint64(0)
@@ -165,16 +166,17 @@ def _select(
     bits: np.ndarray, length: int, kept: int, guess: int, reached: int, most: int, masks: np.ndarray,
     found: np.ndarray, keys: np.ndarray, ahead: Ahead,
 ) -> int:  # fmt: skip
-    """Positions, ascending, of the `kept` largest keys, of equal ones the first, into `found`.
+    """Writes the positions of the `kept` largest keys to `found`, ascending; among equal keys, the first ones win.
 
-    Few passes over the block find a key that somewhat more elements reach, and the choice among those is made apart.
-    The guess is right for most blocks, and the first pass the only one.
+    A few passes over the block find a key that somewhat more than `kept` elements reach. The exact choice is then made
+    among those elements only. For most blocks the guess is good, and the pass that made `masks` was the only one.
 
     Args:
-        guess: a key, which `reached` elements reach; masks: which.
+        guess: a key that `reached` elements reach.
+        masks: which elements these are, 64 to a mask.
 
     Returns:
-        a guess for a similar block.
+        The key found, as a guess for the next block.
     """
     enough = len(keys)
     if not kept <= reached <= enough:
@@ -190,7 +192,7 @@ def _select(
     threshold = _fine_threshold(keys, reached, kept, guess, most)
     ties = kept - np.int64(_count(keys, reached, bits.dtype.type(threshold + 1), most))
     count = np.uint64(0)
-    for i in range(reached):  # without a branch, which no processor could predict
+    for i in range(reached):  # without branches, which a processor could not predict
         tied = np.int64(keys[i] == threshold)
         found[count] = found[i]
         count += np.uint64(np.int64(keys[i] > threshold) | (tied & np.int64(ties > 0)))
@@ -209,7 +211,7 @@ def _compress_kernel(wide: bool) -> Kernel:
         ) = pieces_and_arguments(call, 10)  # fmt: skip
         row = load_i64(slot, 0)
         most = integer(np.iinfo(integer).max)
-        scratch = np.zeros(largest + LANES, real)  # a mask may look beyond the end
+        scratch = np.zeros(largest + LANES, real)  # masks read up to 64 elements, even beyond the end of a block
         masks = np.empty(largest // LANES + 1, np.uint64)
         found = np.zeros(largest + 4, np.uint16)
         all_keys = np.empty(largest, integer)

@@ -1,14 +1,15 @@
-"""Numbers of any dtype, to and from float32 by the bits, so that no setting of the processor flushes a denormal.
+"""Conversion of numbers of any dtype to and from float32, and reading and writing blocks of them.
 
-Numba makes all integers 64 bits wide; where a carry beyond 32 is cut off, the compiler sees that lanes of 32 will do.
+Conversions work on bits, so that no setting of the processor flushes denormals to zero. Numba makes all integers 64
+bits wide. Cutting off carries beyond bit 32 (`& LOW`) shows LLVM that vector lanes of 32 bits are enough.
 """
 
 import numpy as np
 
+from efcp.kernels.cpu.bits import bits_of_float, float_of_bits
 from efcp.kernels.cpu.dtypes import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from efcp.kernels.cpu.llvm import (
-    bits_of_float,
-    float_of_bits,
+from efcp.kernels.cpu.machine_code import jit
+from efcp.kernels.cpu.memory import (
     load_f32,
     load_f64,
     load_u8,
@@ -18,7 +19,6 @@ from efcp.kernels.cpu.llvm import (
     store_u8,
     store_u16,
 )
-from efcp.kernels.cpu.machine_code import jit
 
 LOW = 0xFFFFFFFF
 
@@ -59,7 +59,7 @@ def _float32_to_float16(number: float) -> int:
 
 @jit
 def number_at(code: int, address: int, index: int) -> float:
-    """One number, as float64; exact."""
+    """The number at an index behind an address, as float64. The conversion is exact."""
     if code == FLOAT32:
         return np.float64(load_f32(address, index))
     if code == FLOAT64:
@@ -71,7 +71,7 @@ def number_at(code: int, address: int, index: int) -> float:
 
 @jit
 def value_at(code: int, values: int, entry: int) -> float:
-    """One value of the window, as float32."""
+    """One value of the window, as float32. The conversion is exact."""
     if code == BFLOAT16:
         return bfloat16_to_float32(load_u16(values, entry))
     if code == FLOAT16:
@@ -81,7 +81,7 @@ def value_at(code: int, values: int, entry: int) -> float:
 
 @jit
 def store_value(code: int, values: int, entry: int, number: float) -> float:
-    """Stores a float32 in the window, and returns what is stored."""
+    """Rounds a float32 to the window's dtype, stores it, and returns the stored value as float32."""
     if code == BFLOAT16:
         store_u16(values, entry, _float32_to_bfloat16(number))
     elif code == FLOAT16:
@@ -156,7 +156,10 @@ def write_block(code: int, address: int, first: int, length: int, numbers: np.nd
 def blend_block(
     code: int, address: int, first: int, length: int, old_factor: float, new: np.ndarray, new_factor: float, clear: bool
 ) -> None:
-    """numbers at the address ← old_factor · numbers + new_factor · new; and new ← the same unrounded, or 0"""
+    """numbers ← old_factor · numbers + new_factor · new. Then new ← 0 where `clear`, else the same before rounding.
+
+    The numbers are `length` of dtype `code` behind `address`, from index `first` on.
+    """
     zero = new.dtype.type(0)
     if code == FLOAT32:
         for j in range(length):

@@ -14,15 +14,16 @@ from efcp.kernels.cpu.convert import bfloat16_to_float32, float16_to_float32
 from efcp.kernels.cpu.dots import add_up
 from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, FLOAT32, FLOAT64
 from efcp.kernels.cpu.launch import CPU, PIECES, run, take_share
-from efcp.kernels.cpu.llvm import load_f32, load_f64, load_u16, pieces_and_arguments, store_f64
+from efcp.kernels.cpu.llvm import pieces_and_arguments
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f32, load_f64, load_u16, store_f64
 
-PART = 4096  # columns
+PART = 4096  # columns in a part
 
 
 @partial(jit, fastmath={"reassoc", "contract"})
 def _dot(code: int, rows: int, first: int, part: np.ndarray, length: int) -> float:
-    """The inner product of so many numbers of the rows, from the first on, with those of `part`."""
+    """The inner product of `length` numbers of the rows, from index `first` on, with those of `part`."""
     total = np.float64(0)
     if code == FLOAT32:
         for j in range(length):
@@ -41,7 +42,7 @@ def _dot(code: int, rows: int, first: int, part: np.ndarray, length: int) -> flo
 
 @jit
 def _widen(code: int, rows: int, first: int, length: int, part: np.ndarray) -> None:
-    """Numbers as float64."""
+    """Writes `length` numbers, from index `first` on, to `part` as float64."""
     if code == FLOAT32:
         for j in range(length):
             part[j] = np.float64(load_f32(rows, first + j))
@@ -60,7 +61,7 @@ def _widen(code: int, rows: int, first: int, length: int, part: np.ndarray) -> N
 def _dense_kernel() -> Kernel:
     @cached_kernel()
     def dense(call: int) -> None:
-        """Sums over the pieces, which are columns: (pieces, m), into `sums`."""
+        """Writes the inner products over each piece, a range of columns, to `sums`: (pieces, m) float64."""
         pieces, code, rows, window_size, columns, vector_code, vector, sums = pieces_and_arguments(call, 7)
         part, total = np.empty(PART, np.float64), np.empty(window_size, np.float64)
         first, last = take_share(call)

@@ -1,9 +1,13 @@
-"""`window_dots`: inner products of all rows with the newest one, whose block is spread out in a scratch.
+"""`window_dots` on a CPU: inner products of all rows of the window with the newest one.
 
-Entries are looked up there eight at a time, as Numba vectorises no loop that looks numbers up. Where rows are short,
-entries that may be among those of the newest row are found first: its positions make two sets of bytes, of their
-highest bits and of their lowest, and for 32 bytes one instruction looks up what a table of 16 holds for them. With
-that, 32 positions are compared with both sets without going to memory, and few are in both and not in the row.
+In each block, the newest row is spread out to a dense float32 array. For every entry of the window, the number at its
+position is looked up there and multiplied with its value. This goes eight entries at a time, by hand, since Numba
+vectorises no loop that looks numbers up.
+
+Where rows are short, few entries share a position with the newest row, so a filter first finds those that may. It holds
+two sets of bytes: the highest bits of the newest row's positions, and the lowest bits. One instruction looks up 32
+bytes in a table of 16, so 32 positions are compared with both sets without access to memory. Few positions are in
+both sets but not in the row.
 """
 
 import math
@@ -17,6 +21,7 @@ from torch import Tensor
 
 from efcp.kernels.addresses import Momenta
 from efcp.kernels.blocks import SparseRows
+from efcp.kernels.cpu.bits import bits_of_float, bits_set, trailing_zeros
 from efcp.kernels.cpu.convert import index_at, value_at
 from efcp.kernels.cpu.dtypes import CODES, FLOAT16, FLOAT32, SIZES
 from efcp.kernels.cpu.launch import CPU, PIECES, launch_of, momentum_code, run, slot_address, table_row, take_share
@@ -28,25 +33,20 @@ from efcp.kernels.cpu.llvm import (
     add_bf16_u16,
     add_f32_u8,
     add_f32_u16,
-    bits_of_float,
-    bits_set,
-    load_f64,
-    load_i64,
     no_sums,
     overlap_mask_u8,
     overlap_mask_u16,
     pieces_and_arguments,
     prefetch,
-    store_f64,
     sum_of_eight,
-    trailing_zeros,
 )
 from efcp.kernels.cpu.lowbit import read_momentum
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f64, load_i64, store_f64
 
-FEW = 48  # entries of a row in a block, up to which it is worth finding first which entries of others may meet it
-PORTION = 1024  # entries of the window among which these are looked for at a time
-TABLES = 64  # bytes of the two sets: two tables of 16 each
+FEW = 48  # entries; the filter pays where a row has at most so many in a block
+PORTION = 1024  # entries of the window that are filtered at a time
+TABLES = 64  # bytes of the two sets: two tables of 16 bytes for each
 
 
 @jit
@@ -62,7 +62,7 @@ def _add_products(code: int, size: int, sums: Any, values: int, indices: int, en
 
 @jit
 def _product(code: int, one: float, other: float) -> float:
-    """Of two float32 numbers that have been values of a window; in float32 where that is exact (see `_dots_kernel`)."""
+    """The product of two values of a window, given as float32. In float32 where that is exact (see `_dots_kernel`)."""
     return np.float64(one) * np.float64(other) if code == FLOAT32 else np.float64(one * other)
 
 
@@ -70,8 +70,9 @@ def _product(code: int, one: float, other: float) -> float:
 def _include(tables: np.ndarray, shift: int, position: int) -> None:
     """Adds a position to both sets.
 
-    The highest bit of a byte says in which table, its lowest four say where; which bit there is said in both sets by
-    bits 4 to 6 of the upper byte.
+    A position has an upper byte (position >> shift) and a lower byte. Each set has two tables of 16 bytes. The highest
+    bit of a byte chooses the table, and its lowest four bits choose the byte in it. Bits 4 to 6 of the upper byte
+    choose the bit that is set there, in both sets.
     """
     upper, lower = position >> shift, position & 255
     bit = 1 << ((upper >> 4) & 7)
@@ -84,16 +85,17 @@ def _may_overlap(
     size: int, indices: int, first: int, last: int, entries: int, tables: int, shift: int,
     values: int, bytes_a_value: int, found: np.ndarray,
 ) -> int:  # fmt: skip
-    """Which of the entries from `first` to before `last` of a block, which has 64 or more, may meet the newest row.
+    """Finds the entries of a block that may share a position with the newest row, among `first` to `last` − 1.
 
-    As in `_positions` four are written at a time, for which there must be room; their values are fetched.
+    The block must have at least 64 entries. The numbers of the entries are written to `found`, and their values are
+    fetched into the cache. As in `_positions`, four are written at a time, so `found` needs room for four more.
 
     Returns:
-        how many.
+        How many were found.
     """
     count = np.uint64(0)
     for start in range(first, last, LANES):
-        before = max(start + LANES - entries, 0)  # the last 64 entries begin that much earlier
+        before = max(start + LANES - entries, 0)  # by so much, the last 64 entries begin earlier
         if size == 1:
             mask = overlap_mask_u8(indices + start - before, tables, shift)
         else:
@@ -119,7 +121,10 @@ def _add_dots_of_few(
     value_code: int, index_size: int, values: int, indices: int, window_size: int, kept: int, row: int,
     newest: np.ndarray, unit: float, shift: int, tables: np.ndarray, found: np.ndarray, total: np.ndarray,
 ) -> None:  # fmt: skip
-    """Adds to `total` the inner products of the rows of a block with one of them, which `newest` holds in this unit."""
+    """Adds the inner products of a block's rows with the newest one to `total`, with the filter.
+
+    `newest` holds the newest row of the block, divided by `unit`.
+    """
     tables[:] = 0
     for j in range(row * kept, (row + 1) * kept):
         _include(tables, shift, index_at(index_size, indices, j))
@@ -132,15 +137,15 @@ def _add_dots_of_few(
         for place in range(count):
             j = np.int64(found[place])
             product = _product(value_code, newest[index_at(index_size, indices, j)], value_at(value_code, values, j))
-            total[found[place] * inverse >> np.uint64(32)] += unit * product  # that is j // kept
+            total[found[place] * inverse >> np.uint64(32)] += unit * product  # the index is j // kept
 
 
 @cache
 def _dots_kernel(value_code: int, index_size: int) -> Kernel:
-    # The product of two bfloat16 or float16 numbers is exact in float32, where one factor is scaled so that it neither
-    # overflows nor (above 1e-29 times the largest) underflows.
+    # The product of two bfloat16 or float16 numbers is exact in float32, unless it overflows or underflows. The newest
+    # row is scaled so that products cannot overflow, and only those below 1e-29 times the largest underflow.
     narrow = value_code != FLOAT32
-    eight = value_code != FLOAT16  # at a time
+    eight = value_code != FLOAT16  # whether entries are taken eight at a time
     bytes_a_value = SIZES[value_code]
 
     @cached_kernel(value_code, index_size)
@@ -178,7 +183,7 @@ def _dots_kernel(value_code: int, index_size: int) -> Kernel:
                             newest[index_at(index_size, indices, j)] = (
                                 np.float64(value_at(value_code, values, j)) / unit
                             )
-                        if chosen == kept <= few:  # padding may hold anything
+                        if chosen == kept <= few:  # there is no padding, which may hold anything
                             _add_dots_of_few(
                                 value_code, index_size, values + entry * bytes_a_value, indices + entry * index_size,
                                 window_size, kept, row, newest, unit, shift, tables, found, total,
@@ -257,7 +262,7 @@ def _momenta_kernel(value_code: int, index_size: int) -> Kernel:
 def _add_up_kernel() -> Kernel:
     @cached_kernel()
     def add_up(call: int) -> None:
-        """The sum of the rows of a float64 matrix, added in order. The pieces are its columns."""
+        """Sums the rows of a float64 matrix, in order. The pieces are its columns."""
         columns, matrix, rows, result = pieces_and_arguments(call, 3)
         first, last = take_share(call)
         while first < last:
@@ -290,7 +295,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
 
 
 def add_up(sums: Tensor, pieces: int, window_size: int) -> Tensor:
-    """The sums of pieces (pieces · m,), added in order: (m,)."""
+    """Adds up the sums of all pieces in order: from (pieces · m,) to (m,), float64."""
     if pieces == 1:
         return sums
     total = torch.empty(window_size, dtype=torch.float64, device=CPU)

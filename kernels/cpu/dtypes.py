@@ -1,4 +1,4 @@
-"""Dtypes as compiled code knows them: by small numbers."""
+"""Small numbers that stand for dtypes in compiled code."""
 
 import torch
 

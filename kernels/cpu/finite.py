@@ -1,4 +1,4 @@
-"""`norm_is_finite`: sums of squares, of chunks in float32, of all chunks in float64."""
+"""`norm_is_finite` on a CPU: sums squares within a chunk in the dtype of arithmetic, and over chunks in float64."""
 
 import math
 from array import array
@@ -14,16 +14,17 @@ from efcp.kernels.addresses import gradient_addresses
 from efcp.kernels.cpu.convert import bfloat16_to_float32, float16_to_float32
 from efcp.kernels.cpu.dtypes import BFLOAT16, CODES, FLOAT32, FLOAT64
 from efcp.kernels.cpu.launch import CPU, PIECES, run, take_share
-from efcp.kernels.cpu.llvm import load_f32, load_f64, load_i64, load_u16, pieces_and_arguments, store_f64
+from efcp.kernels.cpu.llvm import pieces_and_arguments
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f32, load_f64, load_i64, load_u16, store_f64
 from efcp.kernels.reference import accumulation_dtype
 
-CHUNK = 4096  # elements of a gradient, the unit in which `norm_is_finite` is shared out
+CHUNK = 4096  # elements of a gradient in a chunk
 
 
 @partial(jit, fastmath={"reassoc", "contract"})
 def _sum_of_squares(code: int, address: int, first: int, last: int) -> float:
-    """In the dtype of arithmetic: where that overflows, so does the sum over all."""
+    """The sum of squares of some elements, in the dtype of arithmetic. If it overflows, so does the sum over all."""
     if code == FLOAT64:
         wide = np.float64(0)
         for j in range(first, last):
@@ -49,10 +50,10 @@ def _sum_of_squares(code: int, address: int, first: int, last: int) -> float:
 def _squares_kernel() -> Kernel:
     @cached_kernel()
     def squares(call: int) -> None:
-        """Sums of squares over the pieces, into `sums`; behind them goes infinity, and no more is read, once one is not
-        finite.
+        """Writes the sum of squares of each piece, a range of chunks, to `sums`: (pieces + 1,) float64.
 
-        The table has three columns: the number of the first chunk behind a gradient, n, and the address.
+        Once a sum is not finite, infinity is written to the last element, and the remaining pieces are not read. The
+        table has a column each for the number of the first chunk after a gradient, for n, and for the address.
         """
         pieces, table, gradients, code, sums, chunks = pieces_and_arguments(call, 5)
         first, last = take_share(call)

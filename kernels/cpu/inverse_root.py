@@ -1,9 +1,9 @@
-"""`update_inverse_root_`: M-FAC's inverse root R follows a replaced row, in pieces of rows.
+"""`update_inverse_root_` on a CPU: updates M-FAC's inverse root R in one pass over R and one over S.
 
-As column t of RᵀR is known, so is vᵀR for the vector v of the reflection: the reflected matrix R' = R + φ v vᵀR,
-p = R's, R'ᵀp and the following column of R'ᵀR' come of one pass over the rows, in pieces. Another is over those of S.
-What the first leaves for the next is in `scratch`, vectors of m numbers: p; then R'ᵀp of each piece; then its part of
-the column.
+Column t of RᵀR is known. It gives vᵀR for the vector v of the reflection without a pass over R. A single pass over the
+rows of R, in pieces of rows, then computes the reflected matrix R' = R + φ v vᵀR, p = R's, R'ᵀp, and the following
+column of R'ᵀR'. A second pass, over S, computes the residual. The first pass leaves vectors of m numbers in `scratch`:
+p, then R'ᵀp of each piece, then each piece's part of the following column.
 """
 
 import math
@@ -17,10 +17,11 @@ from torch import Tensor
 
 from efcp.kernels.addresses import addresses
 from efcp.kernels.cpu.launch import CPU, run, slot_address, take_share
-from efcp.kernels.cpu.llvm import load_f64, load_i64, pieces_and_arguments, pointer, store_f64
+from efcp.kernels.cpu.llvm import pieces_and_arguments, pointer
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f64, load_i64, store_f64
 
-PIECE_ROWS = 64  # of an m × m matrix, the unit in which it is shared out
+PIECE_ROWS = 64  # rows of an m × m matrix in a piece; threads take whole pieces
 
 
 @partial(jit, fastmath={"reassoc", "contract"})
@@ -39,7 +40,7 @@ def _add_multiple(total: np.ndarray, factor: float, row: np.ndarray, length: int
 
 @partial(jit, fastmath={"reassoc", "contract"})
 def _add_multiple_and_dot(row: np.ndarray, factor: float, other: np.ndarray, third: np.ndarray, length: int) -> float:
-    """row ← row + factor · other; its inner product with the third"""
+    """row ← row + factor · other. Returns the inner product of the new row with `third`."""
     total = 0.0
     for j in range(length):
         number = row[j] + factor * other[j]
@@ -77,7 +78,7 @@ def _sum_of_pieces(scratch: int, first: int, pieces: int, window_size: int) -> n
 def _reflect_kernel() -> Kernel:
     @cached_kernel()
     def reflect(call: int) -> None:
-        """The pass over R, but for row t."""
+        """The pass over R. Row t is not changed here; `border` writes it."""
         pieces, root, column, gram, slot, scratch, window_size = pieces_and_arguments(call, 6)
         t = load_i64(slot, 0)
         following = (t + 1) % window_size
@@ -112,7 +113,7 @@ def _reflect_kernel() -> Kernel:
 def _border_kernel() -> Kernel:
     @cached_kernel()
     def border(call: int) -> None:
-        """Row t of R, x and the following column."""
+        """Writes row t of R, x, and the following column of RᵀR."""
         _, root, column, gram, slot, x, scratch, window_size, pieces, ridge = pieces_and_arguments(call, 9)
         t, least = load_i64(slot, 0), load_f64(ridge, 0)
         following = (t + 1) % window_size
@@ -137,7 +138,7 @@ def _border_kernel() -> Kernel:
 def _residual_kernel() -> Kernel:
     @cached_kernel()
     def subtract(call: int) -> None:
-        """The pass over S."""
+        """The pass over S: writes the residual e_t − (ridge · I + S) x."""
         pieces, gram, slot, x_at, residual, window_size, ridge = pieces_and_arguments(call, 6)
         t, x = load_i64(slot, 0), _float64s(x_at, 0, window_size)
         first, last = take_share(call)
@@ -160,7 +161,7 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
     scratch, number = vectors.data_ptr(), array("d", [ridge])
     root, gram = (addresses(n, [M], torch.float64, CPU, [window_size**2])[0] for n, M in (("R", R), ("S", S)))
     (column_at,), at = addresses("column", [column], torch.float64, CPU, [window_size]), slot_address(slot, window_size)
-    reflect, border, subtract = _reflect_kernel(), _border_kernel(), _residual_kernel()  # all, before R changes
+    reflect, border, subtract = _reflect_kernel(), _border_kernel(), _residual_kernel()  # compiled before R changes
     ridge_at, work = number.buffer_info()[0], window_size * window_size
     run(reflect, (root, column_at, gram, at, scratch, window_size), pieces, work)
     run(border, (root, column_at, gram, at, x.data_ptr(), scratch, window_size, pieces, ridge_at), 1, window_size)

@@ -1,15 +1,18 @@
-"""Kernels and threads: what a kernel is told of its parameters, and how threads share its work.
+"""Launches of kernels on a CPU: the table of parameters that a kernel reads, and the threads that share its work.
 
-A kernel takes the address of a call, eight bytes each: the share that is taken next, the number of shares, the number
-of pieces, which the shares are made of, and arguments. It takes shares of the blocks of all parameters, or of other
-pieces, until none is left. What it allocates it allocates before: a thread that finds no memory leaves the work to the
-others.
+The work of a kernel is cut into pieces, such as blocks or ranges of columns, and pieces are grouped into shares. A
+kernel has one argument, the address of a call. That is an array of int64:
 
-The threads are PyTorch's own OpenMP team. After an operation of PyTorch these wait for the next one busily, for
-milliseconds: any other thread would have to wait for a core, while they start at once. Where there is no such team, as
-in a forked child, threads of Python take its place; the compiled code is the same and runs without the GIL. Numba's
-threading layers would not do: of those that are always at hand, one aborts when two threads call it, the other in a
-forked child. Small operations run in the caller.
+    number of the next share to take, number of shares, number of pieces, arguments of the kernel ...
+
+Every thread runs the kernel, which takes one share after another until none is left. A kernel allocates its memory
+before it takes a share, so a thread that cannot allocate leaves the work to the others.
+
+The threads are PyTorch's own OpenMP team. After an operation of PyTorch, these threads keep their cores busy for
+milliseconds, waiting for the next operation. So they start at once, while any other thread would have to wait for a
+core. Where there is no such team, as in a forked child, Python threads take its place. They run the same compiled code,
+without the GIL. Numba's own threading layers are no alternative: of the two that are always available, one aborts when
+two threads call it, the other in a forked child. Small operations run in the calling thread.
 """
 
 import ctypes
@@ -28,18 +31,19 @@ from torch import Tensor
 from efcp.kernels.addresses import Momenta, addresses, floating, group_addresses, momentum_addresses
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.cpu.dtypes import CODES, INT8, NONE
-from efcp.kernels.cpu.llvm import load_i64, take_number
+from efcp.kernels.cpu.llvm import take_number
 from efcp.kernels.cpu.machine_code import Kernel, jit
+from efcp.kernels.cpu.memory import load_i64
 from efcp.kernels.lowbit import LowBit
 
 CPU = torch.device("cpu")
-PARALLEL = 1 << 15  # elements, or entries of the window, from which on several threads are worth it; as in PyTorch
-PIECES = 64  # at most so many partial sums, whatever the number of threads
+PARALLEL = 1 << 15  # elements, or entries of the window; with fewer, one thread is faster. The same as in PyTorch
+PIECES = 64  # the most partial sums; it does not depend on the number of threads, so neither do results
 
 
 @jit
 def take_share(call: int) -> tuple[int, int]:
-    """The pieces of a share, from `first` to before `last`; the same twice when no share is left."""
+    """Takes the next share. Returns the range of its pieces, (first, last + 1), which is empty when none is left."""
     share, shares, pieces = take_number(call), load_i64(call, 1), load_i64(call, 2)
     if share >= shares:
         return pieces, pieces
@@ -48,9 +52,13 @@ def take_share(call: int) -> tuple[int, int]:
 
 @jit
 def table_row(table: int, parameters: int, number: int) -> tuple[int, int, int, int, int, int, int, int, int, int]:
-    """A row of the table, which is stored column by column: the number of the first block behind this parameter, n, B,
-    k, k of the tail, and addresses: of values, of indices, of the two tensors of n elements of an operation, and of the
-    scales of the second where it is in 8 bits."""
+    """The row of a parameter in the table, which is stored column by column.
+
+    Returns:
+        The number of the first block after this parameter, counted over all parameters; n; B; k; k of the tail; and the
+        addresses of its values, its indices, the operation's two other tensors of n elements, and the scales of the
+        second of these where it is in 8 bits.
+    """
     return (
         load_i64(table, number),
         load_i64(table, number + parameters),
@@ -66,7 +74,10 @@ def table_row(table: int, parameters: int, number: int) -> tuple[int, int, int, 
 
 
 def _openmp() -> Callable[[int, int, int, int], None] | None:
-    """What the `parallel` of C calls: function, its argument, threads, flags. None where PyTorch does not have it."""
+    """The function that `#pragma omp parallel` calls in C, or None where PyTorch does not contain it.
+
+    Its arguments are a function, the argument of that, the number of threads, and flags.
+    """
     try:
         parallel = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (AttributeError, OSError):
@@ -91,20 +102,29 @@ def _forget_threads() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_threads)  # no thread survives a fork, and OpenMP would wait for its own
+    os.register_at_fork(after_in_child=_forget_threads)  # threads do not survive a fork; OpenMP would wait for its own
 
 
 def run(kernel: Kernel, arguments: tuple[int, ...], pieces: int, work: int) -> None:
-    """Calls a kernel in as many threads as PyTorch is set to, or, where there is little work, in this one."""
+    """Runs a kernel with as many threads as PyTorch is set to use, or in this thread where there is little work.
+
+    Args:
+        arguments: what `pieces_and_arguments` gives the kernel after the number of pieces.
+        pieces: how many pieces the work is cut into.
+        work: elements, or entries of the window, that the kernel reads.
+
+    Raises:
+        MemoryError: if no thread could allocate its memory.
+    """
     threads = torch.get_num_threads() if work >= PARALLEL and pieces > 1 else 1
-    # Shares are small enough that a thread which another process holds up keeps nobody waiting.
+    # Shares are so small that the others hardly wait for a thread that another process holds up.
     shares = min(pieces, 8 * threads if threads > 1 else 1)
     call = array("q", [0, shares, pieces, *arguments])
 
     def take_shares() -> None:
         kernel.ctypes(call.buffer_info()[0])
 
-    if threads > 1 and _team is not None:  # all of the team: OpenMP would end the others, and start them again later
+    if threads > 1 and _team is not None:  # the whole team: OpenMP would end unused threads and restart them later
         _team(kernel.address, call.buffer_info()[0], threads, 0)
     else:
         helpers = [_pool().submit(take_shares) for _ in range(min(threads, pieces) - 1)]
@@ -117,14 +137,14 @@ def run(kernel: Kernel, arguments: tuple[int, ...], pieces: int, work: int) -> N
 
 
 class Launch(NamedTuple):
-    """What the kernels are told about a launch of parameters, and totals over these."""
+    """The table of a group of parameters that kernels read, and totals over these parameters."""
 
     table: "array[int]"
     parameters: int
-    largest: int  # elements of a block
+    largest: int  # elements of the largest block
     blocks: int
     elements: int
-    entries: int  # of a row of the window
+    entries: int  # in one row of the window
 
     @property
     def arguments(self) -> tuple[int, int, int]:
@@ -132,7 +152,13 @@ class Launch(NamedTuple):
 
 
 def launch_of(rows: Sequence[SparseRows], momenta: Momenta = (), **others: Sequence[Tensor | None]) -> Launch:
-    """With the table of `table_row`: the first tensors of an operation, by name, then the second ones, or momenta."""
+    """Checks a group of parameters, and makes the table that `table_row` reads.
+
+    Args:
+        rows: the window of each parameter.
+        momenta: of each parameter; or empty.
+        others: by argument name: two, or one that goes before the momenta. Addresses are 0 where there are fewer.
+    """
     layouts = [r.blocks for r in rows]
     ends = list(accumulate(blocks.count for blocks in layouts))
     numels = [blocks.numel for blocks in layouts]
@@ -158,12 +184,12 @@ def momentum_code(momenta: Momenta) -> int:
 
 
 def scalar_address(name: str, tensor: Tensor, dtype: torch.dtype | None = None) -> int:
-    """The address of a tensor of one element, of any floating point dtype where none is given."""
+    """The address of a tensor of one element. Without `dtype`, the tensor may have any floating point dtype."""
     return addresses(name, [tensor], dtype or floating(name, tensor), CPU, [1])[0]
 
 
 def slot_address(slot: Tensor, window_size: int) -> int:
-    """The address of the number of a row, which is in the window."""
+    """The address of the slot. Raises IndexError unless the slot is a row of the window."""
     address = scalar_address("slot", slot, torch.int64)
     row = ctypes.c_int64.from_address(address).value
     if not 0 <= row < window_size:

@@ -13,17 +13,9 @@ from efcp.kernels.addresses import check_lowbit
 from efcp.kernels.cpu.convert import add_block, read_block, write_block
 from efcp.kernels.cpu.dtypes import CODES, FLOAT64, INT8
 from efcp.kernels.cpu.launch import run, scalar_address, take_share
-from efcp.kernels.cpu.llvm import (
-    load_f32,
-    load_f64,
-    load_i64,
-    load_u8,
-    pieces_and_arguments,
-    store_f32,
-    store_f64,
-    store_u8,
-)
+from efcp.kernels.cpu.llvm import pieces_and_arguments
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
+from efcp.kernels.cpu.memory import load_f32, load_f64, load_i64, load_u8, store_f32, store_f64, store_u8
 from efcp.kernels.lowbit import BLOCK, LARGEST, MASK, MIX, SMALLEST_SCALE, LowBit
 
 CHUNK = 4096  # numbers, the unit in which the work is shared out

@@ -1,10 +1,11 @@
-"""Machine code of the kernels: compiled by Numba, and kept on disk for the next process.
+"""Compiles kernels with Numba, and keeps their machine code on disk for the next process.
 
-A kernel is loaded from the cache, else compiled and saved there. Where the cache fails, the kernel is compiled for this
-process only, and one warning says why. Where compiling fails, `BackendError` says why, and the definition runs.
+A kernel is loaded from the cache on disk. If it is not there, it is compiled and saved. Where the cache does not work,
+the kernel is compiled for this process only, and one warning says why. Where compiling fails, `BackendError` says why,
+and the definition runs in its place.
 
-Files of Numba's own cache have no checksum. Of a damaged one, LLVM runs whatever it holds, or ends the process. Here
-code is loaded only if its checksum is right; else it is compiled anew, and replaces the damaged file.
+Numba's own cache has no checksums: from a damaged file, it would run whatever code that holds, or end the process. Here
+code is loaded only if its checksum is right. Otherwise it is compiled again and replaces the damaged file.
 """
 
 import pickle
@@ -34,23 +35,23 @@ _has_warned = False
 
 
 class Kernel(Protocol):
-    """Compiled code that takes the address of a call (see `launch.py`)."""
+    """A compiled function with one argument, the address of a call (see `launch.py`)."""
 
     address: int
     ctypes: Callable[[int], None]  # releases the GIL
 
 
 def jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compiles a part of a kernel."""
+    """Compiles a function that kernels call."""
     return njit(nogil=True, error_model="numpy", **options)(function)
 
 
 def cached_kernel(*constants: object) -> Callable[[Callable[[int], None]], Kernel]:
-    """Compiles what Python calls, or loads its machine code from disk.
+    """A decorator that compiles a kernel, or loads its machine code from disk.
 
-    Constants that a kernel is compiled for become part of its name, which is that of a symbol in the machine code: two
-    of one name could end up with each other's code. The cache also compares what a kernel refers to in the function
-    around it: that must be numbers and types, since any other object is a new one in each process.
+    The constants that a kernel is compiled for become part of its name. The name is a symbol in the machine code, and
+    two kernels of the same name could get each other's code. The cache key also contains the variables of the enclosing
+    function that the kernel uses. These must be numbers and types: other objects differ from process to process.
 
     Raises:
         BackendError: if it cannot be compiled.
@@ -65,13 +66,13 @@ def cached_kernel(*constants: object) -> Callable[[Callable[[int], None]], Kerne
 
 @cache
 def _sources() -> str:
-    """A hash of the files in this folder, any of which a kernel may be made of."""
+    """A hash of all files in this folder, as a kernel may be made from any of them."""
     files = sorted(Path(__file__).parent.glob("*.py"))
     return sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
 
 
 def _warn_once(trouble: str, error: Exception) -> None:
-    """About the cache, the same trouble comes with each kernel."""
+    """Warns of trouble with the cache, only once: the same trouble comes with every kernel."""
     global _has_warned
     if not _has_warned:
         _has_warned = True
@@ -80,7 +81,7 @@ def _warn_once(trouble: str, error: Exception) -> None:
 
 @contextmanager
 def _shown_on_terminal(text: str) -> Iterator[None]:
-    """Shows a text on a terminal while the context lasts; elsewhere, as in a log, does nothing."""
+    """Shows a text while the context lasts, if stderr is a terminal. Writes nothing to logs."""
 
     def write(line: str) -> None:
         with suppress(Exception):  # stderr may be None, closed, or whatever a program has put in its place
@@ -95,18 +96,18 @@ def _shown_on_terminal(text: str) -> Iterator[None]:
 
 
 class CodeCache:
-    """Where Numba's `CFunc` looks for machine code before it compiles, and leaves it afterwards.
+    """The cache in which Numba's `CFunc` looks for machine code before it compiles, and saves it afterwards.
 
-    Each entry is a file, named by the kernel and a hash of all that the code depends on: processes that write at the
-    same time write different files, or the same one with the same meaning. A file is written under another name, and
-    renamed when it is complete.
+    Each kernel is a file, named by the kernel and a hash of everything that its code depends on. So processes that
+    write at the same time write different files, or files with equivalent code. A file is written under a temporary
+    name and renamed when it is complete.
 
     Args:
         function: the kernel in Python.
         before_compiling: called when the code is not in the cache.
 
     Raises:
-        RuntimeError: if Numba finds no folder for it that can be written.
+        RuntimeError: if Numba finds no writable folder for the cache.
     """
 
     def __init__(self, function: Callable[..., Any], before_compiling: Callable[[], object]) -> None:
@@ -124,7 +125,7 @@ class CodeCache:
         return Path(self._numba.cache_path, name)
 
     def load_overload(self, signature: Any, target_context: Any) -> Any:
-        """The compiled kernel, or None."""
+        """The compiled kernel, or None if the cache does not have it."""
         kernel = None
         try:
             target_context.refresh()
@@ -155,7 +156,7 @@ class CodeCache:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Writes a file that others see complete or not at all."""
+    """Writes a file so that other processes see all of it, or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
@@ -168,10 +169,15 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def compiled(function: Callable[..., Any], arguments: tuple[Any, ...], result: Any, **options: Any) -> Any:
-    """A function for C, of Numba's types and with its options, from the cache if possible.
+    """Compiles a function to one that C can call, or loads it from the cache.
 
-    What is used of Numba's internals only the cache needs: where a version of Numba has others, the kernel is compiled
-    through the public interface.
+    The cache uses internals of Numba. Where a version of Numba differs in these, the kernel is compiled through the
+    public interface, without the cache.
+
+    Args:
+        function: the kernel in Python.
+        arguments, result: Numba's types of its arguments and its result.
+        options: of Numba's `cfunc`.
 
     Raises:
         BackendError: if Numba cannot compile it.

@@ -2,13 +2,13 @@
 
 | file | what |
 |---|---|
-| `launch.py`, `tuning.py` | many parameters in one launch; the choice of its configuration |
+| `launch.py`, `tuning.py` | launching many parameters at once; choosing a configuration |
 | `compress.py`, `finite.py` | `compress_` and `norm_is_finite`, for any GPU |
-| `dots.py`, `apply.py` | `window_dots` and `window_apply_` with sums in shared memory, in Gluon: NVIDIA, Triton ≥ 3.8 |
-| `portable.py` | the same two for all others |
+| `dots.py`, `apply.py` | `window_dots` and `window_apply_` in Gluon, with sums in shared memory; NVIDIA, Triton ≥ 3.8 |
+| `portable.py` | these two in plain Triton, for all other GPUs and versions |
 
-`update_inverse_root_` and `dense_dots` are those of the definition: the matrices of the one do not grow with the model,
-the other is a few products of PyTorch.
+`update_inverse_root_` and `dense_dots` have no kernels, and run the definition. The matrices of the first do not grow
+with the model, and the second is a few matrix products of PyTorch.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ __all__ = ["compress_", "dense_dots", "norm_is_finite", "update_inverse_root_", 
 
 
 def _shared_memory() -> int:
-    """Bytes of shared memory that a Gluon program may take on the current GPU, 0 where there can be none."""
+    """Bytes of shared memory that a Gluon program may take on the current GPU; 0 where Gluon kernels cannot run."""
     if not HAS_GLUON or triton.knobs.runtime.interpret:
         return 0
     target = triton.runtime.driver.active.get_current_target()

@@ -1,13 +1,14 @@
-"""`window_apply_` in Gluon: weighted sum of all rows of the window, added to the parameter in place.
+"""`window_apply_` in Gluon: adds the weighted sum of all rows of the window to the parameter, in place.
 
-One program owns a block. It keeps the sum in shared memory and adds row after row: the indices of a row are distinct,
-and a barrier separates rows, so that plain loads and stores suffice: no atomics, and a fixed order of summation. The
-window is streamed through shared memory in tiles of whole rows, the next tile being read while one is added. At the end
-the parameter is read and written once, with momentum and weight decay.
+One program handles one block. It keeps the sum in shared memory and adds one row after another. The indices within a
+row are distinct, and a barrier separates rows, so plain loads and stores are enough: there are no atomics, and the
+order of summation is fixed. The window is streamed through shared memory in tiles of whole rows; the next tile is read
+while the current one is added. At the end the parameter is read and written once, with momentum and weight decay.
 
-A row is added in steps of COLUMNS entries, none of which may do nothing: there are no masks for shared memory. So the
-last step of a row begins earlier, and adds zero for entries that have been added before. A row shorter than a step is
-that of a short block, whose sum leaves room at the end of the memory for the entries that are missing.
+A row is added in steps of COLUMNS entries. Accesses to shared memory cannot be masked, so every lane of a step must add
+something somewhere. The last step of a row therefore begins earlier, and adds zero for entries that have already been
+added. Where a row is shorter than a step, its block is short too, and the lanes without an entry add zero to unused
+memory at the end of the sum.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,13 +34,14 @@ from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
 from efcp.kernels.update import Update
 
 find_block = gluon.jit(find_block.fn)
-ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
+ALIGNED = gl.constexpr(16)  # entries; tiles begin at multiples of it, so that every access takes 128 bits
 
 
 def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: int) -> list[Configuration]:
-    """For blocks whose program may take so many bytes of shared memory; the default first, none where nothing fits.
+    """The configurations whose programs fit into `shared` bytes of shared memory. The first one is the default.
 
-    One warp adds rows of up to 127 entries: it needs no barriers but its own, and many programs fit.
+    Rows of up to 127 entries are added by a single warp: that needs no barriers between warps, and many programs fit on
+    a multiprocessor. The list is empty where nothing fits.
     """
     row, room = kept(blocks.block_size, blocks.density), triton.next_power_of_2(blocks.block_size)
     default = 1 << max(0, min(3, (row // 64).bit_length() - 1))
@@ -57,9 +59,9 @@ def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: 
         sums = (room + triton.next_power_of_2(values.shape[1])) * accumulation_dtype(target).itemsize
         if 0 < num_warps <= 8 and 32 * num_warps <= max(32, row) and row + 16 <= tile <= max(2048 * num_warps, least):
             columns = min(1 << (row.bit_length() - 1), 64 * num_warps)
-            chunk = min(room, 512 * num_warps)  # of the sums, at once: more would not fit into registers
+            chunk = min(room, 512 * num_warps)  # of the sum, taken at a time: more would not fit into registers
             configuration = {"TILE": tile, "COLUMNS": columns, "CHUNK": chunk, "num_warps": num_warps}
-            # Without a limit some would be spilled, for an occupancy that is of no use here.
+            # Without a limit the compiler spills registers to raise occupancy, which is of no use here.
             configuration |= at_most_registers(128 if num_warps == 4 else 255)
             candidates.append((configuration, sums + tile * entry, tile * entry))
     return most_in_flight(candidates, shared)
@@ -67,7 +69,10 @@ def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: 
 
 @gluon.jit
 def _load_tile(values, indices, first, last, end, TILE: gl.constexpr, LAYOUT: gl.constexpr):
-    """Entries from `first`, rounded down to where an access may begin, up to `last`; `end` is the tensor's."""
+    """Loads the values and indices of entries up to `last`, from `first` rounded down to a multiple of ALIGNED.
+
+    `end` is the end of the tensor, beyond which nothing is read.
+    """
     position = gl.multiple_of(first // ALIGNED * ALIGNED, 16) + gl.arange(0, TILE, layout=LAYOUT)
     if (last + ALIGNED - 1) // ALIGNED * ALIGNED <= end:
         mask = position // ALIGNED * ALIGNED < last
@@ -98,7 +103,7 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
     indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
     entries = block * window_size * stride
     end = gl.load(row + 4) * window_size * stride
-    end = gl.where(aligned, end, -1)  # else no access may take 128 bits
+    end = gl.where(aligned, end, -1)  # -1 where no access may take 128 bits
 
     chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
     total = chunks._reinterpret(DTYPE, [ROOM], SHARED)
@@ -170,7 +175,7 @@ def window_apply_(
     update: Update,
     candidates: Sequence[Configuration],
 ) -> None:
-    """With one of some configurations."""
+    """Chooses one of the configurations, and launches the kernel."""
     table = launch_of(rows, targets=targets, momenta=momenta)
     weights = check_weights(rows[0].values, update.weights, rows[0].values.shape[1])
     check_numbers(rows[0].values, **update.factors(len(momenta) > 0))

@@ -1,9 +1,10 @@
-"""`compress_` in Triton: blockwise Top-k selection with fused error-feedback update, one program a block.
+"""`compress_` in Triton: blockwise Top-k selection with error feedback; one program handles one block.
 
-Gradient and error are read once, into registers, and the error is written once. The bits of |a|, read as an integer,
-order like |a|, so the k-th largest magnitude is found bit by bit, from the highest: a bit belongs to the threshold if
-at least k elements reach it. The search ends early when exactly k do. Prefix sums then number the selected elements,
-which are written in ascending order; among elements equal to the threshold the lowest are taken.
+Gradient and error are read once, into registers, and the error is written once. The bits of |a|, read as integers, have
+the same order as |a|. So the k-th largest magnitude, the threshold, is found bit by bit from the highest: a bit is set
+if at least k elements reach the threshold with this bit. The search ends early when exactly k elements do. Prefix sums
+then number the selected elements, which are written in ascending order. Among elements equal to the threshold, those at
+the lowest positions are taken.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,15 +29,16 @@ from efcp.kernels.triton.tuning import Configuration, choose
 
 
 def configurations(size: int, bytes: int, width: int, warp: int) -> list[Configuration]:
-    """For blocks of `size` elements of `bytes` each; the default first.
+    """The configurations for blocks of `size` elements of `bytes` each. The first one is the default.
 
-    A chunk is one access, of `width` elements, of each thread: prefix sums are taken over a chunk at a time, which
-    leaves most registers to the block. A thread takes four accesses of a block, and more where there would be too many
-    threads; beyond 128 bytes, only the first RESIDENT chunks are in registers, and others are read in every pass.
+    A chunk is what all threads read with one access each, of `width` elements. Prefix sums are taken over one chunk at
+    a time, which leaves most registers to the block. A thread makes four accesses for a block, or more where that would
+    need too many threads. Beyond 128 bytes a thread, only the first RESIDENT chunks stay in registers; the others are
+    read again in every pass.
     """
     size = max(warp * width, triton.next_power_of_2(size))
     if size * bytes > 512 * 128:
-        # Without the option the assembler spills some registers, for an occupancy that is of no use here.
+        # Without the option the assembler spills registers to raise occupancy, which is of no use here.
         return [_configuration(size, bytes, width, warp, 256) | at_most_registers(255)]
     default = max(warp, min(512, size // (4 * width)))
     return [
@@ -55,7 +57,7 @@ def _configuration(size: int, bytes: int, width: int, warp: int, threads: int) -
 @triton.jit
 def _sum(grad, error, finite, chunk, length,
          CHUNK: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """a = e + g of one chunk of a block; NaN beyond its end, which no comparison finds."""
+    """a = e + g for one chunk of a block. Beyond the block's end it is NaN, for which every comparison is false."""
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     if MASKED:
         a = tl.load(grad + position, mask=position < length, other=0.0).to(DTYPE)
@@ -71,12 +73,12 @@ def _sum(grad, error, finite, chunk, length,
 @triton.jit
 def _reaching(a, bits, grad, error, finite, length,
               CHUNKS: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """How many elements reach the magnitude with these bits. `a` holds the first chunks; others are read again."""
+    """How many elements reach the magnitude with these bits. `a` holds the first chunks; the others are read again."""
     threshold = bits.to(DTYPE, bitcast=True)
     count = tl.zeros((CHUNK,), tl.int32)
     for chunk in tl.static_range(len(a)):
         count += (tl.abs(a[chunk]) >= threshold).to(tl.int32)
-    for chunk in tl.range(len(a), CHUNKS, loop_unroll_factor=1 if MASKED else 4):  # else too little is in flight
+    for chunk in tl.range(len(a), CHUNKS, loop_unroll_factor=1 if MASKED else 4):  # for enough reads in flight
         other = _sum(grad, error, finite, chunk, length, CHUNK, MASKED, DTYPE)
         count += (tl.abs(other) >= threshold).to(tl.int32)
     return tl.sum(count, 0)
@@ -85,10 +87,10 @@ def _reaching(a, bits, grad, error, finite, length,
 @triton.jit
 def _write(a, threshold, ties, before, chunk, length, error, values, indices, finite,
            CHUNK: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Writes a chunk's error and its elements among the selected.
+    """Writes a chunk's error, and those of its elements that are selected.
 
-    `before` counts elements of earlier chunks: in its lower 16 bits those above the threshold, in the upper 16 those
-    equal to it, of which only so many `ties` are selected. Returns the same for the next chunk.
+    `before` counts elements of earlier chunks: in its lower 16 bits those above the threshold, in its upper 16 bits
+    those equal to it. Of the latter, only the first `ties` are selected. Returns `before` for the next chunk.
     """
     magnitude = tl.abs(a)
     flags = (magnitude > threshold).to(tl.uint32) + ((magnitude == threshold).to(tl.uint32) << 16)
@@ -98,8 +100,8 @@ def _write(a, threshold, ties, before, chunk, length, error, values, indices, fi
     rank = (counts & 0xFFFF) + tl.minimum(tied, ties) - 1
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     stored = a.to(values.dtype.element_ty)
-    # The hints are untrue. They make threads store the elements that they have loaded, where else Triton would move
-    # all elements through shared memory for it; and a mask of single elements lets no store become wider.
+    # These hints are not true. They make each thread store the elements that it has loaded; without them, Triton would
+    # move all elements through shared memory first. No store becomes wider, since the mask is for single elements.
     place = tl.multiple_of(tl.max_contiguous(values + rank, WIDTH), 16)
     tl.store(place, stored, mask=chosen)
     place = tl.multiple_of(tl.max_contiguous(indices + rank, WIDTH), 16)
@@ -155,7 +157,7 @@ def _compress_kernel(parameters, owners, slot, finite, window_size,
     values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries
     indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
     address = tl.load(row)
-    if address == 0:  # no gradient
+    if address == 0:  # the parameter has no gradient
         for first in range(0, kept, CHUNK):
             column = first + tl.arange(0, CHUNK)
             tl.store(values + column, tl.zeros((CHUNK,), VALUES), mask=column < kept)
@@ -171,7 +173,7 @@ def _compress_kernel(parameters, owners, slot, finite, window_size,
             error = tl.multiple_of(error, 16)
         _compress_block(grad, error, values, indices, finite, length, kept,
                         CHUNKS, CHUNK, RESIDENT, WIDTH, False, DTYPE)  # fmt: skip
-    else:  # needs more registers, and is for few blocks
+    else:  # few blocks; masks need more registers, so fewer chunks stay in them
         _compress_block(grad, error, values, indices, finite, length, kept,
                         CHUNKS, CHUNK, RESIDENT // 2, WIDTH, True, DTYPE)  # fmt: skip
 

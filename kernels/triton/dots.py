@@ -1,14 +1,15 @@
-"""`window_dots` in Gluon: batched inner products of all rows of the window with the newest one.
+"""`window_dots` in Gluon: inner products of all rows of the window with the newest one.
 
-A program takes some consecutive blocks, one after the other. It spreads the block's newest row out in shared memory,
-and streams the entries of all rows in tiles of whole rows: reads indices, looks up what the newest row holds there, and
-multiplies. Prefix sums over a tile, in float64, give the sums of its rows as differences. What a program has summed up
-for each row it leaves in `partial`, whose rows are added in a fixed order: no atomics.
+A program handles some consecutive blocks, one after another. For each block it spreads the newest row out in shared
+memory, as a dense vector. Then it streams the entries of all rows, in tiles of whole rows: it reads indices, looks up
+the newest row's numbers there, and multiplies them with the values. Prefix sums over a tile, in float64, give the sums
+of its rows as differences. A program leaves its sum for each row in `partial`. The programs' sums are then added in a
+fixed order, so there are no atomics.
 
-Most entries meet a zero of the newest row. Values are therefore read after the indices, and where SKIP says so only in
-those groups of 16 bytes that have something to meet. So that this waits for nothing, tiles are copied to shared memory
-ahead of their use: while the products of tile t are added up, on their way are the values of t + 1, and the indices of
-t + 2 and t + 3.
+At the positions of most entries, the newest row is zero. Values are therefore read after the indices. With SKIP, a
+group of values, whose indices take 16 bytes, is read only if it has an entry where the newest row is not zero. To hide
+latency, tiles are copied to shared memory ahead of their use: while the products of tile t are added up, the values of
+tile t + 1 and the indices of tiles t + 2 and t + 3 are on their way.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,17 +27,18 @@ from efcp.kernels.triton.launch import DTYPES, Launch, at_most_registers, find_b
 from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
 
 find_block = gluon.jit(find_block.fn)
-ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
-PROGRAMS = 1056  # at most, a few for each multiprocessor
-SKIP_DENSITY = 0.1  # at most; on windows from training a third of the groups has something to meet then
+ALIGNED = gl.constexpr(16)  # entries; tiles begin at multiples of it, so that every access takes 128 bits
+PROGRAMS = 1056  # the most programs, a few for each multiprocessor
+SKIP_DENSITY = 0.1  # SKIP is the default up to it; on windows from training, a third of the groups is then read
 RESERVED = 1024  # bytes of shared memory that Triton takes for prefix sums, at most
 
 
 def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configuration]:
-    """For blocks whose program may take so many bytes of shared memory; the default first, none where nothing fits.
+    """The configurations whose programs fit into `shared` bytes of shared memory. The first one is the default.
 
-    The default has the shortest tiles with which the programs of a multiprocessor, as many as there is shared memory
-    for, have enough bytes in flight; and a thread for every access to the indices of a tile.
+    A multiprocessor runs as many programs as fit into its shared memory. The default has the shortest tiles with which
+    these have enough bytes in flight, and a thread for each access to the indices of a tile. The list is empty where
+    nothing fits.
     """
     row, room = kept(blocks.block_size, blocks.density), triton.next_power_of_2(blocks.block_size)
     index_bytes, value_bytes, window_size = blocks.index_dtype.itemsize, values.element_size(), values.shape[1]
@@ -51,7 +53,7 @@ def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configur
         taken = room * value_bytes + tiles + 8 * (tile + rows_room) + RESERVED
         columns = min(1 << (row.bit_length() - 1), threads)
         configuration = {"TILE": tile, "ROWS": rows, "ROWS_ROOM": rows_room, "COLUMNS": columns, "SKIP": skip}
-        # A default would spill on some targets, and a higher limit would cost resident programs.
+        # Without this limit registers are spilled on some targets; with a higher one, fewer programs are resident.
         registers = min(128, 64 + 4 * tile // threads) if index_bytes > 1 else 144
         configuration |= {"num_warps": threads // 32} | at_most_registers(registers)
         candidates.append((configuration, taken, tiles))
@@ -61,7 +63,10 @@ def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configur
 
 @gluon.jit
 def _tile(tensor, tile, step, here, last):
-    """Of a tile: (address, rounded down to where an access may begin; entries to its first row; to its end)."""
+    """Where a tile begins and ends: (address, entries from there to its first row, entries from there to its end).
+
+    The address is rounded down to a multiple of ALIGNED entries.
+    """
     first = here + tile * step
     aligned = first // ALIGNED * ALIGNED
     return tensor + aligned, (first - aligned).to(gl.int32), (gl.minimum(first + step, last) - aligned).to(gl.int32)
@@ -74,14 +79,14 @@ def _copy(shared, tensor, number, mask):
 
 @gluon.jit
 def _look_up(newest, index, ROOM: gl.constexpr):
-    """What the newest row holds at some indices."""
+    """The numbers that the newest row holds at some indices."""
     flat = gl.reshape(index.to(gl.int32) & (ROOM - 1), [index.numel])
     return gl.convert_layout(gl.reshape(newest.gather(flat, 0), index.shape), index.type.layout)
 
 
 @gluon.jit
 def _wanted(x, number, span, SKIP: gl.constexpr):
-    """Which values of a tile are read, in whole accesses: where SKIP, none that would all be in vain."""
+    """A mask of the values of a tile that are read, in whole accesses. With SKIP, none whose products are all zero."""
     mask = number // ALIGNED * ALIGNED < span
     if SKIP:
         mask = mask & (gl.expand_dims(gl.max((x != 0).to(gl.int32), 1), 1) != 0)
@@ -96,7 +101,7 @@ def _add(a, b):
 @gluon.jit
 def _add_rows(total, sums, x, value, offset, first_row, count, kept, width, number,
               ROWS: gl.constexpr, ROWS_ROOM: gl.constexpr, FLAT: gl.constexpr, LANES: gl.constexpr):  # fmt: skip
-    """total[row] += sum of the products of its entries, for the rows of a tile."""
+    """total[row] += sum of the products x · value over the entries of a row, for all rows of a tile."""
     lane = gl.arange(0, ROWS, layout=LANES)
     product = x.to(gl.float64) * value.to(gl.float64)
     if kept < width:  # rows of the tail end in padding
@@ -143,7 +148,7 @@ def _dots_kernel(parameters, owners, slot, partial, window_size, blocks,
         width = stride.to(gl.int32)
         rows = gl.minimum((TILE - ALIGNED) // width, ROWS)  # of a tile
         step = (rows * width).to(gl.int64)
-        # Else entries cannot be read 128 bits at a time, or not to the end of the tensor.
+        # Whether all entries of the block can be read 128 bits at a time, up to the end of the tensor.
         wide = aligned & ((last + ALIGNED - 1) // ALIGNED * ALIGNED <= end)
 
         if wide:
@@ -161,7 +166,7 @@ def _dots_kernel(parameters, owners, slot, partial, window_size, blocks,
             newest.scatter(kept_value, gl.where(some < kept, cell, ROOM - COLUMNS + column), 0)
 
         if wide:
-            # Values of a tile are used when those of the next one, and the indices of the third, are on their way.
+            # The values of a tile are used once those of the next tile, and later indices, are on their way.
             async_copy.wait_group(0)
             x = _look_up(newest, tile_indices.index(0).load(TILES), ROOM)
             tensor, offset, span = _tile(values, 0, step, here, last)
@@ -203,14 +208,14 @@ def _dots_kernel(parameters, owners, slot, partial, window_size, blocks,
 
 
 def window_dots(rows: Sequence[SparseRows], slot: Tensor, candidates: Sequence[Configuration]) -> Tensor:
-    """With one of some configurations."""
+    """Chooses one of the configurations, and launches the kernel."""
     table = launch_of(rows)
     values, indices, blocks = rows[0]
     check_numbers(values, slot=slot)
     row = kept(blocks.block_size, blocks.density)
 
     def launch(table: Launch, configuration: Configuration) -> Tensor:
-        # More blocks for each where the sums that a program leaves would be many bytes compared with the window.
+        # With short rows, a program takes more blocks: its sums would else be many bytes compared with the window.
         per_program = max(triton.cdiv(table.blocks, PROGRAMS), min(16, triton.cdiv(128, row)))
         programs = triton.cdiv(table.blocks, per_program)
         partial = torch.empty(programs, values.shape[1], dtype=torch.float64, device=slot.device)

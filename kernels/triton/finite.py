@@ -12,13 +12,13 @@ from efcp.kernels.blocks import Blocks
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import DTYPES, find_block, tables, triton_accumulation_dtype
 
-SIZE = 8192  # elements of a program
+SIZE = 8192  # elements that a program reads
 NUM_WARPS = 8
 
 
 @triton.jit
 def _squares_kernel(parameters, owners, squares, GRAD: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr):
-    """squares[block] = sum of the squares of its elements."""
+    """squares[block] = sum of the squares of the block's elements."""
     program = tl.program_id(0).to(tl.int64)
     row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
     grad = tl.load(row).to(tl.pointer_type(GRAD)) + block * SIZE

@@ -1,12 +1,11 @@
-"""Groups of parameters in one launch: a table of what a kernel has to know of each, and who owns which block.
+"""Launches of many parameters at once: two tensors tell a kernel where each parameter is, and whose each block is.
 
-A kernel gets two tensors on the device, whatever the number of parameters:
+    parameters  (parameters, 6)  int64: addresses of x, y, values and indices (0 for None), number of blocks, and a
+                                 packed number: k; elements and k of the last block; whether all addresses are aligned
+    owners      (blocks,)        int64, packed: the parameter, whether this is its last block, the block's number in it
 
-    parameters  (parameters, 6)  int64: addresses of x, y, values and indices, 0 for None; number of blocks; and packed,
-                                 as every load counts: k, elements and k of the last block, whether all is aligned
-    owners      (blocks,)        int64, packed: row of `parameters`, whether the last of its blocks, its number there
-
-The blocks of all parameters stand one after the other, so that a program finds its block with two loads.
+Both are on the device. The blocks of all parameters are numbered consecutively, and a program finds its block with two
+loads. Numbers are packed because every load costs time.
 """
 
 from collections.abc import Sequence
@@ -23,9 +22,9 @@ from efcp.kernels.blocks import Blocks, SparseRows
 from efcp.kernels.reference import accumulation_dtype
 
 COLUMNS = tl.constexpr(6)
-BLOCK_BITS = tl.constexpr(40)  # of an owner, for the number of a block
+BLOCK_BITS = tl.constexpr(40)  # bits of an owner that hold the number of the block
 BLOCK_MASK = tl.constexpr((1 << 40) - 1)
-FIELD = tl.constexpr(16)  # bits of a length, at most 32768, or of a k
+FIELD = tl.constexpr(16)  # bits of a packed length or k, which are at most 32768
 FIELD_MASK = tl.constexpr((1 << 16) - 1)
 
 DTYPES = {
@@ -39,7 +38,7 @@ DTYPES = {
 
 
 class Launch(NamedTuple):
-    """What a launch is told of its parameters, on its device."""
+    """The two tensors of a launch, on its device (see above)."""
 
     parameters: Tensor
     owners: Tensor
@@ -50,11 +49,12 @@ class Launch(NamedTuple):
 
 
 def launch_of(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> Launch:
-    """The launch for parameters with these windows and up to two other tensors each, x and y in the table.
+    """Checks a group of parameters, and makes the tables of its launch.
 
     Args:
-        rows: values, indices and layouts.
-        others: by name, for errors: of each parameter a gradient or target, then an error or momentum; empty for none.
+        rows: the window of each parameter.
+        others: by argument name, up to two lists with a tensor for each parameter, which become x and y in the table:
+            gradients or targets, then errors or momenta. A list may be empty where there are no such tensors.
     """
     device = rows[0].values.device
     values, indices, *columns = group_addresses(rows, device, **others)
@@ -64,7 +64,7 @@ def launch_of(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> 
 
 @lru_cache(maxsize=256)
 def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks], ...]) -> Launch:
-    """The launch for parameters with these addresses and layouts; made once, as most stay from step to step."""
+    """The tables for parameters with these addresses and layouts. Cached, as most stay the same from step to step."""
     parameters, owners = [], []
     for number, (*addresses, blocks) in enumerate(entries):
         aligned = all(address % 16 == 0 for address in addresses)
@@ -77,19 +77,19 @@ def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks
     return Launch(_on(device, torch.tensor(parameters, device="cpu")), _on(device, torch.cat(owners)))
 
 
-_captured: list[Tensor] = []  # a graph of CUDA copies from these again at each replay, so they stay
+_captured: list[Tensor] = []  # kept alive, since a CUDA graph copies from them again at each replay
 
 
 def _on(device: torch.device, tensor: Tensor) -> Tensor:
     if device.type == "cuda":
-        tensor = tensor.pin_memory()  # so that the copy waits for nothing
+        tensor = tensor.pin_memory()  # so that the host does not wait for the copy
         if torch.cuda.is_current_stream_capturing():
             _captured.append(tensor)
     return tensor.to(device, non_blocking=True)
 
 
 def triton_accumulation_dtype(dtype: torch.dtype) -> tl.dtype:
-    """`accumulation_dtype` in Triton's terms."""
+    """`accumulation_dtype` as a dtype of Triton."""
     return DTYPES[accumulation_dtype(dtype)]
 
 
@@ -99,7 +99,7 @@ def warp_size() -> int:
 
 
 def at_most_registers(number: int) -> dict[str, int]:
-    """The option of a launch that lets a thread have so many registers, where there is one."""
+    """The launch option that lets a thread use at most so many registers; empty where there is no such option."""
     if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
         return {}
     return {"maxnreg": number}
@@ -107,10 +107,11 @@ def at_most_registers(number: int) -> dict[str, int]:
 
 @triton.jit
 def find_block(parameters, owners, program, SIZE: tl.constexpr):
-    """What a program has to know of its block: (row, block, length, kept, stride, aligned).
+    """Finds a program's block: (row, block, length, kept, stride, aligned).
 
-    The row of the table that its parameter has; the block's number there, and its elements; entries that it keeps in a
-    row of the window, and from one row to the next; whether tensors begin where an access of 128 bits may.
+    row is the address of its parameter's row in the table, block its number in the parameter, length its elements, kept
+    the entries that it keeps in each row of the window, stride the entries from one row to the next, and aligned
+    whether all tensors of the parameter begin at multiples of 128 bits.
     """
     owner = tl.load(owners + program)
     row = parameters + (owner >> (BLOCK_BITS + 1)) * COLUMNS

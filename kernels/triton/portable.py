@@ -1,5 +1,6 @@
-"""`window_dots` and `window_apply_` in plain Triton, for GPUs and versions of Triton that `dots.py` and `apply.py` are
-not for: what these keep in shared memory is in global memory here, in a scratch small enough to stay in caches.
+"""`window_dots` and `window_apply_` in plain Triton, where the Gluon kernels (`dots.py`, `apply.py`) cannot run.
+
+What those keep in shared memory is here in global memory, in a scratch tensor small enough to stay in caches.
 """
 
 from collections.abc import Sequence
@@ -15,8 +16,8 @@ from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import DTYPES, at_most_registers, find_block, launch_of, triton_accumulation_dtype
 from efcp.kernels.update import Update
 
-TILE = 2048  # entries of the window in flight in a program
-PROGRAMS = 1056  # at most, a few for each multiprocessor
+TILE = 2048  # entries of the window that a program has in flight
+PROGRAMS = 1056  # the most programs, a few for each multiprocessor
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def _portable_apply_kernel(parameters, owners, weights, target_factor, update_fa
                   window_size, blocks,
                   TARGET: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr, MOMENTUM: tl.constexpr,
                   DTYPE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Adds row after row to a sum in `scratch`. The indices of a row are distinct, and a barrier separates rows."""
+    """Adds one row after another to a sum in `scratch`: needs no atomics, as a row's indices are distinct."""
     program = tl.program_id(0).to(tl.int64)
     total = scratch + program * SIZE
     target_factor, update_factor = tl.load(target_factor).to(DTYPE), tl.load(update_factor).to(DTYPE)

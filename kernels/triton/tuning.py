@@ -1,8 +1,9 @@
-"""Which of its configurations an operation is launched with: the first, or the one that was fastest on this GPU.
+"""The choice of a launch configuration: the default, or the one that was fastest on this GPU.
 
-With `EFCP_AUTOTUNE=1`, an operation that meets a new combination of block size, density, window, dtypes and GPU tries
-its configurations, on tensors of its own, and keeps the fastest in a file: `configurations.json` in the folder that
-`EFCP_CACHE` names, else in ~/.cache/efcp. What stands there is used with or without the variable.
+Each combination of operation, block size, density, window, dtypes and GPU has a choice of its own. With
+`EFCP_AUTOTUNE=1`, an operation that meets a new combination times its configurations, on tensors of its own, and saves
+the fastest in the file `configurations.json`, in the folder `EFCP_CACHE` or else in ~/.cache/efcp. Saved choices are
+used with or without the variable.
 """
 
 import json
@@ -22,16 +23,19 @@ from efcp.kernels.gpus import architecture
 
 Configuration = dict[str, int]  # constants and options of a launch
 NUMEL = 1 << 22  # elements of the parameter that configurations are tried on
-IN_FLIGHT = 32 << 10  # bytes on their way to a multiprocessor at a time, at least; fewer leave its memory idle
-RESERVED = architecture(90).reserved  # bytes of shared memory that a program costs besides its own
+IN_FLIGHT = 32 << 10  # bytes that should be on their way to a multiprocessor; with fewer, memory is idle at times
+RESERVED = architecture(90).reserved  # bytes of shared memory that a program costs on top of its own
 
 
 def most_in_flight(candidates: Sequence[tuple[Configuration, int, int]], shared: int) -> list[Configuration]:
-    """Those that fit, in the order given, but those before others with which more bytes are in flight, up to IN_FLIGHT.
+    """The configurations that fit into shared memory, sorted by the bytes in flight on a multiprocessor, most first.
+
+    IN_FLIGHT bytes are enough: configurations with more count as equal. Equal ones keep their order.
 
     Args:
-        candidates: with the bytes of shared memory that a program takes, and the bytes that it has in flight.
-        shared: bytes of shared memory that a program may take, almost all that a multiprocessor has.
+        candidates: configurations, each with the bytes of shared memory that a program takes, and the bytes that it has
+            in flight.
+        shared: bytes of shared memory that a program may take, which is almost all that a multiprocessor has.
     """
     fit = [
         (min((shared + RESERVED) // (taken + RESERVED) * flying, IN_FLIGHT), configuration)
@@ -52,11 +56,11 @@ def choose(
 
     Args:
         operation: its name.
-        rows: of the parameters in the launch; only what they have in common matters.
-        dtypes: of the other tensors.
+        rows: the window of each parameter in the launch. Only what these have in common matters.
+        dtypes: those of the other tensors.
         candidates: at least one; the first is the default.
-        trial: from the window of a parameter makes a function that launches the operation on it, with a configuration
-            and tensors of its own.
+        trial: takes the window of a parameter, and makes all other tensors. Returns a function that launches the
+            operation on these, with the configuration that it is given.
     """
     values, _, blocks = rows[0]
     if triton.knobs.runtime.interpret or len(candidates) == 1:
@@ -89,7 +93,7 @@ def _milliseconds(launch: Callable[[], object]) -> float:
 
 
 def _scratch(blocks: Blocks, values: Tensor) -> SparseRows:
-    """A window of the same kind, with random rows."""
+    """A window of random rows for a parameter of NUMEL elements, with the same layout and dtypes."""
     blocks, window_size, device = Blocks(NUMEL, blocks.block_size, blocks.density), values.shape[1], values.device
     shape, stretch = (blocks.count, window_size, blocks.kept), blocks.size / blocks.kept
     begin = torch.arange(blocks.kept, device=device) * stretch
@@ -103,7 +107,7 @@ def _file() -> Path:
 
 @cache
 def _known(file: Path) -> dict[str, Configuration]:
-    """What was chosen before, by key."""
+    """The choices in the file, by key."""
     try:
         known = json.loads(file.read_text())
     except FileNotFoundError:
@@ -115,7 +119,7 @@ def _known(file: Path) -> dict[str, Configuration]:
 
 
 def _save(file: Path, known: dict[str, Configuration]) -> None:
-    """Writes the file as a whole, so that no other process reads half of it."""
+    """Writes the file at once, so that no other process reads half of it."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as temporary:

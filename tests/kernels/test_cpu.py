@@ -41,7 +41,7 @@ pytest.importorskip("numba")
 import numpy as np
 
 from efcp.kernels import cpu
-from efcp.kernels.cpu import apply, compress, dots, dtypes, finite, inverse_root, launch, llvm, machine_code
+from efcp.kernels.cpu import apply, compress, dots, dtypes, finite, inverse_root, launch, llvm, machine_code, memory
 
 # A new pair of a dtype of values and an index size costs a compilation (two with a float64 gradient); all else is free.
 CASES = [
@@ -465,7 +465,7 @@ def test_each_share_is_taken_once() -> None:
         first, last = launch.take_share(call)
         while first < last:
             for piece in range(first, last):
-                llvm.store_f64(marks, piece, llvm.load_f64(marks, piece) + 1.0)
+                memory.store_f64(marks, piece, memory.load_f64(marks, piece) + 1.0)
             first, last = launch.take_share(call)
 
     marks = torch.zeros(1 << 22, dtype=FLOAT64)

@@ -24,7 +24,7 @@ pytest.importorskip("numba")
 
 import numba
 
-from efcp.kernels.cpu import apply, compress, dots, finite, inverse_root, llvm, machine_code
+from efcp.kernels.cpu import apply, compress, dots, finite, inverse_root, machine_code, memory
 
 ROOT = Path(__file__).parents[2]
 AGAIN = "^efcp: compiled kernels in .* cannot be used, and are compiled again: "
@@ -50,7 +50,7 @@ def five() -> Any:
 
     @machine_code.cached_kernel()
     def store_five(call: int) -> None:
-        llvm.store_f64(call, 0, 5.0)
+        memory.store_f64(call, 0, 5.0)
 
     number = torch.zeros(1, dtype=torch.float64)
     store_five.ctypes(number.data_ptr())
@@ -138,10 +138,10 @@ def test_code_that_holds_addresses_of_this_process_is_not_kept(folder: Path, mon
 
 
 EDITED = """
-from efcp.kernels.cpu import llvm
+from efcp.kernels.cpu import memory
 
 def store(call):
-    llvm.store_f64(call, 0, {number})
+    memory.store_f64(call, 0, {number})
 """
 
 
@@ -164,7 +164,7 @@ def test_another_numba_does_not_get_the_code(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_function_without_a_file_is_compiled(folder: Path) -> None:
-    scope: dict[str, Any] = {"store": llvm.store_f64}
+    scope: dict[str, Any] = {"store": memory.store_f64}
     exec("def kernel(call):\n    store(call, 0, 5.0)", scope)
     number = torch.zeros(1, dtype=torch.float64)
     with pytest.warns(RuntimeWarning, match=f"{NO_CACHE}RuntimeError: cannot cache"):

@@ -18,21 +18,25 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from efcp.kernels.addresses import check_numbers, check_weights
+from efcp.kernels.addresses import Momenta, check_momenta, check_numbers, check_weights
 from efcp.kernels.blocks import Blocks, SparseRows, kept
+from efcp.kernels.lowbit import LowBit, allocate_lowbit
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import (
     DTYPES,
+    SCALE_BITS,
     Launch,
     at_most_registers,
     find_block,
+    find_scales,
     launch_of,
+    momentum_dtype,
     triton_accumulation_dtype,
 )
 from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
 from efcp.kernels.update import Update
 
-find_block = gluon.jit(find_block.fn)
+find_block, find_scales = gluon.jit(find_block.fn), gluon.jit(find_scales.fn)
 ALIGNED = gl.constexpr(16)  # entries; where tiles begin, so that every access takes 128 bits
 
 
@@ -81,10 +85,17 @@ def _load_tile(values, indices, first, last, end, TILE: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
+def _scale(scales, skipped, position):
+    """Of numbers in 8 bits; scales as of `find_scales`."""
+    return gl.load(scales + ((skipped + position) >> SCALE_BITS))
+
+
+@gluon.jit
 def _apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, window_size,
                   TARGET: gl.constexpr, VALUES: gl.constexpr, INDICES: gl.constexpr, MOMENTUM: gl.constexpr,
-                  DTYPE: gl.constexpr, WINDOW: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr, TILE: gl.constexpr,
-                  COLUMNS: gl.constexpr, CHUNK: gl.constexpr):  # fmt: skip
+                  WRITES: gl.constexpr, DTYPE: gl.constexpr, WINDOW: gl.constexpr, SIZE: gl.constexpr,
+                  ROOM: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr,
+                  CHUNK: gl.constexpr):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     WIDTH: gl.constexpr = 128 // min(VALUES.primitive_bitwidth, INDICES.primitive_bitwidth)
     TILES: gl.constexpr = gl.BlockedLayout([WIDTH], [32], [WARPS], [0])
@@ -141,13 +152,18 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
     target_factor, update_factor = gl.load(target_factor).to(DTYPE), gl.load(update_factor).to(DTYPE)
     if MOMENTUM is not None:
         momentum_factor = gl.load(momentum_factor).to(DTYPE)
+        scales, skipped = find_scales(row, block, SIZE)
     if (length == ROOM) & aligned:
         target, momentum = gl.multiple_of(target, 16), gl.multiple_of(momentum, 16)
         for chunk in range(ROOM // CHUNK):
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
             update = chunks.index(chunk).load(CHUNKS)
-            if MOMENTUM is not None:
+            if MOMENTUM == gl.int8:  # too few bits for wide accesses, where those of the target are wide
+                number = gl.load(momentum + position).to(gl.float32) * _scale(scales, skipped, position)
+                update += momentum_factor * number.to(DTYPE)
+            elif MOMENTUM is not None:
                 update += momentum_factor * gl.load(momentum + position).to(DTYPE)  # stream
+            if WRITES:
                 gl.store(momentum + position, update.to(MOMENTUM))  # stream
             old = gl.load(target + position).to(DTYPE)  # stream
             gl.store(target + position, (target_factor * old + update_factor * update).to(TARGET))  # stream
@@ -157,7 +173,11 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
             inside = position < length
             update = chunks.index(chunk).load(CHUNKS)
             if MOMENTUM is not None:
-                update += momentum_factor * gl.load(momentum + position, mask=inside).to(DTYPE)
+                number = gl.load(momentum + position, mask=inside, other=0)
+                if MOMENTUM == gl.int8:
+                    number = number.to(gl.float32) * _scale(scales, skipped, gl.minimum(position, length - 1))
+                update += momentum_factor * number.to(DTYPE)
+            if WRITES:
                 gl.store(momentum + position, update.to(MOMENTUM), mask=inside)
             old = gl.load(target + position, mask=inside).to(DTYPE)
             gl.store(target + position, (target_factor * old + update_factor * update).to(TARGET), mask=inside)
@@ -165,27 +185,29 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
 
 def window_apply_(
     targets: Sequence[Tensor],
-    momenta: Sequence[Tensor],
+    momenta: Momenta,
     rows: Sequence[SparseRows],
     update: Update,
     candidates: Sequence[Configuration],
 ) -> None:
     """With one of some configurations."""
-    table = launch_of(rows, targets=targets, momenta=momenta)
+    table = launch_of(rows, momenta=momenta, targets=targets)
+    check_momenta(rows, momenta, update)
     weights = check_weights(rows[0].values, update.weights, rows[0].values.shape[1])
     check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
     if table.blocks == 0:
         return
     weights = weights.to(accumulation_dtype(targets[0].dtype))
     values, indices, blocks = rows[0]
-    dtype, momentum_dtype = targets[0].dtype, momenta[0].dtype if momenta else None
+    dtype, writes = targets[0].dtype, update.writes_momenta and len(momenta) > 0
+    own = momentum_dtype(momenta)
 
     def launch(table: Launch, configuration: Configuration) -> None:
         with torch.cuda.device_of(weights):
             _apply_kernel[(table.blocks,)](
-                table.parameters, table.owners, weights, *update[1:], values.shape[1],
+                table.parameters, table.owners, weights, *update[1:4], values.shape[1],
                 TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
-                MOMENTUM=None if momentum_dtype is None else DTYPES[momentum_dtype],
+                MOMENTUM=None if own is None else DTYPES[own], WRITES=writes,
                 DTYPE=triton_accumulation_dtype(dtype), WINDOW=triton.next_power_of_2(values.shape[1]),
                 SIZE=blocks.block_size,
                 ROOM=triton.next_power_of_2(blocks.block_size), **configuration,
@@ -193,7 +215,9 @@ def window_apply_(
 
     def trial(example: SparseRows) -> Callable[[Configuration], None]:
         target = torch.zeros(example.blocks.numel, dtype=dtype, device=weights.device)
-        momentum = [torch.zeros_like(target, dtype=momentum_dtype)] if momenta else []
-        return lambda configuration: launch(launch_of([example], targets=[target], momenta=momentum), configuration)
+        momentum: list[Tensor | LowBit] = [torch.zeros_like(target, dtype=own)] if momenta else []
+        if own is torch.int8:
+            momentum = [allocate_lowbit(len(target), 8, weights.device)]
+        return lambda configuration: launch(launch_of([example], momenta=momentum, targets=[target]), configuration)
 
-    launch(table, choose("window_apply_", rows, (dtype, momentum_dtype), candidates, trial))
+    launch(table, choose("window_apply_", rows, (dtype, own), candidates, trial))

@@ -2,8 +2,9 @@
 
 A kernel gets two tensors on the device, whatever the number of parameters:
 
-    parameters  (parameters, 6)  int64: addresses of x, y, values and indices, 0 for None; number of blocks; and packed,
-                                 as every load counts: k, elements and k of the last block, whether all is aligned
+    parameters  (parameters, 8)  int64: addresses of x, y, values and indices, 0 for None; number of blocks; packed,
+                                 as every load counts: k, elements and k of the last block, whether all is aligned;
+                                 addresses of scales and of a key, 0 for none
     owners      (blocks,)        int64, packed: row of `parameters`, whether the last of its blocks, its number there
 
 The blocks of all parameters stand one after the other, so that a program finds its block with two loads.
@@ -11,18 +12,20 @@ The blocks of all parameters stand one after the other, so that a program finds 
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efcp.kernels.addresses import group_addresses
+from efcp.kernels.addresses import Momenta, group_addresses, momentum_addresses
 from efcp.kernels.blocks import Blocks, SparseRows
+from efcp.kernels.lowbit import LowBit
 from efcp.kernels.reference import accumulation_dtype
 
-COLUMNS = tl.constexpr(6)
+COLUMNS = tl.constexpr(8)
+SCALE_BITS = tl.constexpr(6)  # a scale in 8 bits is that of 2 to this power numbers
 BLOCK_BITS = tl.constexpr(40)  # of an owner, for the number of a block
 BLOCK_MASK = tl.constexpr((1 << 40) - 1)
 FIELD = tl.constexpr(16)  # bits of a length, at most 32768, or of a k
@@ -34,6 +37,7 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
     torch.int16: tl.int16,
 }
 
@@ -49,28 +53,35 @@ class Launch(NamedTuple):
         return len(self.owners)
 
 
-def launch_of(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> Launch:
+def launch_of(rows: Sequence[SparseRows], momenta: Momenta = (), **others: Sequence[Tensor | None]) -> Launch:
     """The launch for parameters with these windows and up to two other tensors each, x and y in the table.
 
     Args:
         rows: values, indices and layouts.
-        others: by name, for errors: of each parameter a gradient or target, then an error or momentum; empty for none.
+        momenta: of each parameter, y in the table; or empty.
+        others: by name, for errors: of each parameter a gradient or target, then an error; empty for none.
     """
     device = rows[0].values.device
     values, indices, *columns = group_addresses(rows, device, **others)
-    columns += [[0] * len(rows)] * (2 - len(columns))
-    return tables(device, tuple(zip(*columns, values, indices, (r.blocks for r in rows), strict=True)))
+    own, scales = momentum_addresses(momenta, device, [r.blocks.numel for r in rows])
+    x, y = [*columns, *[[0] * len(rows), own][len(columns) :]]
+    return tables(device, tuple(zip(x, y, values, indices, (r.blocks for r in rows), scales, strict=True)))
 
 
 @lru_cache(maxsize=256)
-def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks], ...]) -> Launch:
-    """The launch for parameters with these addresses and layouts; made once, as most stay from step to step."""
+def tables(device: torch.device, entries: tuple[tuple[Any, ...], ...]) -> Launch:
+    """The launch for parameters with these addresses and layouts; made once, as most stay from step to step.
+
+    Args:
+        entries: of each parameter the addresses of x, y, values and indices, and its blocks; where it has them, also
+            the addresses of scales and of a key.
+    """
     parameters, owners = [], []
-    for number, (*addresses, blocks) in enumerate(entries):
-        aligned = all(address % 16 == 0 for address in addresses)
+    for number, (*addresses, blocks, scales, key) in enumerate((*entry, 0, 0)[:7] for entry in entries):
+        aligned = all(address % 16 == 0 for address in (*addresses, scales))  # keys are read one by one
         last = (blocks.tail, blocks.kept_in_tail) if blocks.tail else (blocks.size, blocks.kept)
         packed = blocks.kept | last[0] << FIELD.value | last[1] << 2 * FIELD.value | aligned << 3 * FIELD.value
-        parameters.append([*addresses, blocks.count, packed])
+        parameters.append([*addresses, blocks.count, packed, scales, key])
         owner = torch.arange(blocks.count, device="cpu") | number << (BLOCK_BITS.value + 1)
         owner[-1:] |= 1 << BLOCK_BITS.value
         owners.append(owner)
@@ -91,6 +102,14 @@ def _on(device: torch.device, tensor: Tensor) -> Tensor:
 def triton_accumulation_dtype(dtype: torch.dtype) -> tl.dtype:
     """`accumulation_dtype` in Triton's terms."""
     return DTYPES[accumulation_dtype(dtype)]
+
+
+def momentum_dtype(momenta: Momenta) -> torch.dtype | None:
+    """The dtype that momenta have in memory; None without any."""
+    if not momenta:
+        return None
+    first = momenta[0]
+    return first.codes.dtype if isinstance(first, LowBit) else first.dtype
 
 
 def warp_size() -> int:
@@ -121,3 +140,11 @@ def find_block(parameters, owners, program, SIZE: tl.constexpr):
     length = tl.where(last, (packed >> FIELD) & FIELD_MASK, SIZE).to(tl.int32)
     kept = tl.where(last, (packed >> (FIELD * 2)) & FIELD_MASK, stride).to(tl.int32)
     return row, block, length, kept, stride, (packed >> (FIELD * 3)) != 0
+
+
+@triton.jit
+def find_scales(row, block, SIZE: tl.constexpr):
+    """Of a block's momentum in 8 bits: address of its first scale, and how many numbers of that come before it."""
+    first = block * SIZE
+    scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + (first >> SCALE_BITS)
+    return scales, (first & ((1 << SCALE_BITS) - 1)).to(tl.int32)

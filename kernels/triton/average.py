@@ -13,11 +13,11 @@ from torch import Tensor
 from efcp.kernels.addresses import Momenta, average_addresses
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.lowbit import LowBit
-from efcp.kernels.triton.launch import DTYPES, find_block, momentum_dtype, tables, triton_accumulation_dtype
+from efcp.kernels.triton.launch import DTYPES, find_block, momentum_dtype, tables, triton_accumulation_dtype, warp_size
 from efcp.kernels.triton.lowbit import to_8_bits
 
 SIZE = 4096  # numbers of a program
-NUM_WARPS = 8
+THREADS = 256  # of a program; for each, 16 bytes of codes
 PER_ROW = tl.constexpr(64)  # numbers, with a scale if in 8 bits
 
 
@@ -97,6 +97,6 @@ def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, fini
             _average_kernel[(table.blocks,)](
                 table.parameters, table.owners, finite.view(torch.uint8), squares, float(beta), 1.0 - beta,
                 MOMENTUM=DTYPES[own], GRAD=DTYPES[grad], DTYPE=triton_accumulation_dtype(own), SIZE=SIZE,
-                num_warps=NUM_WARPS, enable_fp_fusion=False,
+                num_warps=THREADS // warp_size(), enable_fp_fusion=False,
             )  # fmt: skip
     return squares.sum()

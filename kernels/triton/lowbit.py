@@ -14,10 +14,18 @@ from torch import Tensor
 from efcp.kernels.addresses import check_lowbit
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.lowbit import MIX, SMALLEST_SCALE, LowBit
-from efcp.kernels.triton.launch import DTYPES, Launch, find_block, tables, triton_accumulation_dtype
+from efcp.kernels.triton.launch import (
+    DTYPES,
+    Launch,
+    at_most_registers,
+    find_block,
+    tables,
+    triton_accumulation_dtype,
+    warp_size,
+)
 
 SIZE = 4096  # numbers of a program
-NUM_WARPS = 8
+THREADS = 256  # of a program; for each, 16 bytes of codes in 8 bits
 ROUND = tl.constexpr(1.5 * 2.0**23)  # added to a float32, it leaves no place for fractions: rounds to even
 SMALLEST = tl.constexpr(SMALLEST_SCALE)
 FIRST_SHIFT, FIRST_FACTOR = tl.constexpr(MIX[0][0]), tl.constexpr(MIX[0][1])
@@ -97,34 +105,41 @@ def _store_kernel(parameters, owners, finite, VALUES: tl.constexpr, BITS: tl.con
 
 
 @triton.jit
-def _numbers(codes, scales, position, mask, BITS: tl.constexpr):
-    """Numbers of a program, as float32."""
+def _numbers(code, scale, BITS: tl.constexpr):
+    """Rows of numbers, of one scale each, as float32."""
     if BITS == 8:
-        code = tl.load(codes + position, mask=mask).to(tl.int32)
+        number = code.to(tl.float32)
     else:
-        pair = tl.load(codes + (position >> 1), mask=mask).to(tl.int32)
-        code = ((pair >> ((position & 1) << 2)) & 15) - 8
-    return code.to(tl.float32) * tl.load(scales + (position >> (6 if BITS == 8 else 7)), mask=mask)
+        number = tl.interleave((code & 15).to(tl.float32), (code >> 4).to(tl.float32)) - 8.0
+    return number * scale[:, None]
 
 
 @triton.jit
 def _add_kernel(parameters, owners, TARGET: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr):
+    PER_ROW: tl.constexpr = 64 if BITS == 8 else 128  # numbers; a row is a block, with a scale
+    ROWS: tl.constexpr = SIZE // PER_ROW
+    WIDTH: tl.constexpr = 64  # bytes of a row
     program = tl.program_id(0).to(tl.int64)
     row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
     target = tl.load(row).to(tl.pointer_type(TARGET)) + block * SIZE
-    codes = tl.load(row + 1).to(tl.pointer_type(tl.int8 if BITS == 8 else tl.uint8)) + block * (SIZE * BITS // 8)
-    scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + block * (SIZE // (64 if BITS == 8 else 128))
-    position = tl.arange(0, SIZE)
+    codes = tl.load(row + 1).to(tl.pointer_type(tl.int8 if BITS == 8 else tl.uint8)) + block * (ROWS * WIDTH)
+    number = tl.arange(0, ROWS)
+    scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + block * ROWS + number
+    position = number[:, None] * PER_ROW + tl.arange(0, PER_ROW)[None, :]
+    byte = number[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     if (length == SIZE) & aligned:
+        # With the hint a thread reads the codes of those numbers that it adds to, and no more at a time.
+        codes = tl.multiple_of(codes, 16 * BITS // TARGET.primitive_bitwidth)
+        x = _numbers(tl.load(codes + byte), tl.load(scales), BITS)
         target = tl.multiple_of(target, 16)
-        number = _numbers(codes, scales, position, None, BITS)
         old = tl.load(target + position).to(DTYPE)  # stream
-        tl.store(target + position, (old + number.to(DTYPE)).to(TARGET))  # stream
+        tl.store(target + position, (old + x.to(DTYPE)).to(TARGET))  # stream
     else:
-        mask = position < length
-        number = _numbers(codes, scales, position, mask, BITS)
-        old = tl.load(target + position, mask=mask, other=0.0).to(DTYPE)
-        tl.store(target + position, (old + number.to(DTYPE)).to(TARGET), mask=mask)
+        inside = position < length
+        code = tl.load(codes + byte, mask=byte * (PER_ROW // WIDTH) < length, other=0)
+        x = _numbers(code, tl.load(scales, mask=number * PER_ROW < length, other=0.0), BITS)
+        old = tl.load(target + position, mask=inside, other=0.0).to(DTYPE)
+        tl.store(target + position, (old + x.to(DTYPE)).to(TARGET), mask=inside)
 
 
 def _table(found: Sequence[list[int]], values: Sequence[Tensor]) -> Launch:
@@ -138,8 +153,7 @@ def _table(found: Sequence[list[int]], values: Sequence[Tensor]) -> Launch:
 
 
 def _options(numbers: Sequence[LowBit]) -> dict[str, Any]:
-    bits = 8 if numbers[0].codes.dtype is torch.int8 else 4
-    return {"BITS": bits, "SIZE": SIZE, "num_warps": NUM_WARPS, "enable_fp_fusion": False}
+    return {"BITS": 8 if numbers[0].codes.dtype is torch.int8 else 4, "SIZE": SIZE, "enable_fp_fusion": False}
 
 
 def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
@@ -149,7 +163,7 @@ def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
         with torch.cuda.device_of(targets[0]):
             _add_kernel[(table.blocks,)](
                 table.parameters, table.owners, TARGET=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
-                **_options(numbers),
+                **_options(numbers), num_warps=THREADS // warp_size(), **at_most_registers(96),  # else some are spilled
             )  # fmt: skip
 
 
@@ -157,9 +171,10 @@ def store_lowbit_(
     numbers: Sequence[LowBit], values: Sequence[Tensor], finite: Tensor, keys: Sequence[Tensor] = ()
 ) -> None:
     table = _table(check_lowbit(values, numbers, finite, keys), values)
+    options = _options(numbers)
     if table.blocks > 0:
         with torch.cuda.device_of(values[0]):
             _store_kernel[(table.blocks,)](
                 table.parameters, table.owners, finite.view(torch.uint8), VALUES=DTYPES[values[0].dtype],
-                **_options(numbers),
+                **options, num_warps=THREADS * options["BITS"] // 8 // warp_size(),
             )  # fmt: skip

@@ -96,8 +96,9 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
     values, indices, blocks = rows[0]
     check_numbers(values, slot=slot)
     window_size, size = values.shape[1], blocks.block_size
-    columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
-    tile_rows = TILE // columns
+    tile = TILE // 2 if momenta else TILE  # a third number for each entry would not fit into registers
+    columns = min(triton.next_power_of_2(kept(size, blocks.density)), tile)
+    tile_rows = tile // columns
     per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
     programs = triton.cdiv(table.blocks, per_program)
     own, vectors = momentum_dtype(momenta), (2,) if momenta else ()
@@ -179,7 +180,7 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
         _portable_apply_kernel[(programs,)](
             table.parameters, table.owners, weights, *update[1:4], scratch, values.shape[1], table.blocks,
             TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
-            MOMENTUM=None if own is None else DTYPES[own], WRITES=update.writes_momenta,
+            MOMENTUM=None if own is None else DTYPES[own], WRITES=update.writes_momenta and len(momenta) > 0,
             DTYPE=triton_accumulation_dtype(dtype), SIZE=size, COLUMNS=columns,
             num_warps=max(1, min(8, columns // 64)), **at_most_registers(168),  # else some are spilled
         )  # fmt: skip

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from efcp.kernels.addresses import Momenta, group_addresses, momentum_addresses
-from efcp.kernels.blocks import Blocks, SparseRows
+from efcp.kernels.blocks import SparseRows
 from efcp.kernels.lowbit import LowBit
 from efcp.kernels.reference import accumulation_dtype
 

@@ -74,6 +74,7 @@ OPERATIONS = (
     "store_lowbit_",
     "add_lowbit_",
     "window_dots",
+    "window_dots with momenta",
     "window_apply_",
 )
 BLOCK_SIZES = (256, 4096, 32768)
@@ -340,12 +341,10 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
             ("add_lowbit_", case.grad, 8): partial(triton_ops.add_lowbit_, grads, momenta),
             ("add_lowbit_", case.grad, 4): partial(triton_ops.add_lowbit_, grads, numbers),
             ("window_dots", window): partial(triton_ops.window_dots, rows, slot),
-            ("window_dots", window, case.grad): partial(triton_ops.window_dots, rows, slot, grads),
-            ("window_dots", window, 8): partial(triton_ops.window_dots, rows, slot, momenta),
+            ("window_dots with momenta", window, case.grad): partial(triton_ops.window_dots, rows, slot, grads),
+            ("window_dots with momenta", window, 8): partial(triton_ops.window_dots, rows, slot, momenta),
             ("window_apply_", window, case.grad): partial(triton_ops.window_apply_, grads, [], rows, update),
-            ("window_apply_", window, case.grad, "reads"): partial(
-                triton_ops.window_apply_, grads, grads, rows, reads
-            ),
+            ("window_apply_", window, case.grad, "reads"): partial(triton_ops.window_apply_, grads, grads, rows, reads),
             ("window_apply_", window, case.grad, "writes"): partial(
                 triton_ops.window_apply_, grads, grads, rows, writes
             ),

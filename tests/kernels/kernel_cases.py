@@ -223,13 +223,13 @@ def check_compress_without_gradients(operation, case: Case, allow: Allow = None)
     assert_all_same_bits(results[1], results[0], "tensor")
 
 
-MOMENTA = ("none", "float", "8 bits")
+MOMENTA = (None, "float", "8 bits")
 BETA = 0.9
 
 
-def momenta_of(case: Case, kind: str) -> list[Tensor | LowBit]:
+def momenta_of(case: Case, kind: str | None) -> list[Tensor | LowBit]:
     """Random ones, of a kind of MOMENTA: floating point ones have the dtype of the gradient."""
-    momenta = [member.target().neg() for member in case.group] if kind != "none" else []
+    momenta = [member.target().neg() for member in case.group] if kind else []
     return [encoded(momentum.float(), torch.int8) for momentum in momenta] if kind == "8 bits" else momenta
 
 
@@ -254,7 +254,7 @@ def check_dots(operation, case: Case, allow: Allow = None) -> None:
 
 
 def applied(
-    operation, case: Case, kind: str, weights: Tensor, writes: bool = False, allow: Allow = None
+    operation, case: Case, kind: str | None, weights: Tensor, writes: bool = False, allow: Allow = None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(targets, tensors of momenta) as `window_apply_` leaves them, in the dtype of the gradients.
 
@@ -279,7 +279,7 @@ def applied(
 def check_apply(operation, case: Case, allow: Allow = None) -> None:
     """An implementation of `window_apply_` agrees with the definition, with momenta of all kinds and without."""
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
-    for kind, writes in (("none", False), ("float", False), ("float", True), ("8 bits", False)):
+    for kind, writes in ((None, False), ("float", False), ("float", True), ("8 bits", False)):
         actual = applied(operation, case, kind, weights, writes, allow)
         expected = applied(reference.window_apply_, case, kind, weights, writes)
         torch.testing.assert_close(actual, expected, **TOLERANCE[case.grad])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efcp.perf.gpu.gpusim import simulate, why_unavailable
-from tests.kernels.kernel_cases import Case, check_apply, check_compress, check_dots
+from tests.kernels.kernel_cases import Case, check_apply, check_compress, check_dots, parts_of, tensors_of
 
 if reason := why_unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -38,9 +38,9 @@ def run(monkeypatch):
 
     def allowing(original):
         def group(rows, **others):
-            for tensor in (*chain(*others.values()), *(t for r in rows for t in (r.values, r.indices))):
-                if tensor is not None:
-                    simulators[-1].allow(tensor)
+            given = (x for x in chain(*others.values()) if x is not None)
+            for tensor in (*parts_of(given), *tensors_of(rows)):
+                simulators[-1].allow(tensor)
             return original(rows, **others)
 
         return group

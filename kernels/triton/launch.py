@@ -25,7 +25,8 @@ from efcp.kernels.lowbit import LowBit
 from efcp.kernels.reference import accumulation_dtype
 
 COLUMNS = tl.constexpr(8)
-SCALE_BITS = tl.constexpr(6)  # a scale in 8 bits is that of 2 to this power numbers
+SCALE_BITS = tl.constexpr(6)  # a scale of numbers in 8 bits is that of 2 to this power of them
+SCALE_MASK = tl.constexpr((1 << 6) - 1)
 BLOCK_BITS = tl.constexpr(40)  # of an owner, for the number of a block
 BLOCK_MASK = tl.constexpr((1 << 40) - 1)
 FIELD = tl.constexpr(16)  # bits of a length, at most 32768, or of a k
@@ -147,4 +148,4 @@ def find_scales(row, block, SIZE: tl.constexpr):
     """Of a block's momentum in 8 bits: address of its first scale, and how many numbers of that come before it."""
     first = block * SIZE
     scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + (first >> SCALE_BITS)
-    return scales, (first & ((1 << SCALE_BITS) - 1)).to(tl.int32)
+    return scales, (first & SCALE_MASK).to(tl.int32)

@@ -82,6 +82,7 @@ def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest:
 def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, finite: Tensor) -> Tensor:
     found = average_addresses(momenta, grads, finite)
     device, own = finite.device, momentum_dtype(momenta)
+    assert own is not None  # there is at least one
     grad = next((grad.dtype for grad in grads if grad is not None), torch.float32)
     numels = [(momentum.codes if isinstance(momentum, LowBit) else momentum).numel() for momentum in momenta]
     table = tables(

@@ -25,6 +25,7 @@ from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import (
     DTYPES,
     SCALE_BITS,
+    SCALE_MASK,
     Launch,
     at_most_registers,
     find_block,
@@ -85,9 +86,21 @@ def _load_tile(values, indices, first, last, end, TILE: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
-def _scale(scales, skipped, position):
-    """Of numbers in 8 bits; scales as of `find_scales`."""
-    return gl.load(scales + ((skipped + position) >> SCALE_BITS))
+def _scaled(code, scales, skipped, first, length, WHOLE: gl.constexpr):
+    """Numbers in 8 bits as float32, of a block from `first` on; scales as of `find_scales`.
+
+    Where WHOLE, the block and these numbers begin and end with those of a scale, and a thread reads each scale once.
+    """
+    if WHOLE:
+        ROWS: gl.constexpr = code.numel >> SCALE_BITS
+        rows = gl.reshape(code.to(gl.float32), [ROWS, 1 << SCALE_BITS])
+        number = (first >> SCALE_BITS) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows.type.layout))
+        scale = gl.load(scales + number, mask=(number << SCALE_BITS) < length, other=0.0)
+        return gl.convert_layout(gl.reshape(rows * gl.expand_dims(scale, 1), code.shape), code.type.layout)
+    else:
+        position = first + gl.arange(0, code.numel, layout=code.type.layout)
+        scale = gl.load(scales + ((skipped + position) >> SCALE_BITS), mask=position < length, other=0.0)
+        return code.to(gl.float32) * scale
 
 
 @gluon.jit
@@ -102,6 +115,7 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
     STEPS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     CHUNKS: gl.constexpr = gl.BlockedLayout([128 // TARGET.primitive_bitwidth], [32], [WARPS], [0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    WHOLE: gl.constexpr = (SIZE & SCALE_MASK) + (CHUNK & SCALE_MASK) == 0
 
     program = gl.program_id(0).to(gl.int64)
     row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
@@ -159,7 +173,7 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
             update = chunks.index(chunk).load(CHUNKS)
             if MOMENTUM == gl.int8:  # too few bits for wide accesses, where those of the target are wide
-                number = gl.load(momentum + position).to(gl.float32) * _scale(scales, skipped, position)
+                number = _scaled(gl.load(momentum + position), scales, skipped, chunk * CHUNK, ROOM, WHOLE)
                 update += momentum_factor * number.to(DTYPE)
             elif MOMENTUM is not None:
                 update += momentum_factor * gl.load(momentum + position).to(DTYPE)  # stream
@@ -175,7 +189,7 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
             if MOMENTUM is not None:
                 number = gl.load(momentum + position, mask=inside, other=0)
                 if MOMENTUM == gl.int8:
-                    number = number.to(gl.float32) * _scale(scales, skipped, gl.minimum(position, length - 1))
+                    number = _scaled(number, scales, skipped, chunk * CHUNK, length, WHOLE)
                 update += momentum_factor * number.to(DTYPE)
             if WRITES:
                 gl.store(momentum + position, update.to(MOMENTUM), mask=inside)

@@ -113,7 +113,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
             _portable_dots_kernel[(programs, triton.cdiv(window_size, tile_rows))](
                 table.parameters, table.owners, newest, partial, window_size, table.blocks, PER_PROGRAM=per_program,
                 **dtypes, MOMENTUM=None if own is None else DTYPES[own], SIZE=size, ROWS=tile_rows, COLUMNS=columns,
-                **at_most_registers(128),  # else some are spilled
+                **at_most_registers(144 if momenta else 128),  # else some are spilled
             )  # fmt: skip
     return partial.sum(0)
 

@@ -96,9 +96,10 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
     values, indices, blocks = rows[0]
     check_numbers(values, slot=slot)
     window_size, size = values.shape[1], blocks.block_size
-    tile = TILE // 2 if momenta else TILE  # a third number for each entry would not fit into registers
+    # With a third number for each entry, and a second sum for each row, more would not fit into registers.
+    tile, most_rows = (TILE // 2, 512) if momenta else (TILE, TILE)
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), tile)
-    tile_rows = tile // columns
+    tile_rows = min(tile // columns, most_rows)
     per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
     programs = triton.cdiv(table.blocks, per_program)
     own, vectors = momentum_dtype(momenta), (2,) if momenta else ()
@@ -113,7 +114,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
             _portable_dots_kernel[(programs, triton.cdiv(window_size, tile_rows))](
                 table.parameters, table.owners, newest, partial, window_size, table.blocks, PER_PROGRAM=per_program,
                 **dtypes, MOMENTUM=None if own is None else DTYPES[own], SIZE=size, ROWS=tile_rows, COLUMNS=columns,
-                **at_most_registers(144 if momenta else 128),  # else some are spilled
+                **at_most_registers(128),  # else some are spilled
             )  # fmt: skip
     return partial.sum(0)
 

@@ -19,21 +19,26 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from efcp.kernels.addresses import check_numbers, check_weights
+from efcp.kernels.addresses import Momenta, check_momenta, check_numbers, check_weights
 from efcp.kernels.blocks import Blocks, SparseRows, kept
+from efcp.kernels.lowbit import LowBit, allocate_lowbit
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.triton.launch import (
     DTYPES,
+    SCALE_BITS,
+    SCALE_MASK,
     Launch,
     at_most_registers,
     find_block,
+    find_scales,
     launch_of,
+    momentum_dtype,
     triton_accumulation_dtype,
 )
 from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
 from efcp.kernels.update import Update
 
-find_block = gluon.jit(find_block.fn)
+find_block, find_scales = gluon.jit(find_block.fn), gluon.jit(find_scales.fn)
 ALIGNED = gl.constexpr(16)  # entries; tiles begin at multiples of it, so that every access takes 128 bits
 
 
@@ -86,16 +91,36 @@ def _load_tile(values, indices, first, last, end, TILE: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
+def _scaled(code, scales, skipped, first, length, WHOLE: gl.constexpr):
+    """Numbers in 8 bits as float32, of a block from `first` on; scales as of `find_scales`.
+
+    Where WHOLE, the block and these numbers begin and end with those of a scale, and a thread reads each scale once.
+    """
+    if WHOLE:
+        ROWS: gl.constexpr = code.numel >> SCALE_BITS
+        rows = gl.reshape(code.to(gl.float32), [ROWS, 1 << SCALE_BITS])
+        number = (first >> SCALE_BITS) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows.type.layout))
+        scale = gl.load(scales + number, mask=(number << SCALE_BITS) < length, other=0.0)
+        return gl.convert_layout(gl.reshape(rows * gl.expand_dims(scale, 1), code.shape), code.type.layout)
+    else:
+        position = first + gl.arange(0, code.numel, layout=code.type.layout)
+        scale = gl.load(scales + ((skipped + position) >> SCALE_BITS), mask=position < length, other=0.0)
+        return code.to(gl.float32) * scale
+
+
+@gluon.jit
 def _apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, window_size,
                   TARGET: gl.constexpr, VALUES: gl.constexpr, INDICES: gl.constexpr, MOMENTUM: gl.constexpr,
-                  DTYPE: gl.constexpr, WINDOW: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr, TILE: gl.constexpr,
-                  COLUMNS: gl.constexpr, CHUNK: gl.constexpr):  # fmt: skip
+                  WRITES: gl.constexpr, DTYPE: gl.constexpr, WINDOW: gl.constexpr, SIZE: gl.constexpr,
+                  ROOM: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr,
+                  CHUNK: gl.constexpr):  # fmt: skip
     WARPS: gl.constexpr = gl.num_warps()
     WIDTH: gl.constexpr = 128 // min(VALUES.primitive_bitwidth, INDICES.primitive_bitwidth)
     TILES: gl.constexpr = gl.BlockedLayout([WIDTH], [32], [WARPS], [0])
     STEPS: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     CHUNKS: gl.constexpr = gl.BlockedLayout([128 // TARGET.primitive_bitwidth], [32], [WARPS], [0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    WHOLE: gl.constexpr = (SIZE & SCALE_MASK) + (CHUNK & SCALE_MASK) == 0
 
     program = gl.program_id(0).to(gl.int64)
     row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
@@ -146,13 +171,18 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
     target_factor, update_factor = gl.load(target_factor).to(DTYPE), gl.load(update_factor).to(DTYPE)
     if MOMENTUM is not None:
         momentum_factor = gl.load(momentum_factor).to(DTYPE)
+        scales, skipped = find_scales(row, block, SIZE)
     if (length == ROOM) & aligned:
         target, momentum = gl.multiple_of(target, 16), gl.multiple_of(momentum, 16)
         for chunk in range(ROOM // CHUNK):
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
             update = chunks.index(chunk).load(CHUNKS)
-            if MOMENTUM is not None:
+            if MOMENTUM == gl.int8:  # too few bits for wide accesses, where those of the target are wide
+                number = _scaled(gl.load(momentum + position), scales, skipped, chunk * CHUNK, ROOM, WHOLE)
+                update += momentum_factor * number.to(DTYPE)
+            elif MOMENTUM is not None:
                 update += momentum_factor * gl.load(momentum + position).to(DTYPE)  # stream
+            if WRITES:
                 gl.store(momentum + position, update.to(MOMENTUM))  # stream
             old = gl.load(target + position).to(DTYPE)  # stream
             gl.store(target + position, (target_factor * old + update_factor * update).to(TARGET))  # stream
@@ -162,7 +192,11 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
             inside = position < length
             update = chunks.index(chunk).load(CHUNKS)
             if MOMENTUM is not None:
-                update += momentum_factor * gl.load(momentum + position, mask=inside).to(DTYPE)
+                number = gl.load(momentum + position, mask=inside, other=0)
+                if MOMENTUM == gl.int8:
+                    number = _scaled(number, scales, skipped, chunk * CHUNK, length, WHOLE)
+                update += momentum_factor * number.to(DTYPE)
+            if WRITES:
                 gl.store(momentum + position, update.to(MOMENTUM), mask=inside)
             old = gl.load(target + position, mask=inside).to(DTYPE)
             gl.store(target + position, (target_factor * old + update_factor * update).to(TARGET), mask=inside)
@@ -170,27 +204,29 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
 
 def window_apply_(
     targets: Sequence[Tensor],
-    momenta: Sequence[Tensor],
+    momenta: Momenta,
     rows: Sequence[SparseRows],
     update: Update,
     candidates: Sequence[Configuration],
 ) -> None:
     """Chooses one of the configurations, and launches the kernel."""
-    table = launch_of(rows, targets=targets, momenta=momenta)
+    table = launch_of(rows, momenta=momenta, targets=targets)
+    check_momenta(rows, momenta, update)
     weights = check_weights(rows[0].values, update.weights, rows[0].values.shape[1])
     check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
     if table.blocks == 0:
         return
     weights = weights.to(accumulation_dtype(targets[0].dtype))
     values, indices, blocks = rows[0]
-    dtype, momentum_dtype = targets[0].dtype, momenta[0].dtype if momenta else None
+    dtype, writes = targets[0].dtype, update.writes_momenta and len(momenta) > 0
+    own = momentum_dtype(momenta)
 
     def launch(table: Launch, configuration: Configuration) -> None:
         with torch.cuda.device_of(weights):
             _apply_kernel[(table.blocks,)](
-                table.parameters, table.owners, weights, *update[1:], values.shape[1],
+                table.parameters, table.owners, weights, *update[1:4], values.shape[1],
                 TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
-                MOMENTUM=None if momentum_dtype is None else DTYPES[momentum_dtype],
+                MOMENTUM=None if own is None else DTYPES[own], WRITES=writes,
                 DTYPE=triton_accumulation_dtype(dtype), WINDOW=triton.next_power_of_2(values.shape[1]),
                 SIZE=blocks.block_size,
                 ROOM=triton.next_power_of_2(blocks.block_size), **configuration,
@@ -198,7 +234,9 @@ def window_apply_(
 
     def trial(example: SparseRows) -> Callable[[Configuration], None]:
         target = torch.zeros(example.blocks.numel, dtype=dtype, device=weights.device)
-        momentum = [torch.zeros_like(target, dtype=momentum_dtype)] if momenta else []
-        return lambda configuration: launch(launch_of([example], targets=[target], momenta=momentum), configuration)
+        momentum: list[Tensor | LowBit] = [torch.zeros_like(target, dtype=own)] if momenta else []
+        if own is torch.int8:
+            momentum = [allocate_lowbit(len(target), 8, weights.device)]
+        return lambda configuration: launch(launch_of([example], momenta=momentum, targets=[target]), configuration)
 
-    launch(table, choose("window_apply_", rows, (dtype, momentum_dtype), candidates, trial))
+    launch(table, choose("window_apply_", rows, (dtype, own), candidates, trial))

@@ -1,7 +1,8 @@
 """Launches of many parameters at once: two tensors tell a kernel where each parameter is, and whose each block is.
 
-    parameters  (parameters, 6)  int64: addresses of x, y, values and indices (0 for None), number of blocks, and a
-                                 packed number: k; elements and k of the last block; whether all addresses are aligned
+    parameters  (parameters, 8)  int64: addresses of x, y, values and indices (0 for None), number of blocks, a packed
+                                 number: k; elements and k of the last block; whether all addresses are aligned; and
+                                 the addresses of scales and of a key (0 for none)
     owners      (blocks,)        int64, packed: the parameter, whether this is its last block, the block's number in it
 
 Both are on the device. The blocks of all parameters are numbered consecutively, and a program finds its block with two
@@ -10,18 +11,21 @@ loads. Numbers are packed because every load costs time.
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from efcp.kernels.addresses import group_addresses
-from efcp.kernels.blocks import Blocks, SparseRows
+from efcp.kernels.addresses import Momenta, group_addresses, momentum_addresses
+from efcp.kernels.blocks import SparseRows
+from efcp.kernels.lowbit import LowBit
 from efcp.kernels.reference import accumulation_dtype
 
-COLUMNS = tl.constexpr(6)
+COLUMNS = tl.constexpr(8)
+SCALE_BITS = tl.constexpr(6)  # a scale of numbers in 8 bits is that of 2 to this power of them
+SCALE_MASK = tl.constexpr((1 << 6) - 1)
 BLOCK_BITS = tl.constexpr(40)  # bits of an owner that hold the number of the block
 BLOCK_MASK = tl.constexpr((1 << 40) - 1)
 FIELD = tl.constexpr(16)  # bits of a packed length or k, which are at most 32768
@@ -33,6 +37,7 @@ DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
+    torch.int8: tl.int8,
     torch.int16: tl.int16,
 }
 
@@ -48,29 +53,36 @@ class Launch(NamedTuple):
         return len(self.owners)
 
 
-def launch_of(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> Launch:
+def launch_of(rows: Sequence[SparseRows], momenta: Momenta = (), **others: Sequence[Tensor | None]) -> Launch:
     """Checks a group of parameters, and makes the tables of its launch.
 
     Args:
         rows: the window of each parameter.
+        momenta: of each parameter, y in the table; or empty.
         others: by argument name, up to two lists with a tensor for each parameter, which become x and y in the table:
-            gradients or targets, then errors or momenta. A list may be empty where there are no such tensors.
+            gradients or targets, then errors. A list may be empty where there are no such tensors.
     """
     device = rows[0].values.device
     values, indices, *columns = group_addresses(rows, device, **others)
-    columns += [[0] * len(rows)] * (2 - len(columns))
-    return tables(device, tuple(zip(*columns, values, indices, (r.blocks for r in rows), strict=True)))
+    own, scales = momentum_addresses(momenta, device, [r.blocks.numel for r in rows])
+    x, y = [*columns, *[[0] * len(rows), own][len(columns) :]]
+    return tables(device, tuple(zip(x, y, values, indices, (r.blocks for r in rows), scales, strict=True)))
 
 
 @lru_cache(maxsize=256)
-def tables(device: torch.device, entries: tuple[tuple[int, int, int, int, Blocks], ...]) -> Launch:
-    """The tables for parameters with these addresses and layouts. Cached, as most stay the same from step to step."""
+def tables(device: torch.device, entries: tuple[tuple[Any, ...], ...]) -> Launch:
+    """The tables for parameters with these addresses and layouts. Cached, as most stay the same from step to step.
+
+    Args:
+        entries: of each parameter the addresses of x, y, values and indices, and its blocks; where it has them, also
+            the addresses of scales and of a key.
+    """
     parameters, owners = [], []
-    for number, (*addresses, blocks) in enumerate(entries):
-        aligned = all(address % 16 == 0 for address in addresses)
+    for number, (*addresses, blocks, scales, key) in enumerate((*entry, 0, 0)[:7] for entry in entries):
+        aligned = all(address % 16 == 0 for address in (*addresses, scales))  # keys are read one by one
         last = (blocks.tail, blocks.kept_in_tail) if blocks.tail else (blocks.size, blocks.kept)
         packed = blocks.kept | last[0] << FIELD.value | last[1] << 2 * FIELD.value | aligned << 3 * FIELD.value
-        parameters.append([*addresses, blocks.count, packed])
+        parameters.append([*addresses, blocks.count, packed, scales, key])
         owner = torch.arange(blocks.count, device="cpu") | number << (BLOCK_BITS.value + 1)
         owner[-1:] |= 1 << BLOCK_BITS.value
         owners.append(owner)
@@ -91,6 +103,14 @@ def _on(device: torch.device, tensor: Tensor) -> Tensor:
 def triton_accumulation_dtype(dtype: torch.dtype) -> tl.dtype:
     """`accumulation_dtype` as a dtype of Triton."""
     return DTYPES[accumulation_dtype(dtype)]
+
+
+def momentum_dtype(momenta: Momenta) -> torch.dtype | None:
+    """The dtype that momenta have in memory; None without any."""
+    if not momenta:
+        return None
+    first = momenta[0]
+    return first.codes.dtype if isinstance(first, LowBit) else first.dtype
 
 
 def warp_size() -> int:
@@ -122,3 +142,11 @@ def find_block(parameters, owners, program, SIZE: tl.constexpr):
     length = tl.where(last, (packed >> FIELD) & FIELD_MASK, SIZE).to(tl.int32)
     kept = tl.where(last, (packed >> (FIELD * 2)) & FIELD_MASK, stride).to(tl.int32)
     return row, block, length, kept, stride, (packed >> (FIELD * 3)) != 0
+
+
+@triton.jit
+def find_scales(row, block, SIZE: tl.constexpr):
+    """Of a block's momentum in 8 bits: address of its first scale, and how many numbers of that come before it."""
+    first = block * SIZE
+    scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + (first >> SCALE_BITS)
+    return scales, (first & SCALE_MASK).to(tl.int32)

@@ -10,10 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efcp.kernels.addresses import check_numbers, check_weights
+from efcp.kernels.addresses import Momenta, check_momenta, check_numbers, check_weights
 from efcp.kernels.blocks import SparseRows, kept
 from efcp.kernels.reference import accumulation_dtype
-from efcp.kernels.triton.launch import DTYPES, at_most_registers, find_block, launch_of, triton_accumulation_dtype
+from efcp.kernels.triton.launch import (
+    DTYPES,
+    SCALE_BITS,
+    at_most_registers,
+    find_block,
+    find_scales,
+    launch_of,
+    momentum_dtype,
+    triton_accumulation_dtype,
+)
 from efcp.kernels.update import Update
 
 TILE = 2048  # entries of the window that a program has in flight
@@ -37,18 +46,36 @@ def _spread_kernel(parameters, owners, slot, newest, window_size, VALUES: tl.con
 
 
 @triton.jit
+def _numbers(momentum, scales, skipped, position, mask, DTYPE: tl.constexpr):
+    """Some elements of a block's momentum: floating point, or in 8 bits with scales as of `find_scales`."""
+    number = tl.load(momentum + position, mask=mask, other=0)
+    if momentum.dtype.element_ty == tl.int8:
+        scale = tl.load(scales + ((skipped + position) >> SCALE_BITS), mask=mask, other=0.0)
+        number = number.to(tl.float32) * scale
+    return number.to(DTYPE)
+
+
+@triton.jit
 def _portable_dots_kernel(parameters, owners, newest, partial, window_size, blocks, PER_PROGRAM: tl.constexpr,
-                 VALUES: tl.constexpr, INDICES: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr,
-                 COLUMNS: tl.constexpr):  # fmt: skip
-    """partial[program, row] = inner products of the row with `newest`, summed over the blocks of the program."""
+                 VALUES: tl.constexpr, INDICES: tl.constexpr, MOMENTUM: tl.constexpr, SIZE: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Inner products of rows with `newest`, and then with the momentum, summed over the blocks of a program.
+
+    They are partial[program, row] without momenta, with them partial[program, 0 or 1, row].
+    """
+    VECTORS: tl.constexpr = 1 if MOMENTUM is None else 2
     program = tl.program_id(0).to(tl.int64)
     number = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     total = tl.zeros((ROWS,), tl.float64)
+    with_momentum = tl.zeros((ROWS,), tl.float64)
     for this in range(program * PER_PROGRAM, tl.minimum((program + 1) * PER_PROGRAM, blocks)):
         row, block, _, kept, stride, _ = find_block(parameters, owners, this, SIZE)
         entries = (block * window_size + number) * stride
         values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries[:, None]
         indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries[:, None]
+        if MOMENTUM is not None:
+            momentum = tl.load(row + 1).to(tl.pointer_type(MOMENTUM)) + block * SIZE
+            scales, skipped = find_scales(row, block, SIZE)
         for first in range(0, kept, COLUMNS):
             column = first + tl.arange(0, COLUMNS)
             mask = (number < window_size)[:, None] & (column < kept)[None, :]
@@ -56,19 +83,28 @@ def _portable_dots_kernel(parameters, owners, newest, partial, window_size, bloc
             value = tl.load(values + column[None, :], mask=mask, other=0.0).to(tl.float64)
             other = tl.load(newest + this * SIZE + index, mask=mask, other=0.0).to(tl.float64)
             total += tl.sum(value * other, 1)
-    tl.store(partial + program * window_size + number, total, mask=number < window_size)
+            if MOMENTUM is not None:
+                own = _numbers(momentum, scales, skipped, index, mask, tl.float64)
+                with_momentum += tl.sum(value * own, 1)
+    partial += program * VECTORS * window_size + number
+    tl.store(partial, total, mask=number < window_size)
+    if MOMENTUM is not None:
+        tl.store(partial + window_size, with_momentum, mask=number < window_size)
 
 
-def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
-    table = launch_of(rows)
+def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ()) -> Tensor:
+    table = launch_of(rows, momenta=momenta)
     values, indices, blocks = rows[0]
     check_numbers(values, slot=slot)
     window_size, size = values.shape[1], blocks.block_size
-    columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
-    tile_rows = TILE // columns
+    # With a third number for each entry, and a second sum for each row, more would not fit into registers.
+    tile, most_rows = (TILE // 2, 512) if momenta else (TILE, TILE)
+    columns = min(triton.next_power_of_2(kept(size, blocks.density)), tile)
+    tile_rows = min(tile // columns, most_rows)
     per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
     programs = triton.cdiv(table.blocks, per_program)
-    partial = torch.empty(programs, window_size, dtype=torch.float64, device=slot.device)
+    own, vectors = momentum_dtype(momenta), (2,) if momenta else ()
+    partial = torch.empty(programs, *vectors, window_size, dtype=torch.float64, device=slot.device)
     if programs > 0:
         newest = torch.zeros(table.blocks * size, dtype=values.dtype, device=slot.device)
         dtypes = {"VALUES": DTYPES[values.dtype], "INDICES": DTYPES[indices.dtype]}
@@ -78,7 +114,8 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
             )
             _portable_dots_kernel[(programs, triton.cdiv(window_size, tile_rows))](
                 table.parameters, table.owners, newest, partial, window_size, table.blocks, PER_PROGRAM=per_program,
-                **dtypes, SIZE=size, ROWS=tile_rows, COLUMNS=columns, **at_most_registers(128),  # else some are spilled
+                **dtypes, MOMENTUM=None if own is None else DTYPES[own], SIZE=size, ROWS=tile_rows, COLUMNS=columns,
+                **at_most_registers(128),  # else some are spilled
             )  # fmt: skip
     return partial.sum(0)
 
@@ -87,7 +124,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor) -> Tensor:
 def _portable_apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, scratch,
                   window_size, blocks,
                   TARGET: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr, MOMENTUM: tl.constexpr,
-                  DTYPE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+                  WRITES: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Adds one row after another to a sum in `scratch`: needs no atomics, as a row's indices are distinct."""
     program = tl.program_id(0).to(tl.int64)
     total = scratch + program * SIZE
@@ -113,37 +150,39 @@ def _portable_apply_kernel(parameters, owners, weights, target_factor, update_fa
                 tl.store(total + index, old + weight * value, mask=mask)
             tl.debug_barrier()
         target = tl.load(row).to(tl.pointer_type(TARGET)) + block * SIZE
-        momentum = tl.load(row + 1).to(tl.pointer_type(TARGET if MOMENTUM is None else MOMENTUM)) + block * SIZE
+        if MOMENTUM is not None:
+            momentum = tl.load(row + 1).to(tl.pointer_type(MOMENTUM)) + block * SIZE
+            scales, skipped = find_scales(row, block, SIZE)
         for first in range(0, length, COLUMNS):
             position = first + tl.arange(0, COLUMNS)
             mask = position < length
             update = tl.load(total + position, mask=mask, other=0.0)
             if MOMENTUM is not None:
-                update += momentum_factor * tl.load(momentum + position, mask=mask, other=0.0).to(DTYPE)
-                tl.store(momentum + position, update.to(MOMENTUM), mask=mask)
+                update += momentum_factor * _numbers(momentum, scales, skipped, position, mask, DTYPE)
+                if WRITES:
+                    tl.store(momentum + position, update.to(MOMENTUM), mask=mask)
             old = tl.load(target + position, mask=mask, other=0.0).to(DTYPE)
             tl.store(target + position, (target_factor * old + update_factor * update).to(TARGET), mask=mask)
         tl.debug_barrier()
 
 
-def window_apply_(
-    targets: Sequence[Tensor], momenta: Sequence[Tensor], rows: Sequence[SparseRows], update: Update
-) -> None:
-    table = launch_of(rows, targets=targets, momenta=momenta)
+def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[SparseRows], update: Update) -> None:
+    table = launch_of(rows, momenta=momenta, targets=targets)
+    check_momenta(rows, momenta, update)
     weights = check_weights(rows[0].values, update.weights, rows[0].values.shape[1])
     check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
     if table.blocks == 0:
         return
     values, indices, blocks = rows[0]
-    size, dtype = blocks.block_size, targets[0].dtype
+    size, dtype, own = blocks.block_size, targets[0].dtype, momentum_dtype(momenta)
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
     programs = min(table.blocks, PROGRAMS)
     scratch = torch.empty(programs * size, dtype=accumulation_dtype(dtype), device=weights.device)
     with torch.cuda.device_of(weights):
         _portable_apply_kernel[(programs,)](
-            table.parameters, table.owners, weights, *update[1:], scratch, values.shape[1], table.blocks,
+            table.parameters, table.owners, weights, *update[1:4], scratch, values.shape[1], table.blocks,
             TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
-            MOMENTUM=DTYPES[momenta[0].dtype] if momenta else None,
+            MOMENTUM=None if own is None else DTYPES[own], WRITES=update.writes_momenta and len(momenta) > 0,
             DTYPE=triton_accumulation_dtype(dtype), SIZE=size, COLUMNS=columns,
             num_warps=max(1, min(8, columns // 64)), **at_most_registers(168),  # else some are spilled
         )  # fmt: skip

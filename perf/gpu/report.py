@@ -54,7 +54,7 @@ import triton
 import triton.language as tl
 from tqdm import tqdm
 
-from efcp.kernels import Blocks, SparseRows, Update
+from efcp.kernels import Blocks, SparseRows, Update, allocate_lowbit
 from efcp.kernels import triton as triton_ops
 from efcp.kernels.gpus import ARCHITECTURES
 from efcp.perf.command import ending, workers
@@ -67,7 +67,16 @@ __all__ = ["Case", "Compilation", "CompiledCase", "compile_cases", "compile_one"
 
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)]
 TARGETS += [GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")]
-OPERATIONS = ("norm_is_finite", "compress_", "window_dots", "window_apply_")
+OPERATIONS = (
+    "norm_is_finite",
+    "compress_",
+    "average_",
+    "store_lowbit_",
+    "add_lowbit_",
+    "window_dots",
+    "window_dots with momenta",
+    "window_apply_",
+)
 BLOCK_SIZES = (256, 4096, 32768)
 DENSITIES = (0.001, 0.1)
 WINDOWS = (32, 1024)
@@ -313,18 +322,33 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
         errors = [meta(r.blocks.numel, dtype=case.error) for r in rows] if case.error else []
         slot, finite = meta(1, dtype=torch.int64), meta((), dtype=torch.bool)
         update = Update(meta(case.window), meta(()), meta(()))
-        with_momenta = update._replace(momentum_factor=meta(()))
+        reads = update._replace(momentum_factor=meta(()))
+        writes = reads._replace(writes_momenta=True)
+        momenta, numbers = (
+            [allocate_lowbit(r.blocks.numel, bits, torch.device("meta")) for r in rows] for bits in (8, 4)
+        )
+        keys = [slot] * len(rows)
         window = (case.block_size, case.density, case.window, case.values)
         calls: dict[tuple[object, ...], Callable[[], object]] = {
             ("norm_is_finite", case.grad): partial(triton_ops.norm_is_finite, grads),
             ("compress_", window, case.grad, case.error): partial(
                 triton_ops.compress_, grads, errors, rows, slot, finite
             ),
+            ("average_", case.grad): partial(triton_ops.average_, grads, grads, 0.9, finite),
+            ("average_", case.grad, 8): partial(triton_ops.average_, momenta, grads, 0.9, finite),
+            ("store_lowbit_", case.grad, 8): partial(triton_ops.store_lowbit_, momenta, grads, finite),
+            ("store_lowbit_", case.grad, 4): partial(triton_ops.store_lowbit_, numbers, grads, finite, keys),
+            ("add_lowbit_", case.grad, 8): partial(triton_ops.add_lowbit_, grads, momenta),
+            ("add_lowbit_", case.grad, 4): partial(triton_ops.add_lowbit_, grads, numbers),
             ("window_dots", window): partial(triton_ops.window_dots, rows, slot),
+            ("window_dots with momenta", window, case.grad): partial(triton_ops.window_dots, rows, slot, grads),
+            ("window_dots with momenta", window, 8): partial(triton_ops.window_dots, rows, slot, momenta),
             ("window_apply_", window, case.grad): partial(triton_ops.window_apply_, grads, [], rows, update),
-            ("window_apply_", window, case.grad, "momentum"): partial(
-                triton_ops.window_apply_, grads, grads, rows, with_momenta
+            ("window_apply_", window, case.grad, "reads"): partial(triton_ops.window_apply_, grads, grads, rows, reads),
+            ("window_apply_", window, case.grad, "writes"): partial(
+                triton_ops.window_apply_, grads, grads, rows, writes
             ),
+            ("window_apply_", window, case.grad, 8): partial(triton_ops.window_apply_, grads, momenta, rows, reads),
         }
         for key, call in calls.items():
             if key not in seen:
@@ -413,7 +437,7 @@ def _element_bytes(result: CompiledCase) -> int:
     case = result.case
     if result.operation == "compress_":
         return case.grad.itemsize + (case.error.itemsize if case.error else 0)
-    if result.operation == "norm_is_finite":
+    if result.operation in ("norm_is_finite", "average_", "store_lowbit_", "add_lowbit_"):
         return case.grad.itemsize
     return case.values.itemsize + Blocks(1, case.block_size, 1.0).index_dtype.itemsize
 

@@ -20,8 +20,10 @@ from tests.kernels.kernel_cases import (
     FLOAT64,
     Case,
     check_apply,
+    check_average,
     check_compress,
     check_dots,
+    check_lowbit,
     check_norm_is_finite,
 )
 
@@ -32,6 +34,17 @@ CASES = [
     Case(100, 300, 0.1, grad=FLOAT64, error=FLOAT32, values=FLOAT32, slot=2),
     Case(63, 16, 1.0, error=BFLOAT16, slot=0),
 ]
+
+
+def float64_arguments(convert):
+    """A Python float of a launch is a float64, as the kernels say, and not a number without a dtype."""
+
+    def converted(argument):
+        if isinstance(argument, float):
+            return tl.tensor(interpreter.TensorHandle(np.array([argument]), tl.float64), tl.float64)
+        return convert(argument)
+
+    return converted
 
 
 def round_to_bfloat16(convert):
@@ -47,9 +60,12 @@ def round_to_bfloat16(convert):
 
 if __name__ == "__main__":
     interpreter._convert_float = round_to_bfloat16(interpreter._convert_float)
+    interpreter._implicit_cvt = float64_arguments(interpreter._implicit_cvt)
     for case in CASES:
         print(case)
         check_norm_is_finite(triton_ops.norm_is_finite, case)
         check_compress(triton_ops.compress_, case)
+        check_average(triton_ops.average_, case)
+        check_lowbit((triton_ops.store_lowbit_, triton_ops.add_lowbit_), case)
         check_dots(triton_ops.window_dots, case)
         check_apply(triton_ops.window_apply_, case)

@@ -9,12 +9,13 @@ reach them, `allow` is called with each of those that the group consists of.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, product
 
 import torch
 from torch import Tensor
 
-from efcp.kernels import Blocks, SparseRows, Update, reference
+from efcp.kernels import Blocks, LowBit, SparseRows, Update, allocate_lowbit, reference
+from efcp.kernels.lowbit import encoded
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -222,38 +223,113 @@ def check_compress_without_gradients(operation, case: Case, allow: Allow = None)
     assert_all_same_bits(results[1], results[0], "tensor")
 
 
+MOMENTA = (None, "float", "8 bits")
+BETA = 0.9
+
+
+def momenta_of(case: Case, kind: str | None) -> list[Tensor | LowBit]:
+    """Random ones, of a kind of MOMENTA: floating point ones have the dtype of the gradient."""
+    momenta = [member.target().neg() for member in case.group] if kind else []
+    return [encoded(momentum.float(), torch.int8) for momentum in momenta] if kind == "8 bits" else momenta
+
+
+def parts_of(numbers: Iterable[Tensor | LowBit]) -> list[Tensor]:
+    """Tensors, and codes and scales in place of others."""
+    return [tensor for x in numbers for tensor in ([x] if isinstance(x, Tensor) else x)]
+
+
 def check_dots(operation, case: Case, allow: Allow = None) -> None:
-    """An implementation of `window_dots` agrees with the definition."""
+    """An implementation of `window_dots` agrees with the definition, with momenta and without."""
     rows = [member.random_window() for member in case.group]
-    before = [tensor.clone() for tensor in tensors_of(rows)]
-    register(allow, tensors_of(rows))
     slot = torch.tensor([case.slot])
-    actual = operation(rows, slot)
-    assert_all_same_bits(tensors_of(rows), before, "window")
-    torch.testing.assert_close(actual, reference.window_dots(rows, slot), **TOLERANCE[FLOAT64])
+    register(allow, tensors_of(rows))
+    for kind in MOMENTA:
+        momenta = momenta_of(case, kind)
+        register(allow, parts_of(momenta))
+        before = [tensor.clone() for tensor in (*tensors_of(rows), *parts_of(momenta))]
+        actual = operation(rows, slot, momenta) if momenta else operation(rows, slot)
+        assert_all_same_bits((*tensors_of(rows), *parts_of(momenta)), before, "window or momentum")
+        assert actual.shape == ((2, case.window) if momenta else (case.window,))
+        torch.testing.assert_close(actual, reference.window_dots(rows, slot, momenta), **TOLERANCE[FLOAT64])
 
 
 def applied(
-    operation, case: Case, with_momenta: bool, weights: Tensor, allow: Allow = None
+    operation, case: Case, kind: str | None, weights: Tensor, writes: bool = False, allow: Allow = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """(targets, momenta) as `window_apply_` leaves them, in the dtype of the gradients."""
+    """(targets, tensors of momenta) as `window_apply_` leaves them, in the dtype of the gradients.
+
+    Args:
+        kind: of momenta, one of MOMENTA.
+        writes: whether momenta are written.
+    """
     rows = [member.random_window() for member in case.group]
     targets = [member.target() for member in case.group]
-    momenta = [member.target().neg() for member in case.group] if with_momenta else []
-    before = [tensor.clone() for tensor in tensors_of(rows)]
-    register(allow, (*targets, *momenta, *tensors_of(rows)))
-    update = Update(weights, torch.tensor(0.75), torch.tensor(-0.3, dtype=FLOAT64))
-    if with_momenta:
+    momenta = momenta_of(case, kind)
+    register(allow, (*targets, *parts_of(momenta), *tensors_of(rows)))
+    unchanged = [*tensors_of(rows), *(() if writes else parts_of(momenta))]
+    before = [tensor.clone() for tensor in unchanged]
+    update = Update(weights, torch.tensor(0.75), torch.tensor(-0.3, dtype=FLOAT64), writes_momenta=writes)
+    if momenta:
         update = update._replace(momentum_factor=torch.tensor(0.9, dtype=FLOAT64))
     operation(targets, momenta, rows, update)
-    assert_all_same_bits(tensors_of(rows), before, "window")
-    return targets, momenta
+    assert_all_same_bits(unchanged, before, "window or momentum")
+    return targets, parts_of(momenta)
 
 
 def check_apply(operation, case: Case, allow: Allow = None) -> None:
-    """An implementation of `window_apply_` agrees with the definition, with momenta and without."""
+    """An implementation of `window_apply_` agrees with the definition, with momenta of all kinds and without."""
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
-    for with_momenta in (False, True):
-        actual = applied(operation, case, with_momenta, weights, allow)
-        expected = applied(reference.window_apply_, case, with_momenta, weights)
+    for kind, writes in ((None, False), ("float", False), ("float", True), ("8 bits", False)):
+        actual = applied(operation, case, kind, weights, writes, allow)
+        expected = applied(reference.window_apply_, case, kind, weights, writes)
         torch.testing.assert_close(actual, expected, **TOLERANCE[case.grad])
+
+
+def check_average(operation, case: Case, allow: Allow = None) -> None:
+    """An implementation of `average_` agrees with the definition: bits of momenta, and the sum in any order."""
+    for kind, with_gradients in product(MOMENTA[1:], (True, False)):
+        lack = (WITHOUT_GRADIENT,) if with_gradients else range(len(case.group))
+        results = []
+        for average_ in (reference.average_, operation):
+            grads = [None if i in lack else member.gradient() for i, member in enumerate(case.group)]
+            momenta = momenta_of(case, kind)
+            given = [grad for grad in grads if grad is not None]
+            before = [grad.clone() for grad in given]
+            register(allow, (*given, *parts_of(momenta)))
+            total = average_(momenta, grads, BETA, torch.tensor(case.finite))
+            assert_all_same_bits(given, before, "grad")
+            assert (total.shape, total.dtype) == ((), FLOAT64)
+            results.append((total, parts_of(momenta)))
+        (expected_total, expected), (total, actual) = results
+        assert_all_same_bits(actual, expected, f"momentum, {kind},")
+        torch.testing.assert_close(total, expected_total, **TOLERANCE[FLOAT64])
+
+
+def check_lowbit(operations, case: Case, allow: Allow = None) -> None:
+    """Implementations of `store_lowbit_` and `add_lowbit_` give the bits that the definition gives.
+
+    Args:
+        operations: the two, in this order.
+    """
+    group = case.group
+    for number_bits in (8, 4):
+        results = []
+        for store_, add_ in ((reference.store_lowbit_, reference.add_lowbit_), operations):
+            values = [make(case.kind, member.numel, case.grad, seed=member.numel) for member in group]
+            targets = [member.target() for member in group]
+            numbers = [allocate_lowbit(member.numel, number_bits, torch.device("cpu")) for member in group]
+            for codes, scales in numbers:  # as what was stored before
+                codes.fill_(0x5A)
+                scales.fill_(0.5)
+            keys = [torch.tensor([(1 << 40) + 7 * i - 3]) for i in range(len(group))] if number_bits == 4 else []
+            register(allow, (*values, *targets, *keys, *parts_of(numbers)))
+            before = [tensor.clone() for tensor in values]
+            store_(numbers, values, torch.tensor(case.finite), keys)
+            assert_all_same_bits(values, before, "values")
+            before = [tensor.clone() for tensor in parts_of(numbers)]
+            add_(targets, numbers)
+            assert_all_same_bits(parts_of(numbers), before, "number")
+            results.append((parts_of(numbers), targets))
+        (expected, expected_targets), (actual, targets) = results
+        assert_all_same_bits(actual, expected, f"{number_bits} bits")
+        assert_all_same_bits(targets, expected_targets, f"target of {number_bits} bits")

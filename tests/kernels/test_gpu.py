@@ -13,8 +13,10 @@ from tests.kernels.kernel_cases import (
     FLOAT64,
     Case,
     check_apply,
+    check_average,
     check_compress,
     check_dots,
+    check_lowbit,
     check_norm_is_finite,
 )
 
@@ -46,5 +48,7 @@ def on_gpu(operation, *arguments):
 def test_definition_and_gpu_agree(case):
     check_norm_is_finite(partial(on_gpu, triton_ops.norm_is_finite), case)
     check_compress(partial(on_gpu, triton_ops.compress_), case)
+    check_average(partial(on_gpu, triton_ops.average_), case)
+    check_lowbit([partial(on_gpu, operation) for operation in (triton_ops.store_lowbit_, triton_ops.add_lowbit_)], case)
     check_dots(partial(on_gpu, triton_ops.window_dots), case)
     check_apply(partial(on_gpu, triton_ops.window_apply_), case)

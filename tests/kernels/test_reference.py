@@ -9,20 +9,28 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efcp.kernels import Blocks, SparseRows, Update, accumulation_dtype, reference
+from efcp.kernels import Blocks, LowBit, SparseRows, Update, accumulation_dtype, allocate_lowbit, reference
+from efcp.kernels.lowbit import SMALLEST_SCALE, decoded, hashed, uniform
 from tests.kernels.kernel_cases import (
+    BETA,
     BFLOAT16,
     FINITE,
     FLOAT16,
     FLOAT32,
     FLOAT64,
+    MOMENTA,
     TOLERANCE,
     Case,
     applied,
     assert_all_same_bits,
     assert_same_bits,
     bits,
+    check_average,
     check_compress,
+    check_lowbit,
+    make,
+    momenta_of,
+    parts_of,
 )
 
 CASES = [
@@ -240,6 +248,7 @@ def test_apply_adds_a_weighted_sum_of_dense_rows(case, with_momentum, target_fac
     expected = target_factor * target.double() + update_factor * update
     factors = [target_factor, update_factor, momentum_factor][: 3 if with_momentum else 2]
     applied_as = Update(weights, *torch.tensor(factors, dtype=FLOAT64))
+    applied_as = applied_as._replace(writes_momenta=with_momentum)
     reference.window_apply_([target], [momentum] if with_momentum else [], [window], applied_as)
     torch.testing.assert_close(target, expected.to(case.grad), **TOLERANCE[case.grad])
     if with_momentum:
@@ -252,7 +261,8 @@ def test_a_momentum_is_rounded_but_the_update_taken_from_it_is_not():
     rows = SparseRows(torch.tensor([[[2.0**-9]]], dtype=BFLOAT16), torch.zeros(1, 1, 1, dtype=torch.uint8), blocks)
     target, momentum = torch.tensor([-1.0], dtype=BFLOAT16), torch.tensor([1.0], dtype=BFLOAT16)
     one = torch.tensor(1.0)
-    reference.window_apply_([target], [momentum], [rows], Update(torch.ones(1), one, one, one))
+    update = Update(torch.ones(1), one, one, one, writes_momenta=True)
+    reference.window_apply_([target], [momentum], [rows], update)
     assert target.item() == 2.0**-9
     assert momentum.item() == 1.0
 
@@ -300,16 +310,16 @@ def test_products_of_a_group_are_sums_over_its_parameters(case):
     torch.testing.assert_close(reference.window_dots(rows, slot), sum(single), **TOLERANCE[FLOAT64])
 
 
-@pytest.mark.parametrize("with_momenta", [False, True], ids=["no momenta", "momenta"])
+@pytest.mark.parametrize("kind", MOMENTA)
 @pytest.mark.parametrize("case", GROUPS, ids=str)
-def test_a_window_is_applied_to_a_group_as_to_its_parameters(case, with_momenta):
+def test_a_window_is_applied_to_a_group_as_to_its_parameters(case, kind):
     def each(targets, momenta, rows, update):
         for i, (target, row) in enumerate(zip(targets, rows, strict=True)):
             reference.window_apply_([target], momenta[i : i + 1], [row], update)
 
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
-    expected = applied(each, case, with_momenta, weights)
-    actual = applied(reference.window_apply_, case, with_momenta, weights)
+    expected = applied(each, case, kind, weights, writes=kind == "float")
+    actual = applied(reference.window_apply_, case, kind, weights, writes=kind == "float")
     for what, ours, theirs in zip(("target", "momentum"), actual, expected, strict=True):
         assert_all_same_bits(ours, theirs, what)
 
@@ -320,13 +330,195 @@ def test_norm_is_finite(name, dtype, gradients, finite):
 
 
 def test_work_in_parts_gives_the_same_bits(monkeypatch):
-    case = Case(100003, 4096, 0.01, window=5, slot=2)
+    case, tolerant = Case(100003, 4096, 0.01, window=5, slot=2), []
 
     def run():
         values, indices, error = compressed(case)
-        targets, momenta = applied(reference.window_apply_, case, True, torch.linspace(0, 1, 5))
-        return values, indices, error, *targets, *momenta
+        targets, momenta = applied(reference.window_apply_, case, "float", torch.linspace(0, 1, 5), writes=True)
+        small = momenta_of(case, "8 bits")
+        reference.average_(small, [member.gradient() for member in case.group], BETA, torch.tensor(True))
+        numbers = [stored(target, 4) for target in targets]
+        reference.add_lowbit_(targets, numbers)
+        dots = [*reference.window_dots([case.random_window()], torch.tensor([2]), small[1:2])]
+        tolerant.append(dots)
+        return values, indices, error, *targets, *momenta, *parts_of([*small, *numbers])
 
     whole = run()
     monkeypatch.setattr(reference, "PART", 1)
     assert_all_same_bits(run(), whole, "results")
+    torch.testing.assert_close(*tolerant, **TOLERANCE[FLOAT64])  # sums of float64
+
+
+KEY = torch.tensor([(5 << 32) + 7])
+FINITE_STEP = torch.tensor(True)
+KINDS = ["random", "ties", "equal", "zero", "signed zero", "denormal", "wide"]
+LARGEST_CODE = {8: 127, 4: 7}
+
+
+def stored(values: torch.Tensor, number_bits: int, key: torch.Tensor = KEY) -> LowBit:
+    """Values in 8 or 4 bits."""
+    numbers = allocate_lowbit(values.numel(), number_bits, values.device)
+    reference.store_lowbit_([numbers], [values], FINITE_STEP, [key] if number_bits == 4 else [])
+    return numbers
+
+
+def read(numbers: LowBit, numel: int) -> torch.Tensor:
+    """As float64, by `add_lowbit_`."""
+    target = torch.zeros(numel, dtype=FLOAT64)
+    reference.add_lowbit_([target], [numbers])
+    return target
+
+
+def per_number(numbers: LowBit, numel: int) -> torch.Tensor:
+    """The scale of each number."""
+    block = 64 if numbers.codes.dtype == torch.int8 else 128
+    return numbers.scales.double().repeat_interleave(block)[:numel]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("numel", [0, 1, 63, 64, 65, 127, 129, 4097])
+@pytest.mark.parametrize("number_bits", [8, 4])
+def test_numbers_are_rounded_to_a_neighbour(number_bits, numel, kind):
+    """To the nearest of both in 8 bits: at most half a scale away; in 4 bits less than a scale."""
+    values = make(kind, numel, FLOAT32, seed=numel)
+    numbers = stored(values, number_bits)
+    scale, block = per_number(numbers, numel), 512 // number_bits
+    maxima = [part.abs().max() for part in values.split(block)] if numel else []
+    for maximum, own in zip(maxima, numbers.scales, strict=True):
+        expected = maximum / LARGEST_CODE[number_bits]
+        assert own == (expected if expected >= SMALLEST_SCALE else 0.0)
+    lost = (read(numbers, numel) - values.double()).abs()
+    kept = scale > 0
+    bound = scale * (0.5 if number_bits == 8 else 1.0) * (1 + 2.0**-15)  # as y = x / scale is rounded, too
+    assert (lost <= bound)[kept].all()
+    assert (read(numbers, numel)[~kept] == 0).all()
+    assert (read(numbers, numel)[values == 0] == 0).all()
+
+
+def test_the_layout_of_4_bits():
+    """Two numbers a byte, the lower half first; each code with 8 added, also where the last byte has one number."""
+    values = torch.arange(-7.0, 8.0)  # scale 1: whole numbers are stored as they are
+    numbers = stored(values, 4)
+    assert numbers.scales.tolist() == [1.0]
+    codes = [*range(1, 16), 8]
+    assert numbers.codes.tolist() == [low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True)]
+    assert torch.equal(read(numbers, 15), values.double())
+
+
+def test_ties_in_8_bits_go_to_even():
+    values = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5])
+    assert stored(values, 8).codes.tolist() == [127, 0, 2, 2, 0, -2, -126]
+
+
+def test_what_4_bits_lose_is_zero_on_average():
+    """Of many keys; and they do not agree on what to round up."""
+    values = make("random", 1001, FLOAT32, seed=0)
+    reads = torch.stack([read(stored(values, 4, torch.tensor([key << 20])), 1001) for key in range(2000)])
+    scale = per_number(stored(values, 4), 1001)
+    up = values.double() / scale - (values.double() / scale).floor()
+    deviation = (reads.mean(0) - values.double()) / scale
+    normal = deviation / (up * (1 - up) / len(reads)).sqrt().clamp(min=1e-3)
+    assert normal.abs().max() < 5
+    assert abs(normal.square().mean() - 1) < 0.3
+    assert abs(deviation.mean()) < 5 * 0.5 / (len(reads) * 1001) ** 0.5
+
+
+def test_random_numbers_are_uniform_and_differ_with_key_and_position():
+    first = uniform(KEY, 0, 1 << 16).double()
+    assert first.min() >= 0
+    assert first.max() < 1
+    assert abs(first.mean() - 0.5) < 5 * (1 / 12 / len(first)) ** 0.5
+    assert torch.histc(first, 16, 0, 1).sub(4096).abs().max() < 5 * 64
+    assert torch.equal(uniform(KEY, 1000, 24).double(), first[1000:1024])
+    for other in (uniform(KEY + 1, 0, 1 << 16), uniform(KEY + (1 << 32), 0, 1 << 16), uniform(KEY, 1, 1 << 16)):
+        assert abs(torch.corrcoef(torch.stack([first, other.double()]))[0, 1]) < 5 / 256
+
+
+def test_the_hash_is_lowbias32():
+    """Known values, by another implementation in whole numbers."""
+
+    def lowbias32(x):
+        x = ((x ^ x >> 16) * 0x7FEB352D) % 2**32
+        x = ((x ^ x >> 15) * 0x846CA68B) % 2**32
+        return x ^ x >> 16
+
+    numbers = [0, 1, 2, 12345, 2**31, 2**32 - 1]
+    assert hashed(torch.tensor(numbers)).tolist() == [lowbias32(x) for x in numbers]
+    key, position = (5 << 32) + 7, 300
+    expected = (lowbias32(position ^ lowbias32(7 ^ lowbias32(5))) >> 8) / 2**24
+    assert uniform(torch.tensor([key]), position, 1).item() == expected
+
+
+@pytest.mark.parametrize("number_bits", [8, 4])
+@pytest.mark.parametrize("numel", [1, 65, 4097])
+def test_a_non_finite_step_leaves_all_bits(number_bits, numel):
+    values = make("random", numel, FLOAT32, seed=1)
+    numbers = stored(values, number_bits)
+    before = [tensor.clone() for tensor in numbers]
+    no = torch.tensor(False)
+    poison = torch.full_like(values, float("nan"))
+    reference.store_lowbit_([numbers], [poison], no, [KEY] if number_bits == 4 else [])
+    assert_all_same_bits(numbers, before, "numbers")
+    if number_bits == 8:
+        norm = reference.average_([numbers], [poison], BETA, no)
+        assert_all_same_bits(numbers, before, "momentum")
+        torch.testing.assert_close(norm, read(numbers, numel).square().sum(), **TOLERANCE[FLOAT64])
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16, FLOAT32, FLOAT64])
+@pytest.mark.parametrize("numel", [0, 1, 65, 4097])
+def test_average_is_that_of_momentum_and_gradient(numel, dtype):
+    momentum, grad = make("random", numel, dtype, seed=1), make("random", numel, FLOAT32, seed=2)
+    expected = BETA * momentum.double() + (1 - BETA) * grad.double()
+    norm = reference.average_([momentum], [grad], BETA, FINITE_STEP)
+    torch.testing.assert_close(momentum, expected.to(dtype), **TOLERANCE[dtype])
+    torch.testing.assert_close(norm, momentum.double().square().sum(), **TOLERANCE[FLOAT64])
+
+
+def test_average_in_8_bits_is_within_half_a_scale():
+    old, grad = make("random", 4097, FLOAT32, seed=1), make("random", 4097, FLOAT32, seed=2)
+    momentum = stored(old, 8)
+    expected = BETA * read(momentum, 4097) + (1 - BETA) * grad.double()
+    norm = reference.average_([momentum], [grad], BETA, FINITE_STEP)
+    lost = (read(momentum, 4097) - expected).abs()
+    assert (lost <= per_number(momentum, 4097) * 0.5001).all()
+    torch.testing.assert_close(norm, read(momentum, 4097).square().sum(), **TOLERANCE[FLOAT64])
+
+
+@pytest.mark.parametrize("kind", MOMENTA[1:])
+def test_dots_with_momenta_are_inner_products(kind):
+    case = Case(4097, 257, 0.37, window=7, slot=6, grad=FLOAT64)
+    window, momentum = case.random_window(), momenta_of(case, kind)[1]
+    rows = dense(case, window)
+    whole = momentum if kind == "float" else decoded(momentum, slice(0, 4097), slice(0, 65)).double()
+    actual = reference.window_dots([window], torch.tensor([case.slot]), [momentum])
+    torch.testing.assert_close(actual, torch.stack([rows @ rows[case.slot], rows @ whole]), **TOLERANCE[FLOAT64])
+
+
+def test_a_momentum_that_is_not_written_counts_all_the_same():
+    case = Case(4097, 257, 0.37)
+    for kind in MOMENTA[1:]:
+        weights = torch.zeros(case.window)
+        targets, _ = applied(reference.window_apply_, case, kind, weights)  # which checks that it stays
+        for target, member, momentum in zip(targets, case.group, momenta_of(case, kind), strict=True):
+            dense = momentum if kind == "float" else read(momentum, member.numel).float()
+            torch.testing.assert_close(target, 0.75 * member.target() - 0.3 * 0.9 * dense, **TOLERANCE[FLOAT32])
+
+
+@pytest.mark.parametrize("case", GROUPS, ids=str)
+def test_numbers_and_averages_of_a_group_are_those_of_its_parameters(case):
+    def average_each(momenta, grads, beta, finite):
+        return sum(
+            reference.average_([momentum], [grad], beta, finite) for momentum, grad in zip(momenta, grads, strict=True)
+        )
+
+    def store_each(numbers, values, finite, keys):
+        for i, pair in enumerate(zip(numbers, values, strict=True)):
+            reference.store_lowbit_([pair[0]], [pair[1]], finite, keys[i : i + 1])
+
+    def add_each(targets, numbers):
+        for target, number in zip(targets, numbers, strict=True):
+            reference.add_lowbit_([target], [number])
+
+    check_average(average_each, case)
+    check_lowbit((store_each, add_each), case)

@@ -13,21 +13,28 @@ from pathlib import Path
 import pytest
 import torch
 
-from efcp.kernels import Blocks, SparseRows, Update, reference
+from efcp.kernels import Blocks, LowBit, SparseRows, Update, allocate_lowbit, reference
+from efcp.kernels.lowbit import encoded
 from efcp.perf.gpu.gpusim import SimulationError, why_unavailable
 from tests.kernels.kernel_cases import (
+    BETA,
     BFLOAT16,
     FINITE,
     FLOAT16,
     FLOAT32,
     FLOAT64,
+    MOMENTA,
     Case,
     assert_all_same_bits,
     check_apply,
+    check_average,
     check_compress,
     check_compress_without_gradients,
     check_dots,
+    check_lowbit,
     check_norm_is_finite,
+    momenta_of,
+    parts_of,
     tensors_of,
 )
 
@@ -35,8 +42,8 @@ if reason := why_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
 from efcp.kernels import triton as triton_ops
-from efcp.kernels.triton import apply, compress, dots, portable
-from efcp.kernels.triton.launch import launch_of
+from efcp.kernels.triton import apply, average, compress, dots, lowbit, portable
+from efcp.kernels.triton.launch import launch_of, tables
 from efcp.perf.gpu.gpusim import simulate
 
 # A case with another block size, dtype or architecture costs compilations, one with another input next to nothing.
@@ -76,6 +83,21 @@ def test_compress_gives_the_bits_of_the_definition(case):
 def test_compress_without_gradients():
     with simulate(90) as simulator:
         check_compress_without_gradients(triton_ops.compress_, Case(9000, 4096, 0.01), simulator.allow)
+
+
+@cases
+def test_average_gives_the_bits_of_the_definition(case):
+    with simulate(case.arch, check_races=True) as simulator:
+        check_average(triton_ops.average_, case, simulator.allow)
+
+
+LOWBIT = triton_ops.store_lowbit_, triton_ops.add_lowbit_
+
+
+@cases
+def test_numbers_in_8_and_4_bits_are_those_of_the_definition(case):
+    with simulate(case.arch, check_races=True) as simulator:
+        check_lowbit(LOWBIT, case, simulator.allow)
 
 
 @cases
@@ -143,14 +165,14 @@ def simulated(*tensors, **options):
 @pytest.mark.parametrize("seed", range(3))
 def test_the_order_of_warps_and_programs_does_not_matter(operations, seed):
     case = Case(30003, 4096, 0.05, window=5, slot=0)
-    update = Update(torch.linspace(-1.5, 2.0, 5), *(torch.tensor(x) for x in (0.75, -0.3, 0.9)))
+    update = Update(torch.linspace(-1.5, 2.0, 5), *(torch.tensor(x) for x in (0.75, -0.3, 0.9)), writes_momenta=True)
 
     def run(schedule):
         rows, target, momentum, error, grad = (
             case.random_window(), case.target(), case.target(), case.error_before(), case.gradient(),
         )  # fmt: skip
         with simulated(*tensors_of([rows]), target, momentum, error, grad, schedule=schedule):
-            products = operations.window_dots([rows], torch.tensor([2]))
+            products = operations.window_dots([rows], torch.tensor([2]), [momentum])
             operations.window_apply_([target], [momentum], [rows], update)
             triton_ops.compress_([grad], [error], [rows], torch.tensor([case.slot]), torch.tensor(True))
         return products, target, momentum, error, rows.values, rows.indices
@@ -223,11 +245,9 @@ def test_tensors_that_begin_anywhere(shift):
     def moved(operation):
         def run(*arguments):
             def move(x):
-                return (
-                    SparseRows(shifted(x.values), shifted(x.indices), x.blocks)
-                    if isinstance(x, SparseRows)
-                    else shifted(x)
-                )
+                if isinstance(x, SparseRows):
+                    return SparseRows(shifted(x.values), shifted(x.indices), x.blocks)
+                return LowBit(*map(shifted, x)) if isinstance(x, LowBit) else shifted(x)
 
             there = [[move(x) if x is not None else None for x in a] if isinstance(a, list) else a for a in arguments]
             with simulate(90) as simulator:
@@ -243,10 +263,12 @@ def test_tensors_that_begin_anywhere(shift):
     def flat(arguments):
         found = []
         for x in (x for a in arguments if isinstance(a, list) for x in a if x is not None):
-            found += [x.values, x.indices] if isinstance(x, SparseRows) else [x]
+            found += [x.values, x.indices] if isinstance(x, SparseRows) else parts_of([x])
         return found
 
     check_compress(moved(triton_ops.compress_), case)
+    check_average(moved(triton_ops.average_), case)
+    check_lowbit([moved(operation) for operation in LOWBIT], case)
     check_dots(moved(triton_ops.window_dots), case)
     check_apply(moved(triton_ops.window_apply_), case)
 
@@ -260,13 +282,16 @@ def far_away(modules, monkeypatch):
     def shifted(rows, **others):
         table = launch_of(rows, **others)
         parameters = table.parameters.clone()
+        momenta = others.pop("momenta", ())
+        columns = [*others.values(), *[(), momenta][len(others) :]]
         for entry, (values, indices, blocks) in zip(parameters, rows, strict=True):
             entries = FAR * values.shape[1] * blocks.kept
-            sizes = [some[0].element_size() if some else 0 for some in (*others.values(), (), ())[:2]]
+            sizes = [parts_of(some)[0].element_size() if some else 0 for some in columns]
             entry[:4] -= torch.tensor([FAR * blocks.block_size * size for size in sizes] + [
                 entries * values.element_size(), entries * indices.element_size()
             ])  # fmt: skip
             entry[4] += FAR
+            entry[6] -= FAR * blocks.block_size // 64 * 4  # of a float32
         return table._replace(parameters=parameters, owners=table.owners + FAR)
 
     for module in modules:
@@ -280,19 +305,83 @@ def test_addresses_are_computed_in_64_bits(monkeypatch, operators):
     case = Case(700, 256, 0.05, window=7)
     members = [replace(case, numel=numel) for numel in (700, 512)]  # at least a block each
     slot, one = torch.tensor([3]), torch.tensor(0.9)
+    update = Update(torch.linspace(-1.5, 2.0, 7), one, one, one, writes_momenta=True)
     results = []
     for there in (False, True):
         rows, grads, errors, targets, momenta = (
             [make(m) for m in members]
             for make in (Case.random_window, Case.gradient, Case.error_before, Case.target, Case.target)
         )
-        with simulated(*tensors_of(rows), *grads, *errors, *targets, *momenta):
+        small = [encoded(momentum, torch.int8) for momentum in momenta]
+        with simulated(*tensors_of(rows), *grads, *errors, *targets, *momenta, *parts_of(small)):
             operations = operators if there else reference
-            products = operations.window_dots(rows, slot)
-            operations.window_apply_(targets, momenta, rows, Update(torch.linspace(-1.5, 2.0, 7), one, one, one))
+            products = [operations.window_dots(rows, slot, *own) for own in ((), (momenta,), (small,))]
+            operations.window_apply_(targets, momenta, rows, update)
+            operations.window_apply_(targets, small, rows, update._replace(writes_momenta=False))
             (triton_ops if there else reference).compress_(grads, errors, rows, slot, torch.tensor(True))
-        results.append([products, *targets, *momenta, *errors, *tensors_of(rows)])
+        results.append([*products, *targets, *momenta, *errors, *tensors_of(rows)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("number_bits", [8, 4])
+def test_addresses_of_numbers_are_computed_in_64_bits(monkeypatch, number_bits):
+    """As above. Random numbers take the lower half of a position, which is as if no other block came before."""
+    before, block = FAR * lowbit.SIZE, 64 if number_bits == 8 else 128
+
+    def far(x, y):
+        """Lets blocks come after others, with so many bits for each number of x and y."""
+
+        def shifted(device, entries):
+            table = tables(device, entries)
+            moved = torch.tensor([before * x // 8, before * y // 8, 0, 0, -FAR, 0, before // block * 4, 0])
+            return table._replace(parameters=table.parameters - moved, owners=table.owners + FAR)
+
+        for module in (average, lowbit):
+            monkeypatch.setattr(module, "tables", shifted)
+
+    results = []
+    for operations in (reference, triton_ops):
+        grad, target = torch.linspace(-1, 2, 5000), torch.linspace(3, -4, 5000)
+        number, key = allocate_lowbit(5000, number_bits, torch.device("cpu")), torch.tensor([12345])
+        with simulated(grad, target, key, *number):
+            far(32, number_bits)
+            operations.store_lowbit_([number], [target], torch.tensor(True), [key] if number_bits == 4 else [])
+            operations.add_lowbit_([target], [number])
+            if number_bits == 8:
+                far(8, 32)
+                operations.average_([number], [grad], 0.9, torch.tensor(True))
+        results.append([target, *number])
+    assert_all_same_bits(results[1], results[0], "result")
+
+
+@pytest.mark.parametrize("kind", MOMENTA[1:])
+def test_the_number_of_launches_does_not_grow_with_the_number_of_parameters(kind):
+    case = Case(5000, 256, 0.05)
+    members, finite, slot = case.group, torch.tensor(True), torch.tensor([1])
+    momenta = momenta_of(case, kind)
+    numbers = [allocate_lowbit(m.numel, 4, torch.device("cpu")) for m in members]
+    keys, rows = [torch.tensor([m.numel]) for m in members], [m.random_window() for m in members]
+    grads, targets, one = [m.gradient() for m in members], [m.target() for m in members], torch.tensor(1.0)
+    update = Update(torch.ones(case.window), one, one, one)
+    counts = []
+    for n in (1, len(members)):
+        with simulated(*tensors_of(rows), *grads, *targets, *keys, *parts_of([*momenta, *numbers])) as simulator:
+            triton_ops.average_(momenta[:n], grads[:n], BETA, finite)
+            triton_ops.store_lowbit_(numbers[:n], targets[:n], finite, keys[:n])
+            triton_ops.add_lowbit_(targets[:n], numbers[:n])
+            triton_ops.window_dots(rows[:n], slot, momenta[:n])
+            triton_ops.window_apply_(targets[:n], momenta[:n], rows[:n], update)
+            counts.append(len(simulator.launches))
+    assert counts == [6, 6]  # two for the inner products
+
+
+def test_momenta_in_8_bits_are_not_written():
+    case, one = Case(300, 256, 0.05), torch.tensor(1.0)
+    update = Update(torch.ones(case.window), one, one, one, writes_momenta=True)
+    momentum = momenta_of(case, "8 bits")[1:2]
+    for operations in (triton_ops, portable):
+        with simulated(), pytest.raises(ValueError, match="momenta must be floating point where they are written"):
+            operations.window_apply_([case.target()], momentum, [case.random_window()], update)
 
 
 def test_interpreted_kernels_agree_with_the_definition():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from efcp.perf.gpu.gpusim import simulate, why_unavailable
-from tests.kernels.kernel_cases import Case, check_apply, check_compress, check_dots
+from tests.kernels.kernel_cases import Case, check_apply, check_compress, check_dots, parts_of, tensors_of
 
 if reason := why_unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -38,9 +38,9 @@ def run(monkeypatch):
 
     def allowing(original):
         def group(rows, **others):
-            for tensor in (*chain(*others.values()), *(t for r in rows for t in (r.values, r.indices))):
-                if tensor is not None:
-                    simulators[-1].allow(tensor)
+            given = (x for x in chain(*others.values()) if x is not None)
+            for tensor in (*parts_of(given), *tensors_of(rows)):
+                simulators[-1].allow(tensor)
             return original(rows, **others)
 
         return group
@@ -83,7 +83,7 @@ def test_the_fastest_is_kept_and_used_from_then_on(name, run, last_is_fastest, f
     run(name)
     tried = list(last_is_fastest)
     saved = json.loads((folder / "configurations.json").read_text())
-    assert len(saved) == {"compress_": 1, "window_dots": 1, "window_apply_": 2}[name]  # with momentum, and without
+    assert len(saved) == {"compress_": 1, "window_dots": 1, "window_apply_": 3}[name]  # none, float, 8 bits
     assert all(key.startswith(f"{name} cuda:90 B=1024 density=0.05 m=40") for key in saved)
     assert len(tried) > len(saved)
     assert list(saved.values())[-1] == tried[-1]

@@ -291,12 +291,16 @@ def broken(*_: object) -> None:
 
 @pytest.fixture
 def small(monkeypatch):
-    """Replaces the operations by one small kernel, and `window_dots` by nothing."""
+    """Four operations: one is nothing, and all others are one small kernel."""
 
     def run(grads, *_):
         _double_kernel[(1,)](grads[0], grads[0], 4 * SIZE, SIZE=SIZE, num_warps=operations.num_warps)
 
-    operations = SimpleNamespace(norm_is_finite=run, compress_=run, window_apply_=run, window_dots=lambda *_: None)
+    names = ("norm_is_finite", "compress_", "window_dots", "window_apply_")
+    others = dict.fromkeys(("average_", "store_lowbit_", "add_lowbit_"), broken)
+    operations = SimpleNamespace(**dict.fromkeys(names, run), **others)
+    operations.window_dots = lambda *_: None
+    monkeypatch.setattr(compile_report, "OPERATIONS", names)
     operations.num_warps = 4
     monkeypatch.setattr(compile_report, "triton_ops", operations)
     monkeypatch.setattr(compile_report, "quick_cases", lambda: [Case(SIZE, 0.01, *[torch.float32] * 3, 4)])

@@ -1,0 +1,103 @@
+"""`average_` in Triton: gradients and momenta are read once, momenta written once, and their squares summed on the way.
+
+It gives the bits that the definition gives: multiplications and additions are not fused, divisions rounded correctly.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from efcp.kernels.addresses import Momenta, average_addresses
+from efcp.kernels.blocks import Blocks
+from efcp.kernels.lowbit import LowBit
+from efcp.kernels.triton.launch import DTYPES, find_block, momentum_dtype, tables, triton_accumulation_dtype, warp_size
+from efcp.kernels.triton.lowbit import to_8_bits
+
+SIZE = 4096  # numbers of a program
+THREADS = 256  # of a program; for each, 16 bytes of codes
+PER_ROW = tl.constexpr(64)  # numbers, with a scale if in 8 bits
+
+
+@triton.jit
+def _averaged(old, scale, grad, writes, beta, rest, MOMENTUM: tl.constexpr, DTYPE: tl.constexpr):
+    """What is stored of rows of numbers, and their scales; and the sum of the squares of what is there then."""
+    old = old.to(DTYPE)
+    if MOMENTUM == tl.int8:
+        old = old * scale[:, None]
+    new = old * beta + grad.to(DTYPE) * rest
+    if MOMENTUM == tl.int8:
+        code, scale = to_8_bits(new)
+        new, stored = code * scale[:, None], code.to(tl.int8)
+    else:
+        stored = new.to(MOMENTUM)
+        new = stored.to(DTYPE)
+    square = tl.where(writes, new, old).to(tl.float64)
+    return stored, scale, tl.sum(tl.sum(square * square, 1), 0)
+
+
+@triton.jit
+def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest: tl.float64,
+                    MOMENTUM: tl.constexpr, GRAD: tl.constexpr, DTYPE: tl.constexpr,
+                    SIZE: tl.constexpr):  # fmt: skip
+    """squares[block] = sum of the squares of its numbers."""
+    ROWS: tl.constexpr = SIZE // PER_ROW
+    program = tl.program_id(0).to(tl.int64)
+    row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
+    momentum = tl.load(row).to(tl.pointer_type(MOMENTUM)) + block * SIZE
+    address = tl.load(row + 1)
+    grad = address.to(tl.pointer_type(GRAD)) + block * SIZE
+    writes = (tl.load(finite) != 0) & (address != 0)
+    number = tl.arange(0, ROWS)
+    scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + block * ROWS + number
+    position = number[:, None] * PER_ROW + tl.arange(0, PER_ROW)[None, :]
+    beta, rest = beta.to(DTYPE), rest.to(DTYPE)
+    scale = None
+    if (length == SIZE) & aligned:
+        momentum, grad = tl.multiple_of(momentum, 16), tl.multiple_of(grad, 16)
+        old = tl.load(momentum + position)  # stream
+        if MOMENTUM == tl.int8:
+            scale = tl.load(scales)
+        g = tl.load(grad + position, mask=writes, other=0.0)  # stream
+        new, scale, square = _averaged(old, scale, g, writes, beta, rest, MOMENTUM, DTYPE)
+        tl.store(momentum + position, new, mask=writes)  # stream
+        if MOMENTUM == tl.int8:
+            tl.store(scales, scale, mask=writes)
+        tl.store(squares + program, square)
+    else:
+        inside, first = position < length, number * PER_ROW < length
+        old = tl.load(momentum + position, mask=inside, other=0)
+        if MOMENTUM == tl.int8:
+            scale = tl.load(scales, mask=first, other=0.0)
+        g = tl.load(grad + position, mask=inside & writes, other=0.0)
+        new, scale, square = _averaged(old, scale, g, writes, beta, rest, MOMENTUM, DTYPE)
+        tl.store(momentum + position, new, mask=inside & writes)
+        if MOMENTUM == tl.int8:
+            tl.store(scales, scale, mask=first & writes)
+        tl.store(squares + program, square)
+
+
+def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, finite: Tensor) -> Tensor:
+    found = average_addresses(momenta, grads, finite)
+    device, own = finite.device, momentum_dtype(momenta)
+    assert own is not None  # there is at least one
+    grad = next((grad.dtype for grad in grads if grad is not None), torch.float32)
+    numels = [(momentum.codes if isinstance(momentum, LowBit) else momentum).numel() for momentum in momenta]
+    table = tables(
+        device,
+        tuple(
+            (at, grad_at, 0, 0, Blocks(n, SIZE, 1.0), scales)
+            for at, scales, grad_at, n in zip(*found, numels, strict=True)
+        ),
+    )
+    squares = torch.empty(table.blocks, dtype=torch.float64, device=device)
+    if table.blocks > 0:
+        with torch.cuda.device_of(squares):
+            _average_kernel[(table.blocks,)](
+                table.parameters, table.owners, finite.view(torch.uint8), squares, float(beta), 1.0 - beta,
+                MOMENTUM=DTYPES[own], GRAD=DTYPES[grad], DTYPE=triton_accumulation_dtype(own), SIZE=SIZE,
+                num_warps=THREADS // warp_size(), enable_fp_fusion=False,
+            )  # fmt: skip
+    return squares.sum()

@@ -250,6 +250,8 @@ class EFCP(Optimizer):
             self._check_keys(group)  # again, with what `defaults` has added
             for name in (*self.compressor.options, *self.preconditioner.options, "momentum_dtype"):
                 group[name] = plain(group[name])
+            if isinstance(group["betas"], tuple):
+                group["betas"] = list(group["betas"])  # as distributed checkpoints give them back
             refuse_deepspeed_parameters(group["params"])
             self._check_params(group["params"])
             check_options([self.param_groups[0], group], self.compressor, self.preconditioner)

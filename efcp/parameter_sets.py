@@ -84,6 +84,7 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 1 else tensor.view(-1)
 
 
+@torch.compiler.disable  # it would take the targets, views, for inputs with gradients
 def write_back(params: Sequence[Tensor], targets: Sequence[Tensor | None]) -> None:
     """Makes parameters what has become of the tensors that `flat` has given of them; None has not changed."""
     written = [(p, target) for p, target in zip(params, targets, strict=True) if target is not None]

@@ -279,7 +279,8 @@ class SparseGGT(EFCP):
         density: the share of entries kept of each gradient, in (0, 1]: ceil(density · L) of a block of L entries. Fixed
             from the first step on.
         eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
-        relative_eps: whether ε is relative to the gradients: times the root mean square of the rows' lengths.
+        relative_eps: whether ε is relative to the gradients: times the root mean square of the rows' lengths. Start
+            from 0.1.
         beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of the gradient g. Above 0
             it takes a tensor as large as each parameter.
         beta2: in (0, 1]: a row of the window counts beta2^age. 1 counts all rows alike.
@@ -374,7 +375,8 @@ class LowRankGGT(EFCP):
         power_iterations: of each step, ≥ 1. More come closer to the best approximation of that rank, and take no
             memory. Fixed from the first step on.
         eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
-        relative_eps: whether ε is relative to the gradients: times the root mean square of the rows' lengths.
+        relative_eps: whether ε is relative to the gradients: times the root mean square of the rows' lengths. Start
+            from 0.1.
         beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of the gradient g. Above 0
             it takes a tensor as large as each parameter.
         beta2: in (0, 1]: a row of the window counts beta2^age. 1 counts all rows alike.
@@ -465,7 +467,8 @@ class DenseGGT(EFCP):
         window: m, how many gradients are kept, ≥ 1. Each takes as much memory as the parameters. Fixed from the first
             step on.
         eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
-        relative_eps: whether ε is relative to the gradients: times the root mean square of the rows' lengths.
+        relative_eps: whether ε is relative to the gradients: times the root mean square of the rows' lengths. Start
+            from 0.1.
         beta1: in [0, 1): the average a ← beta1 · a + (1 − beta1) · g is compressed in place of the gradient g. Above 0
             it takes a tensor as large as each parameter.
         beta2: in (0, 1]: a row of the window counts beta2^age. 1 counts all rows alike.

@@ -67,19 +67,24 @@ class GGT(Preconditioner):
         decay = self._decay(gram, slot)
         if "eigenvalues" in gram.state:
             return decay * self._bordered_weights(gram, decay, slot)
-        root, Q = self._decomposed(gram, decay)
+        root, Q, _ = self._decomposed(gram, decay)
         return decay * (Q @ (Q.index_select(0, slot).squeeze(0) / (root + self._eps(gram))))
 
     def weights_of_rows(self, gram: Gram, slot: Tensor, combination: Tensor) -> Tensor:
         decay = self._decay(gram, slot)
-        root, Q = self._decomposed(gram, decay)
+        root, Q, _ = self._decomposed(gram, decay)
         return decay * (Q @ ((Q.t() @ (decay * combination)) / (root + self._eps(gram))))
 
     def weights_of_vector(self, gram: Gram, slot: Tensor, products: Tensor, square: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Preconditioner` says, for the metric [(GᵀD²G + φI)^½ + εI]⁻¹, of which φ is what `floor` gives.
+
+        With p = √φ + ε and q = √(s + φ) + ε for an eigenvalue s, γ = 1/p and (1/q − 1/p)/s = −1/(p q (√(s + φ) + √φ)).
+        """
         decay, eps = self._decay(gram, slot), self._eps(gram)
-        root, Q = self._decomposed(gram, decay)
-        damped = torch.where(root > 0, (Q.t() @ (decay * products)) / (eps * root * (root + eps)), 0.0)
-        return 1 / eps, -decay * (Q @ damped)
+        root, Q, lowest = self._decomposed(gram, decay)
+        p, q = lowest + eps, root + eps
+        weights = torch.where(root > 0, (Q.t() @ (decay * products)) / (p * q * (root + lowest)), 0.0)
+        return 1 / p, -decay * (Q @ weights)
 
     def check_direction(self, direction: str) -> None:
         super().check_direction(direction)
@@ -96,10 +101,11 @@ class GGT(Preconditioner):
         one = torch.ones((), dtype=torch.float64, device=gram.matrix.device)
         return self.eps * (gram.mean_square().sqrt() if self.relative else one)
 
-    def _decomposed(self, gram: Gram, decay: Tensor) -> tuple[Tensor, Tensor]:
-        """The roots of the eigenvalues of DSD, (m,), so large that rounding does little, and the eigenvectors."""
+    def _decomposed(self, gram: Gram, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The roots of the eigenvalues of DSD + φI, (m,), the eigenvectors, and √φ, with φ what `floor` gives."""
         eigenvalues, Q = torch.linalg.eigh(decay[:, None] * gram.matrix * decay)
-        return (eigenvalues.clamp(min=0) + floor(eigenvalues.sum(), gram.rounding)).sqrt(), Q
+        lowest = floor(eigenvalues.sum(), gram.rounding)
+        return (eigenvalues.clamp(min=0) + lowest).sqrt(), Q, lowest.sqrt()
 
     def _bordered_weights(self, gram: Gram, decay: Tensor, slot: Tensor) -> Tensor:
         """(√A + εI)⁻¹ e_t, A = DSD, from the eigendecomposition of the rows that stay the same for n steps."""

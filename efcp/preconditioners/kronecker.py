@@ -16,6 +16,7 @@ where the metric is not computed anew in each step:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class Kronecker(LocalPreconditioner):
                 change = torch.where(ratio > 1e-12, torch.expm1(power * ratio.log1p()) / s, power / delta)
                 half = roots @ V
                 found[i] = torch.where(delta > 0, (half * change) @ half.t(), 0.0)
-        ends = torch.tensor(counts).cumsum(0).tolist()
+        ends = accumulate(counts)
         return [torch.stack(found[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
     def _kept(self, window_size: int, slot: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ CLASSES = [
     efcp.SparseGGT,
     efcp.DenseGGT,
     efcp.LowRankGGT,
-    efcp.MFACW,
-    efcp.KroneckerW,
 ]
 
 
@@ -22,11 +20,9 @@ def small(cls):
     options = {"window": 4, "lr": 0.02}
     if "Sparse" in cls.__name__:
         options |= {"density": 0.5, "block_size": 8}
-    if cls in (efcp.LowRankMFAC, efcp.LowRankGGT, efcp.MFACW, efcp.KroneckerW):
+    if "LowRank" in cls.__name__:
         options |= {"rank": 2}
-    if cls is efcp.KroneckerW:
-        options |= {"refresh_every": 2}
-    return options | ({"eps": 1e-3} if "GGT" in cls.__name__ else {"damping": 0.1})
+    return options | ({"damping": 0.1} if "MFAC" in cls.__name__ else {"eps": 1e-3})
 
 
 class Regression:

@@ -18,11 +18,29 @@ sys.path.insert(0, str(ROOT))
 import efcp  # noqa: E402  (this clone's)
 
 GROUPS = {  # of the API's pages; names that are in none go to the last one
-    "Optimizers": ("SparseMFAC", "DenseMFAC", "LowRankMFAC", "SparseGGT", "DenseGGT", "LowRankGGT", "EFCP"),
+    "Optimizers": (
+        "MFACW",
+        "KroneckerW",
+        "SparseMFAC",
+        "DenseMFAC",
+        "LowRankMFAC",
+        "SparseGGT",
+        "DenseGGT",
+        "LowRankGGT",
+        "EFCP",
+    ),
     "Compressors": ("TopK", "LowRank", "Identity"),
-    "Preconditioners": ("MFAC", "GGT"),
+    "Preconditioners": ("MFAC", "GGT", "Kronecker"),
+    "Param groups": ("param_groups",),
     "Memory": ("estimate_memory", "memory_report", "MemoryReport"),
-    "For parts of your own": ("Compressor", "Window", "SingleWindow", "Separate", "Preconditioner"),
+    "For parts of your own": (
+        "Compressor",
+        "Window",
+        "SingleWindow",
+        "Separate",
+        "Preconditioner",
+        "LocalPreconditioner",
+    ),
 }
 
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")  # of docstrings

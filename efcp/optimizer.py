@@ -531,4 +531,5 @@ def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor, with_momenta: bool
 def _defaults() -> dict[str, Any]:
     """The defaults of the options of every optimizer."""
     arguments = inspect.signature(EFCP).parameters
-    return {name: arguments[name].default for name in OPTIONS}
+    defaults = {name: arguments[name].default for name in OPTIONS}
+    return {**defaults, "betas": list(defaults["betas"])}

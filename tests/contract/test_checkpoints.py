@@ -17,7 +17,7 @@ from tests.contract.states.write import go_on, with_dtypes
 from tests.efcp.problems import window_rows
 
 STATES = Path(__file__).parent / "states"
-OPTIONS = ("lr", "momentum", "beta1", "weight_decay", "update_rms", "max_update_norm", "maximize")
+OPTIONS = ("lr", "momentum", "beta1", "betas", "weight_decay", "update_rms", "max_update_norm", "maximize")
 OTHER = {
     "lr": 0.5,
     "momentum": 0.7,
@@ -28,6 +28,8 @@ OTHER = {
     "direction": "average",
     "momentum_dtype": "float64",
     "relative": True,
+    "adamw": True,
+    "betas": [0.5, 0.6],
     "maximize": True,
     "eps": 0.7,
     "beta2": 0.7,
@@ -45,26 +47,33 @@ OTHER = {
 
 # ---- files
 
+SINCE_VERSION_2 = ("MFACW", "KroneckerW")
+FILES = [
+    (version, name)
+    for version in range(VERSION + 1)
+    for name in (*(cls.__name__ for cls in CLASSES), *(SINCE_VERSION_2 if version >= 2 else ()))
+]
+
 
 def test_there_are_states_of_all_versions_and_optimizers():
     """Where `VERSION` has grown, run states/write.py."""
     found = {str(path.relative_to(STATES)) for path in STATES.rglob("*.pt")}
-    assert found == {f"v{version}/{cls.__name__}.pt" for version in range(VERSION + 1) for cls in CLASSES}
+    assert found == {f"v{version}/{name}.pt" for version, name in FILES}
 
 
-@pytest.mark.parametrize("version", range(VERSION + 1))
-def test_state_of_an_earlier_version_loads_and_goes_on(version, cls):
+@pytest.mark.parametrize(("version", "name"), FILES)
+def test_state_of_an_earlier_version_loads_and_goes_on(version, name):
     """Up to the rounding of float32, by which steps of other releases and processors may differ.
 
     Version 0 of GGT added 4e-13 of the trace of the Gram matrix to its eigenvalues, whatever the parameters' dtype;
     now it is 6e-8 for float32. The eigenvalues here are a tenth of the trace, hence weights differ by 1e-6 of
     themselves at most, and parameters, which move by 0.03, by less than their last digit.
     """
-    path = STATES / f"v{version}" / f"{cls.__name__}.pt"
+    path = STATES / f"v{version}" / f"{name}.pt"
     assert path.stat().st_size < 30_000
     file = torch.load(path, weights_only=True)
     params = [nn.Parameter(value) for value in file["parameters"]]
-    optimizer = getattr(efcp, cls.__name__)(params, **with_dtypes(file["options"]))
+    optimizer = getattr(efcp, name)(params, **with_dtypes(file["options"]))
     optimizer.load_state_dict(file["optimizer"])
     go_on(optimizer, params, file["gradients"])
     for p, expected in zip(params, file["expected"], strict=True):
@@ -77,12 +86,17 @@ def test_state_of_an_earlier_version_loads_and_goes_on(version, cls):
 
 
 @pytest.mark.filterwarnings("ignore:damping is too small")  # a lost column gives weights that miss the system
-@pytest.mark.parametrize("what", ["momentum", "average", "error", "basis", "inverse_column", "indices", "eigenvectors"])
+@pytest.mark.parametrize(
+    "what",
+    ["momentum", "average", "error", "error_codes", "basis", "inverse_column", "indices", "eigenvectors", "metrics"],
+)
 def test_files_would_show_that_a_part_of_the_state_was_lost(what):
     """Each is in a file, and the parameters that follow depend on it."""
     losses = []
-    for cls in CLASSES:
-        file = torch.load(STATES / f"v{VERSION}" / f"{cls.__name__}.pt", weights_only=True)
+    for version, name in FILES:
+        if version < VERSION:
+            continue
+        file = torch.load(STATES / f"v{VERSION}" / f"{name}.pt", weights_only=True)
         states = file["optimizer"]["state"]
         if what not in states[0]:
             continue
@@ -93,7 +107,7 @@ def test_files_would_show_that_a_part_of_the_state_was_lost(what):
             states[0][what].copy_(torch.arange(states[0][what].shape[-1]))
             states = file["optimizer"]["state"] = {0: states[0]}
         params = [nn.Parameter(value) for value in file["parameters"]]
-        optimizer = cls(params, **with_dtypes(file["options"]))
+        optimizer = getattr(efcp, name)(params, **with_dtypes(file["options"]))
         optimizer.load_state_dict(file["optimizer"])
         go_on(optimizer, params, file["gradients"])
         losses.append(max((p - q).abs().max().item() for p, q in zip(params, file["expected"], strict=True)))
@@ -114,6 +128,7 @@ def default(cls, name):
     if name == "relative":  # an argument of another name
         return False
     value = arguments[name].default if name in arguments else inspect.signature(EFCP).parameters[name].default
+    value = list(value) if isinstance(value, tuple) else value
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 

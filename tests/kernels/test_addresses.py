@@ -373,6 +373,107 @@ def test_every_argument_with_tensors_is_spoilt():
         assert {*SPOILABLE[operation]} == rows | arguments.keys() - {"rows", "ridge"}
 
 
+# ---- momenta, and numbers of few bits
+
+
+def operations_on_numbers():
+    """Arguments of operations, all as they must be; numbers of few bits as [codes, scales]."""
+
+    def vectors():
+        return [torch.randn(numel) for numel in SIZES]
+
+    def lowbit(bits):
+        return [list(kernels.allocate_lowbit(numel, bits, torch.device("cpu"))) for numel in SIZES]
+
+    finite, slot = torch.tensor(True), torch.tensor([1])
+    keys = [torch.tensor([number]) for number in range(len(SIZES))]
+    return {
+        "average_": [vectors(), vectors(), 0.9, finite],
+        "average_ in 8 bits": [lowbit(8), vectors(), 0.9, finite],
+        "add_lowbit_ of 8 bits": [vectors(), lowbit(8)],
+        "add_lowbit_ of 4 bits": [vectors(), lowbit(4)],
+        "store_lowbit_ of 8 bits": [lowbit(8), vectors(), finite, []],
+        "store_lowbit_ of 4 bits": [lowbit(4), vectors(), finite, keys],
+        "window_dots": [make_rows(), slot, vectors()],
+        "window_dots in 8 bits": [make_rows(), slot, lowbit(8)],
+    }
+
+
+def places(value, path=()):
+    """The paths to all tensors in a nest of lists."""
+    if isinstance(value, torch.Tensor):
+        yield path
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from places(item, (*path, number))
+
+
+def called(operation, arguments):
+    """Calls an operation, with pairs of codes and scales as `LowBit`."""
+
+    def numbers(value):
+        pairs = isinstance(value, list) and value and isinstance(value[0], list)
+        return [kernels.LowBit(*pair) for pair in value] if pairs else value
+
+    return getattr(kernels, operation.split()[0])(*map(numbers, arguments))
+
+
+@pytest.mark.parametrize("operation", operations_on_numbers())
+def test_operation_on_numbers_takes_what_is_right(operation, backend):
+    called(operation, operations_on_numbers()[operation])
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+@pytest.mark.parametrize("operation", operations_on_numbers())
+def test_operation_on_numbers_refuses_any_tensor_that_is_spoilt(operation, spoilt, refusing_backend):
+    for place in places(operations_on_numbers()[operation]):
+        arguments = operations_on_numbers()[operation]
+        *way, last = place
+        where = arguments
+        for step in way:
+            where = where[step]
+        tensor = where[last]
+        single = tensor.numel() == 1 and spoilt in ("a step", "expanded")
+        if single or (tensor.dtype == torch.bool and spoilt == "a negative bit"):
+            continue  # as good as before, or not possible
+        if spoilt == "a negative bit" and not tensor.is_floating_point():
+            continue
+        if "4 bits" in operation and spoilt.startswith("one element") and tensor.numel() in SIZES:
+            continue  # one more or less may have as many codes
+        where[last] = SPOILT[spoilt](tensor)
+        before = [t.clone() for t in tensors_in(arguments)]
+        with pytest.raises((TypeError, ValueError), match="must"):
+            called(operation, arguments)
+        assert all(torch.equal(t, old) for t, old in zip(tensors_in(arguments), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("operation", "change", "message"),
+    [
+        ("average_", lambda a: a[0].clear(), "momenta must hold at least one tensor, got none"),
+        ("average_", lambda a: a[1].pop(), "grads must hold 2 tensors, got 1"),
+        ("store_lowbit_ of 4 bits", lambda a: a[3].pop(), "keys must hold 2 tensors, got 1"),
+        ("store_lowbit_ of 4 bits", lambda a: a[1].pop(), "keys must hold 1 tensors, got 2"),
+        ("add_lowbit_ of 8 bits", lambda a: a[1].pop(), "numbers must hold 2 tensors, got 1"),
+        ("window_dots", lambda a: a[2].pop(), "momenta must hold 2 tensors, got 1"),
+    ],
+    ids=["no momenta", "too few gradients", "too few keys", "too few values", "too few numbers", "too few momenta"],
+)
+def test_operation_on_numbers_refuses_another_number_of_them(operation, change, message, refusing_backend):
+    arguments = operations_on_numbers()[operation]
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        called(operation, arguments)
+
+
+def test_momenta_in_8_bits_are_not_written(refusing_backend):
+    arguments = all_arguments()["window_apply_"]
+    arguments["momenta"] = [kernels.allocate_lowbit(numel, 8, torch.device("cpu")) for numel in SIZES]
+    update = Update(*(arguments[name] for name in ("weights", *FACTORS)), writes_momenta=True)
+    with pytest.raises(ValueError, match="momenta must be floating point where they are written, got 8 bits"):
+        kernels.window_apply_(arguments["targets"], arguments["momenta"], arguments["rows"], update)
+
+
 # ---- no operation touches what lies beside its tensors
 
 

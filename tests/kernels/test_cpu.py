@@ -29,9 +29,11 @@ from tests.kernels.kernel_cases import (
     assert_all_same_bits,
     assert_same_bits,
     check_apply,
+    check_average,
     check_compress,
     check_compress_without_gradients,
     check_dots,
+    check_lowbit,
     check_norm_is_finite,
     make,
 )
@@ -118,11 +120,21 @@ def test_dots_agree_with_the_definition(case: Case) -> None:
 def test_apply_gives_the_bits_of_the_definition(case: Case) -> None:
     check_apply(cpu.window_apply_, case)
     weights = torch.linspace(-1.5, 2.0, 2 * case.window)[::2]  # not contiguous
-    for with_momenta in (False, True):
-        expected = applied(reference.window_apply_, case, with_momenta, weights)
-        actual = applied(cpu.window_apply_, case, with_momenta, weights)
+    for kind, writes in ((None, False), ("float", False), ("float", True), ("8 bits", False)):
+        expected = applied(reference.window_apply_, case, kind, weights, writes)
+        actual = applied(cpu.window_apply_, case, kind, weights, writes)
         for what, ours, theirs in zip(("target", "momentum"), actual, expected, strict=True):
             assert_all_same_bits(ours, theirs, what)
+
+
+@cases
+def test_average_gives_the_bits_of_the_definition(case: Case) -> None:
+    check_average(cpu.average_, case)
+
+
+@cases
+def test_numbers_of_few_bits_are_those_of_the_definition(case: Case) -> None:
+    check_lowbit((cpu.store_lowbit_, cpu.add_lowbit_), case)
 
 
 @cases

@@ -145,7 +145,8 @@ def test_operations_go_to_the_backend(monkeypatch):
     calls = {
         "norm_is_finite": (x,),
         "compress_": (x, [], rows, slot, torch.tensor(True)),
-        "window_dots": (rows, slot),
+        "window_dots": (rows, slot, ()),
+        "average_": (x, x, 0.9, torch.tensor(True)),
         "window_apply_": (x, [], rows, Update(torch.zeros(2), one, one)),
         "update_inverse_root_": (torch.eye(2), torch.ones(2), torch.eye(2), slot, 0.5),
     }

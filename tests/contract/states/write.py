@@ -28,6 +28,8 @@ OPTIONS = {
     "LowRankMFAC": {"rank": 2, "momentum": 0.5, "damping": 0.1, "error_dtype": "bfloat16"},
     "SparseGGT": {"density": 0.25, "block_size": 16, "beta1": 0.5, "eps": 1e-3, "value_dtype": "float32"},
     "DenseGGT": {"beta2": 0.9, "refresh_every": 2, "eps": 1e-3},
+    "MFACW": {"rank": 2, "weight_decay": 0.1},
+    "KroneckerW": {"rank": 2, "refresh_every": 2},
     "LowRankGGT": {"rank": 2, "power_iterations": 2, "beta1": 0.5, "beta2": 0.9, "refresh_every": 2, "eps": 1e-3},
 }
 

@@ -18,7 +18,7 @@ from torch.optim.adamw import adamw
 from efcp import kernels
 from efcp.parameter_sets import flat, write_back
 
-EPS = 1e-8
+EPS, BETAS = 1e-8, (0.9, 0.999)
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 

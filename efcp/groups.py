@@ -22,7 +22,7 @@ def param_groups(model: nn.Module, *, head: str | None = None, **adamw: Any) -> 
         model: of which the parameters that require gradients are taken.
         head: the name of the output layer, as in `model.named_modules()`. None takes a module called `lm_head`,
             `classifier` or the like; where there is none, the last linear layer.
-        adamw: options of the second group, such as lr or betas.
+        adamw: options of the second group, such as lr, or betas, (0.9, 0.999) by default.
 
     Returns:
         The groups, of named parameters; a group without parameters is left out.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from efcp.adamw import AdamWSet, fill_adamw
+from efcp.adamw import BETAS, AdamWSet, fill_adamw
 from efcp.checkpoint import Exact, check_tensors, checked, other_names
 from efcp.checks import plain, require
 from efcp.diagnostics import QUANTILES, norms_and_rotation, scaling_quantiles
@@ -78,8 +78,7 @@ class EFCP(Optimizer):
         momentum_dtype: of the momentum: floating point; torch.int8, with a scale for 64 elements, for the direction
             "momentum"; None for the parameter's. Fixed from the first step on.
         maximize: maximise the objective.
-        adamw: of a param group: step its parameters by AdamW, with the group's lr, betas and weight_decay, instead.
-        betas: of these param groups, in [0, 1).
+        adamw: of a param group: step its parameters by AdamW, with the group's lr, weight_decay and betas, instead.
 
     Raises:
         ValueError: for values that are not allowed, and within ZeRO, which hands over a part of the parameters.
@@ -104,7 +103,6 @@ class EFCP(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
         adamw: bool = False,
-        betas: tuple[float, float] = (0.9, 0.999),
     ) -> None:
         refuse_zero_redundancy_optimizer()
         check_parts(compressor, preconditioner)
@@ -123,7 +121,6 @@ class EFCP(Optimizer):
             "momentum_dtype": momentum_dtype,
             "maximize": maximize,
             "adamw": adamw,
-            "betas": betas,
             **compressor.options,
             **preconditioner.options,
         }
@@ -250,8 +247,9 @@ class EFCP(Optimizer):
             self._check_keys(group)  # again, with what `defaults` has added
             for name in (*self.compressor.options, *self.preconditioner.options, "momentum_dtype"):
                 group[name] = plain(group[name])
-            if isinstance(group["betas"], tuple):
-                group["betas"] = list(group["betas"])  # as distributed checkpoints give them back
+            if group["adamw"]:  # not an option of all, or schedulers that turn `momentum` would turn these
+                betas = group.setdefault("betas", list(BETAS))
+                group["betas"] = list(betas) if isinstance(betas, tuple) else betas  # as checkpoints give them back
             refuse_deepspeed_parameters(group["params"])
             self._check_params(group["params"])
             check_options([self.param_groups[0], group], self.compressor, self.preconditioner)
@@ -531,5 +529,4 @@ def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor, with_momenta: bool
 def _defaults() -> dict[str, Any]:
     """The defaults of the options of every optimizer."""
     arguments = inspect.signature(EFCP).parameters
-    defaults = {name: arguments[name].default for name in OPTIONS}
-    return {**defaults, "betas": list(defaults["betas"])}
+    return {name: arguments[name].default for name in OPTIONS}

@@ -20,7 +20,7 @@ from efcp.windows import Compressor
 
 OPTIONS = (  # of every optimizer
     *("lr", "window", "direction", "momentum", "beta1", "weight_decay", "update_rms", "max_update_norm"),
-    *("momentum_dtype", "maximize", "adamw", "betas"),
+    *("momentum_dtype", "maximize", "adamw"),
 )
 AGREED = ("window", "direction", "update_rms", "max_update_norm")  # in all param groups
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
@@ -85,9 +85,11 @@ def check_options(groups: Sequence[dict[str, Any]], compressor: Compressor, prec
             allowed = "be a floating point dtype, or None, where momentum is that of the update"
             require(dtype != torch.int8 or direction == "momentum", "momentum_dtype", allowed, dtype)
         require(isinstance(group["adamw"], bool), "adamw", "be True or False", group["adamw"])
-        betas = group["betas"]
-        pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(is_number(b) and 0 <= b < 1 for b in betas)
-        require(pair, "betas", "be two numbers in [0, 1)", betas)
+        if group["adamw"]:
+            betas = group["betas"]
+            pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+            inside = pair and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
+            require(inside, "betas", "be two numbers in [0, 1)", betas)
         made_from(compressor, group)
     for name in AGREED:
         agreed(groups, name)

@@ -559,7 +559,6 @@ class MFACW(EFCP):
         damping: κ > 0: λ · window = κ · (the mean squared length of the rows). The larger, the nearer u is to the
             momentum itself. 0.01 for language models.
         update_rms: > 0, of the update's entries: 0.2 is the size of Adam's.
-        betas: of the groups that AdamW steps.
         momentum_dtype: torch.int8, with a scale for 64 entries, or floating point. Fixed from the first step on.
         error_dtype: of what is left out of the window: torch.int4 or torch.int8, with a scale for 128 or 64 entries, or
             floating point. Fixed from the first step on.
@@ -581,7 +580,6 @@ class MFACW(EFCP):
         window: int = 32,
         damping: float = 0.1,
         update_rms: float = 0.2,
-        betas: tuple[float, float] = (0.9, 0.999),
         momentum_dtype: torch.dtype | None = torch.int8,
         error_dtype: torch.dtype | None = torch.int4,  # type: ignore[attr-defined]
         maximize: bool = False,
@@ -598,7 +596,6 @@ class MFACW(EFCP):
             update_rms=update_rms,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
-            betas=betas,
         )
 
 
@@ -632,7 +629,6 @@ class KroneckerW(EFCP):
         sides: 2: both factors. 1: that of the shorter side alone, with the power −1/2. Fixed from the first step on.
         refresh_every: steps from one decomposition of the factors to the next, ≥ 1. Fixed from the first step on.
         update_rms: > 0, of the entries of each matrix's update: 0.2 is the size of Adam's.
-        betas: of the groups that AdamW steps.
         momentum_dtype: torch.int8, with a scale for 64 entries, or floating point. Fixed from the first step on.
         error_dtype: of what is left out of the window: torch.int4 or torch.int8, with a scale for 128 or 64 entries, or
             floating point. Fixed from the first step on.
@@ -656,7 +652,6 @@ class KroneckerW(EFCP):
         sides: int = 2,
         refresh_every: int = 8,
         update_rms: float = 0.2,
-        betas: tuple[float, float] = (0.9, 0.999),
         momentum_dtype: torch.dtype | None = torch.int8,
         error_dtype: torch.dtype | None = torch.int4,  # type: ignore[attr-defined]
         maximize: bool = False,
@@ -673,5 +668,4 @@ class KroneckerW(EFCP):
             update_rms=update_rms,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
-            betas=betas,
         )

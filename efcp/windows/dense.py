@@ -8,6 +8,7 @@ from torch import Tensor
 
 from efcp import kernels
 from efcp.checks import require
+from efcp.gram import is_on_cpu
 from efcp.kernels import accumulation_dtype
 from efcp.windows.base import Compressor, Separate, SingleWindow, Window
 
@@ -50,7 +51,8 @@ class DenseWindow(SingleWindow):
         self.rows.index_fill_(0, slot, 0.0)
 
     def dots(self, slot: Tensor) -> Tensor:
-        return self.products(self.rows.index_select(0, slot).squeeze(0))
+        one = self.rows[int(slot)] if is_on_cpu(slot) else self.rows.index_select(0, slot).squeeze(0)
+        return self.products(one)
 
     def products(self, vector: Tensor) -> Tensor:
         return kernels.dense_dots(self.rows, vector)

@@ -17,7 +17,7 @@ from tests.contract.states.write import go_on, with_dtypes
 from tests.efcp.problems import window_rows
 
 STATES = Path(__file__).parent / "states"
-OPTIONS = ("lr", "momentum", "beta1", "betas", "weight_decay", "update_rms", "max_update_norm", "maximize")
+OPTIONS = ("lr", "momentum", "beta1", "weight_decay", "update_rms", "max_update_norm", "maximize")
 OTHER = {
     "lr": 0.5,
     "momentum": 0.7,
@@ -29,7 +29,6 @@ OTHER = {
     "momentum_dtype": "float64",
     "relative": True,
     "adamw": True,
-    "betas": [0.5, 0.6],
     "maximize": True,
     "eps": 0.7,
     "beta2": 0.7,
@@ -128,7 +127,6 @@ def default(cls, name):
     if name == "relative":  # an argument of another name
         return False
     value = arguments[name].default if name in arguments else inspect.signature(EFCP).parameters[name].default
-    value = list(value) if isinstance(value, tuple) else value
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 

@@ -23,7 +23,10 @@ OPTIONS = {
         {"window": 4, "density": 0.3, "direction": "momentum", "momentum": 0.9, "momentum_dtype": torch.int8},
     ),
     "sparse, average": (efcp.SparseMFAC, {"window": 4, "density": 0.3, "direction": "average", "momentum": 0.9}),
-    "dense GGT": (efcp.DenseGGT, {"window": 4, "direction": "momentum", "momentum": 0.9, "relative_eps": True}),
+    "dense GGT": (
+        efcp.DenseGGT,
+        {"window": 4, "direction": "momentum", "momentum": 0.9, "eps": 0.1, "relative_eps": True},
+    ),
 }
 SCALED = {"update_rms": 0.2, "relative_damping": True}
 

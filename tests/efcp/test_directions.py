@@ -221,14 +221,16 @@ class Halving(Preconditioner):
         ({"direction": "average", "preconditioner": Halving()}, "direction must not be 'average' with Halving"),
         ({"direction": "momentum", "preconditioner": Halving()}, "direction must not be 'momentum' with Halving"),
         ({"direction": "momentum", "preconditioner": GGT(refresh_every=2)}, "refresh_every must be 1 with direction"),
-        ({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got"),
+        ({"adamw": True, "params": {"betas": (0.9, 1.0)}}, r"betas must be two numbers in \[0, 1\), got"),
         ({"adamw": 1}, "adamw must be True or False, got 1"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_options_that_make_no_sense_are_refused(options, message):
+    options = dict(options)
+    own = options.pop("params", {})
     with pytest.raises(ValueError, match=message):
-        EFCP([torch.nn.Parameter(torch.zeros(3))], window=3, **options)
+        EFCP([{"params": [torch.nn.Parameter(torch.zeros(3))], **own}], window=3, **options)
 
 
 def test_groups_must_agree_on_the_direction():

@@ -261,7 +261,11 @@ def test_options_of_the_state_are_fixed_from_the_first_step_on(name, value):
         ("rank", 2.0, "rank must be an integer ≥ 1, got 2.0"),
         ("power_iterations", 0, "power_iterations must be an integer ≥ 1, got 0"),
         ("value_dtype", torch.float16, "value_dtype must be one of torch.bfloat16, torch.float32, got torch.float16"),
-        ("error_dtype", torch.float16, "error_dtype must be one of torch.bfloat16, torch.float32, torch.float64, got"),
+        (
+            "error_dtype",
+            torch.float16,
+            "error_dtype must be one of torch.bfloat16, torch.float32, torch.float64, torch",
+        ),
         ("error_feedback", None, "error_feedback must be True or False, got None"),
     ],
 )

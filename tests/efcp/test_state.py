@@ -228,7 +228,7 @@ def test_state_that_does_not_fit_is_refused_and_nothing_changed(case):
 @pytest.mark.parametrize(
     ("source", "target", "message"),
     [
-        ("DenseMFAC", "SparseMFAC", "the state has no density, block_size, value_dtype, error_dtype, error_feedback"),
+        ("DenseMFAC", "SparseMFAC", "the state has no density;"),
         ("SparseGGT", "SparseMFAC", "the state has no damping"),
     ],
 )

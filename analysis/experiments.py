@@ -190,7 +190,15 @@ def _check_task(task: dict[str, Any]) -> None:
     _check_keys("[task]", task, _TASK, required)
     if task["network"] not in DATA_SETS:
         raise ValueError(f"task.network must be one of {', '.join(DATA_SETS)}, got {task['network']!r}")
-    needed = {"small-cnn": ("width",), "resnet20": ("width",), "minilm": ("layers",), "linear-probe": ("l2",)}
+    needed = {
+        "small-cnn": ("width",),
+        "resnet20": ("width",),
+        "minilm": ("layers",),
+        "linear-probe": ("l2",),
+        "autoencoder": (),
+        "conv-autoencoder": ("width",),
+        "gpt": ("width", "layers"),
+    }
     _check_keys("[task]", task, _TASK, needed[task["network"]])
     allowed = DATA_SETS[task["network"]]
     if task["data_set"] not in allowed:

@@ -11,19 +11,41 @@ from torch.optim import Optimizer
 
 from efcp import (
     EFCP,
+    MFACW,
     DenseGGT,
     DenseMFAC,
+    KroneckerW,
     LowRankGGT,
     LowRankMFAC,
     MemoryReport,
     SparseGGT,
     SparseMFAC,
     estimate_memory,
+    param_groups,
 )
 
 ADAM_BYTES = 8.0  # of state per parameter, float32: the line that memory is measured against
 _GGT_DENSITY = 0.01
 DENSE, SPARSE, LOW_RANK = "dense M-FAC", "sparse M-FAC", "low-rank M-FAC"
+
+
+def _muon(groups: Any, lr: float) -> Optimizer:
+    """Muon for hidden matrices, AdamW at the same rate for all others."""
+    from pytorch_optimizer import Muon
+
+    own = [{"params": group["params"], "use_muon": not group.get("adamw", False), "lr": lr} for group in groups]
+    return Muon(own, lr=lr, weight_decay=0.0, use_adjusted_lr=True, adamw_lr=lr)
+
+
+def _soap(params: Any, lr: float) -> Optimizer:
+    from pytorch_optimizer import SOAP
+
+    return SOAP(params, lr=lr, weight_decay=0.0)
+
+
+FLOATS = {"momentum_dtype": None, "error_dtype": None}
+SPLIT = {"split": True}
+"""The option of a method that leaves embeddings, head and vectors to AdamW, as `efcp.param_groups` splits a model."""
 
 CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "SGD (momentum 0.9)": (torch.optim.SGD, {"momentum": 0.9}),
@@ -37,6 +59,16 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "dense GGT": (DenseGGT, {}),
     "sparse GGT": (SparseGGT, {}),
     "low-rank GGT": (LowRankGGT, {}),
+    "MFACW": (MFACW, {}),
+    "MFACW, split": (MFACW, SPLIT),
+    "MFACW, float state": (MFACW, FLOATS),
+    "MFACW, split, float state": (MFACW, {**FLOATS, **SPLIT}),
+    "KroneckerW": (KroneckerW, {}),
+    "KroneckerW, split": (KroneckerW, SPLIT),
+    "normalised momentum": (MFACW, {"damping": 1e6, "rank": 1, "window": 1, **FLOATS}),
+    "normalised momentum, split": (MFACW, {"damping": 1e6, "rank": 1, "window": 1, **FLOATS, **SPLIT}),
+    "Muon": (_muon, SPLIT),
+    "SOAP": (_soap, {}),
 }
 """The constructor of a method, and what it is always given."""
 
@@ -81,14 +113,23 @@ class Method:
         return method_label(self.name, *(columns[option] for option in LABELLED))
 
     def build(self, model: nn.Module, lr: float) -> Optimizer:
-        params = [p for p in model.parameters() if p.requires_grad]
-        return self.constructor(params, lr=lr, **self.options)
+        return self.constructor(self._params(model), lr=lr, **self._own)
 
     def estimate(self, model: nn.Module) -> MemoryReport | None:
         """What `efcp.estimate_memory` expects of a windowed method; None for any other."""
         if self._windowed:
-            return estimate_memory(model, self.constructor, **self.options)  # type: ignore[arg-type]
+            return estimate_memory(self._params(model), self.constructor, **self._own)  # type: ignore[arg-type]
         return None
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """The options of the constructor."""
+        return {name: value for name, value in self.options.items() if name != "split"}
+
+    def _params(self, model: nn.Module) -> Any:
+        if self.options.get("split"):
+            return param_groups(model)
+        return [p for p in model.parameters() if p.requires_grad]
 
     @property
     def _windowed(self) -> bool:
@@ -123,7 +164,8 @@ def method_label(
 ) -> str:
     """A label such as "sparse M-FAC 1%, no error feedback"; an option is None where a method has no such option."""
     share = "" if density is None else f" {100 * density:g}%"
-    factors = "" if rank is None else f" rank {rank:g}, {power_iterations_label(power_iterations)}"
+    iterations = "" if power_iterations is None else f", {power_iterations_label(power_iterations)}"
+    factors = "" if rank is None else f" rank {rank:g}{iterations}"
     return f"{name}{share}{factors}{', no error feedback' if error_feedback is False else ''}"
 
 

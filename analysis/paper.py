@@ -26,9 +26,10 @@ from pathlib import Path
 from efcp.analysis.data import DataSet
 from efcp.analysis.experiments import Experiment, find_experiment, names, read_experiment
 from efcp.analysis.figures import ExperimentFiles, figures
+from efcp.analysis.loss_figures import loss_figures
 from efcp.analysis.optimum import keep_optimum
 from efcp.analysis.running import Plan, RecordFile, Trainer, cores
-from efcp.analysis.summary import LOOKED_AT, UnfinishedError, markdown, remarks
+from efcp.analysis.summary import LOOKED_AT, LOSSES, UnfinishedError, markdown, remarks, without_classes
 from efcp.analysis.tasks import load_task_data
 from efcp.perf.command import FAILURES, ending, explain, locked
 
@@ -111,9 +112,10 @@ def report(experiment: Experiment, folder: Path) -> None:
         print(f"{folder}: no table yet, {error}")
         return
     lines = "\n".join(f"- {line}" for line in remarks(results.runs, summary, timed=False))
-    text = f"{markdown(summary, LOOKED_AT)}\n\n{lines}\n"
+    losses = without_classes(results.runs)
+    text = f"{markdown(summary, LOSSES if losses else LOOKED_AT)}\n\n{lines}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    drawn = figures(results)
+    drawn = loss_figures(results.runs, summary, results.curves, experiment.title) if losses else figures(results)
     for name, figure in drawn.items():
         figure.savefig(folder / f"{name}.png")
     print(f"Written to {folder}: table.md, {', '.join(f'{name}.png' for name in drawn)}")

@@ -1,9 +1,10 @@
 """Summarises the CSV of runs in one row for each method: the chosen point, accuracy over seeds, memory, time.
 
-A point (learning rate, damping and what else is tuned) is chosen by validation accuracy of the tuning runs, and by
-nothing else.
+A point (learning rate, damping and what else is tuned) is chosen by validation accuracy of the tuning runs, or by
+validation loss where there are no classes, and by nothing else.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pandas as pd
 
 from efcp import DenseMFAC, estimate_memory
 from efcp.analysis.methods import LABELLED, TUNED, VARIANT, method_label
+from efcp.analysis.tasks import WITHOUT_CLASSES
 from efcp.analysis.training import COLUMNS
 from efcp.perf.tables import Kinds, check_filled, read_csv, table
 
@@ -26,8 +28,8 @@ _TEXTS = (
 _FLAGS = ("error_feedback", "diverged")
 KINDS: Kinds = {name: str if name in _TEXTS else bool if name in _FLAGS else float for name in COLUMNS}
 """What the columns of runs.csv hold."""
-_TUNED = ("val_accuracy", "diverged")
-_MEASURED = ("test_accuracy", "train_size", "epochs", "batch_size", "numel", "state_bytes", "bytes_per_parameter")
+_TUNED = ("diverged",)
+_MEASURED = ("train_size", "epochs", "batch_size", "numel", "state_bytes", "bytes_per_parameter")
 _FILLED: dict[str, tuple[str, ...]] = {
     "tune": _TUNED,
     "map": _TUNED,
@@ -35,7 +37,8 @@ _FILLED: dict[str, tuple[str, ...]] = {
     "timing": ("step_ms", "optimizer_ms"),
 }
 """For each phase, the columns that every run has, besides those that identify it."""
-_NEEDED = {"phase", "method", *LABELLED, "window", "damping", "lr", "seed", "steps", *sum(_FILLED.values(), ())}
+_ALWAYS = ("phase", "method", "val_accuracy", "test_accuracy", "window", "damping", "lr", "seed", "steps")
+_NEEDED = {*_ALWAYS, *LABELLED, *sum(_FILLED.values(), ())}
 
 
 class UnfinishedError(ValueError):
@@ -54,22 +57,35 @@ def read_runs(path: Path) -> pd.DataFrame:
     for phase, names in _FILLED.items():
         check_filled(runs[runs["phase"] == phase], names, path)
     runs = runs.reindex(columns=[*COLUMNS])
+    if not without_classes(runs):
+        for phases, name in ((("tune", "map", "final"), "val_accuracy"), (("final",), "test_accuracy")):
+            check_filled(runs[runs["phase"].isin(phases)], (name,), path)
     runs["label"] = _labels(runs)
     return runs
+
+
+def without_classes(runs: pd.DataFrame) -> bool:
+    """Whether the runs are of a task that has a loss and no accuracy."""
+    return bool(runs["network"].isin(WITHOUT_CLASSES).any())
 
 
 def choose(runs: pd.DataFrame) -> pd.DataFrame:
     """Chooses for each method the point with the best mean validation accuracy over the seeds of the tuning runs.
 
+    Without classes it is the point with the smallest mean validation loss; a run that diverged has an infinite one.
+
     Of equally good points it takes the one with the smallest learning rate, then the largest damping.
 
     Returns:
-        A row for each method, by label: the columns of `POINT`, val_accuracy, and the `run` of one of the point's runs.
+        A row for each method, by label: the columns of `POINT`, the score, and the `run` of one of the point's runs.
     """
     tuning = runs[runs["phase"] == "tune"]
-    points = tuning.groupby(["label", *POINT], dropna=False, sort=False)
-    means = points.agg(val_accuracy=("val_accuracy", "mean"), run=("run", "first")).reset_index()
-    order = means.sort_values(["val_accuracy", "lr", "damping"], ascending=[False, True, False], kind="stable")
+    score = tuning["val_accuracy"]
+    if without_classes(runs):
+        score = -tuning["val_loss"].where(~tuning["diverged"].eq(True), math.inf).fillna(math.inf)
+    points = tuning.assign(score=score).groupby(["label", *POINT], dropna=False, sort=False)
+    means = points.agg(score=("score", "mean"), run=("run", "first")).reset_index()
+    order = means.sort_values(["score", "lr", "damping"], ascending=[False, True, False], kind="stable")
     return order.drop_duplicates("label").set_index("label")
 
 
@@ -88,11 +104,11 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """One row for each method, by label, in the order of the runs.
 
     Columns: method and the options that tell methods apart; the chosen point; edge, which of its coordinates are the
-    smallest or largest that were tried; points, how many were tried; validation and test accuracy in % (val_mean;
-    test_mean and test_std over seeds); seeds, the number of final runs, and diverged, how many of them diverged;
-    bytes_per_parameter, the part of it that grows with the network (growing_per_parameter), and
-    estimated_per_parameter; step_ms and optimizer_ms where steps were timed; train_ms, a step's CPU time in the final
-    runs; the diagnostics and the objective, as means over seeds.
+    smallest or largest that were tried; points, how many were tried; validation and test accuracy in %, or loss where
+    there are no classes (val_mean; test_mean and test_std over seeds); seeds, the number of final runs, and diverged,
+    how many of them diverged; bytes_per_parameter, the part of it that grows with the network (growing_per_parameter),
+    and estimated_per_parameter; step_ms and optimizer_ms where steps were timed; train_ms, a step's CPU time in the
+    final runs; the diagnostics and the objective, as means over seeds.
 
     Raises:
         UnfinishedError: where the runs hold no final one at a chosen point.
@@ -101,6 +117,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         if not runs["phase"].eq(phase).any():
             raise UnfinishedError(f"there are no {what} runs")
     finals, rows = at_chosen(runs), []
+    what_counts = "loss" if without_classes(runs) else "accuracy"
     for label, final in finals.groupby("label", sort=False):
         own = runs[runs["label"] == label]
         tried, timing, first = own[own["phase"] == "tune"], own[own["phase"] == "timing"], final.iloc[0]
@@ -117,9 +134,9 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
                 "estimated_per_parameter": first["state_bytes_estimated"] / first["numel"],
                 "edge": edge,
                 "points": tried[[*POINT]].drop_duplicates().shape[0],
-                "val_mean": final["val_accuracy"].mean(),
-                "test_mean": final["test_accuracy"].mean(),
-                "test_std": final["test_accuracy"].std(),
+                "val_mean": final[f"val_{what_counts}"].mean(),
+                "test_mean": final[f"test_{what_counts}"].mean(),
+                "test_std": final[f"test_{what_counts}"].std(),
                 "seeds": len(final),
                 "diverged": int(final["diverged"].eq(True).sum()),
                 "step_ms": timing["step_ms"].mean(),
@@ -207,6 +224,10 @@ def _tuned(*names: str) -> Callable[[pd.Series], str]:
     return cell
 
 
+def _loss(row: pd.Series) -> str:
+    return f"{row['test_mean']:.4g}" + ("" if pd.isna(row["test_std"]) else f" ± {row['test_std']:.2g}")
+
+
 def _accuracy(row: pd.Series) -> str:
     return f"{row['test_mean']:.2f}" + ("" if pd.isna(row["test_std"]) else f" ± {row['test_std']:.2f}")
 
@@ -234,6 +255,17 @@ LOOKED_AT = {
     "Q75": _number("scaling_q75", ".3g"),
 }
 """Columns of a table of methods with diagnostics of their steps."""
+LOSSES = {
+    "test loss": _loss,
+    "validation": _number("val_mean", ".4g"),
+    "lr": _tuned("lr"),
+    "damping": _tuned("damping"),
+    "state, bytes/param": _number("bytes_per_parameter", ".2f"),
+    "without m × m": _number("growing_per_parameter", ".2f"),
+    "step, ms": _number("train_ms", ".0f"),
+    "cos(g, u)": _number("cosine", ".2f"),
+}
+"""Columns of a table of methods on a task without classes."""
 
 
 def _labels(runs: pd.DataFrame) -> list[str]:

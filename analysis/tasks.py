@@ -1,12 +1,16 @@
 """Tasks: what is trained on what, for how long. Each is a data set, a network and a loss.
 
-network        data sets                           loss
-small-cnn      mnist5k, fashion-mnist, cifar10     cross-entropy
-resnet20       the same                            the same
-linear-probe   fashion-mnist-features              cross-entropy + l2/2 ‖θ‖²: strictly convex
-minilm         movie-reviews                       cross-entropy
+network            data sets                              loss
+small-cnn          mnist5k, fashion-mnist, cifar10        cross-entropy
+resnet20           the same                               the same
+linear-probe       fashion-mnist-features                 cross-entropy + l2/2 ‖θ‖²: strictly convex
+minilm             movie-reviews                          cross-entropy
+autoencoder        mnist5k-pixels, fashion-mnist-pixels   binary cross-entropy of an image's pixels
+conv-autoencoder   the same                               the same
+gpt                python-library                         cross-entropy of the next byte
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efcp.analysis.autoencoders import autoencoder, conv_autoencoder, reconstruction_loss, with_pixels
 from efcp.analysis.data import NAMES, DataSet, load_data
+from efcp.analysis.gpt import GPT
 from efcp.analysis.models import resnet20, small_cnn
 
 IMAGES = (*NAMES, "cifar10")
@@ -23,7 +29,11 @@ DATA_SETS = {
     "resnet20": IMAGES,
     "linear-probe": ("fashion-mnist-features",),
     "minilm": ("movie-reviews",),
+    "autoencoder": tuple(f"{name}-pixels" for name in NAMES),
+    "conv-autoencoder": tuple(f"{name}-pixels" for name in NAMES),
+    "gpt": ("python-library",),
 }
+WITHOUT_CLASSES = ("autoencoder", "conv-autoencoder", "gpt")
 """The networks, and what each can learn from."""
 
 
@@ -38,8 +48,8 @@ class Task:
         train_size: training examples.
         epochs: passes over them.
         batch_size: examples of a step.
-        width: channels of the first layer of an image network.
-        layers: of MiniLM that are kept.
+        width: channels of the first layer of an image network; of GPT's residual stream.
+        layers: of MiniLM that are kept; of GPT.
         l2: weight of ‖θ‖²/2 in the loss.
         warm_up: share of the steps over which the learning rate rises, before it falls.
         evaluations: points of the learning curve of a final run.
@@ -77,6 +87,15 @@ class Task:
             from efcp.analysis.features import linear_probe
 
             return linear_probe()
+        if self.network == "autoencoder":
+            return autoencoder(math.prod(self.input_shape))
+        if self.network == "conv-autoencoder":
+            assert self.width is not None
+            return conv_autoencoder(self.width)
+        if self.network == "gpt":
+            assert self.width is not None
+            assert self.layers is not None
+            return GPT(self.width, self.layers, self.input_shape[0])
         from efcp.analysis.minilm import minilm_classifier
 
         assert self.layers is not None
@@ -84,10 +103,19 @@ class Task:
 
     def loss(self, model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
         """The loss of a batch, which training minimises: ()."""
+        if self.network.endswith("autoencoder"):
+            return reconstruction_loss(model, inputs)
+        if self.network == "gpt":
+            return F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
         loss = F.cross_entropy(model(inputs), labels)
         if self.l2:
             loss = loss + self.l2 / 2 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
         return loss
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether there is an accuracy, by which runs are compared; else they are by their loss."""
+        return self.network not in WITHOUT_CLASSES
 
     def factor(self, step: int, steps: int) -> float:
         """The factor of the learning rate: it rises linearly over the warm-up, then falls linearly to 0."""
@@ -114,4 +142,10 @@ def load_task_data(data_set: str, train_size: int | None, directory: Path | None
         from efcp.analysis.cifar import load_cifar10
 
         return load_cifar10(directory, train_size)
+    if data_set == "python-library":
+        from efcp.analysis.source import load_source
+
+        return load_source(train_size)
+    if data_set.endswith("-pixels"):
+        return with_pixels(load_data(data_set.removesuffix("-pixels"), directory, train_size))
     return load_data(data_set, directory, train_size)

@@ -61,6 +61,7 @@ COLUMNS = {
     "val_loss": "mean cross-entropy",
     "val_accuracy": "%",
     "test_accuracy": "%, of phases final and rule only",
+    "test_loss": "mean loss, of phases final and rule only, of tasks without classes",
     "objective": "loss over the whole training split, of convex tasks",
     "grad_norm": "‖g‖, median over the steps that were looked at",
     "cosine": "cos(g, u), the same",
@@ -194,7 +195,8 @@ def train(run: Run, data: DataSet) -> Result:
             "diverged": diverged,
             "train_loss": _mean(losses[-run.steps_of_epoch :]),
             **(_ending(curve, run) or _validation(task, model, data)),
-            "test_accuracy": accuracy(model, data.test) if run.tested else None,
+            "test_accuracy": accuracy(model, data.test) if run.tested and task.has_classes else None,
+            "test_loss": mean_loss(task, model, data.test) if run.tested and not task.has_classes else None,
             **_summary(seen),
             "numel": measured.numel,
             "state_bytes": measured.total,
@@ -297,7 +299,20 @@ def _logits(model: nn.Module, split: Split) -> Tensor:
     return logits
 
 
+@torch.no_grad()
+def mean_loss(task: Task, model: nn.Module, split: Split) -> float:
+    """The mean loss over a split, of a network in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    pairs = zip(split.inputs.split(_EVALUATED), split.labels.split(_EVALUATED), strict=True)
+    total = sum(task.loss(model, inputs, labels).item() * len(inputs) for inputs, labels in pairs)
+    model.train(was_training)
+    return total / len(split.inputs)
+
+
 def _validation(task: Task, model: nn.Module, data: DataSet) -> dict[str, Any]:
+    if not task.has_classes:
+        return {"val_loss": mean_loss(task, model, data.validation), "val_accuracy": None, "objective": None}
     logits, labels = _logits(model, data.validation), data.validation.labels
     right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     return {

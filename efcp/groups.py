@@ -21,7 +21,7 @@ def param_groups(model: nn.Module, *, head: str | None = None, **adamw: Any) -> 
     Args:
         model: of which the parameters that require gradients are taken.
         head: the name of the output layer, as in `model.named_modules()`. None takes a module called `lm_head`,
-            `classifier` or the like; where there is none, the last linear layer.
+            `classifier` or the like; where there is none, the last layer that has a matrix.
         adamw: options of the second group, such as lr, or betas, (0.9, 0.999) by default.
 
     Returns:
@@ -54,5 +54,11 @@ def _head(modules: dict[str, nn.Module]) -> str | None:
     for name in modules:
         if name.rpartition(".")[2] in HEADS:
             return name
-    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-    return linear[-1] if linear else None
+    layers = [name for name, module in modules.items() if _is_layer(module)]
+    return layers[-1] if layers else None
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module holds a weight of two or more dimensions itself, and is no embedding."""
+    own = module.parameters(recurse=False)
+    return not isinstance(module, EMBEDDINGS) and any(p.dim() >= 2 for p in own)

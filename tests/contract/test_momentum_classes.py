@@ -301,7 +301,7 @@ def test_hidden_matrices_are_split_from_all_others():
     assert efcp.param_groups(Transformer(), lr=0.5)[1]["lr"] == 0.5
 
 
-def test_the_last_linear_layer_is_the_head_where_none_is_named_so():
+def test_the_last_layer_is_the_head_where_none_is_named_so():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(16, 9), nn.ReLU(), nn.Linear(9, 3))
     window, others = names_of(efcp.param_groups(model))
     assert window == ["0.weight", "2.weight"]

@@ -1,0 +1,95 @@
+"""Plots of experiments without classes: loss against time, against the learning rate, and against memory."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+
+from efcp.analysis.methods import ADAM_BYTES
+from efcp.analysis.summary import at_chosen
+
+_STYLES = ("-", "--", "-.", ":")
+_MARKERS = "osv^DPXh*<>"
+_COLOURS = ("#000000", "#1f5fa8", "#c2571a", "#2a7f3f", "#8a3a8f", "#a88a00", "#7a7a7a", "#00838f", "#b0306a")
+
+
+def loss_figures(runs: pd.DataFrame, summary: pd.DataFrame, curves: pd.DataFrame, title: str) -> dict[str, Figure]:
+    """All plots, by name: "curves", "rates" and "memory".
+
+    Args:
+        runs: of `read_runs`.
+        summary: of `summarise`.
+        curves: the learning curves of the final runs, with the labels of their methods.
+        title: of the experiment.
+    """
+    look = {
+        label: {"color": _COLOURS[i % 9], "linestyle": _STYLES[i % 4], "marker": _MARKERS[i % 11]}
+        for i, label in enumerate(summary.index)
+    }
+    drawn = {
+        "curves": _curves(runs, curves, look, title),
+        "rates": _rates(runs, look, title),
+        "memory": _memory(summary, look, title),
+    }
+    for figure in drawn.values():
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    return drawn
+
+
+def _figure(panels: int, title: str) -> Figure:
+    figure, _ = plt.subplots(1, panels, figsize=(4.6 * panels, 4.4), layout="constrained", squeeze=False)
+    figure.suptitle(title, fontsize=10)
+    plt.close(figure)
+    return figure
+
+
+def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, str]], title: str) -> Figure:
+    """Validation loss of the final runs against steps, and against seconds of computing."""
+    figure = _figure(2, title)
+    labelled = curves[curves["run"].isin(at_chosen(runs)["run"])]
+    for axes, x, what in zip(figure.axes, ("step", "cpu_seconds"), ("steps", "seconds, one thread"), strict=True):
+        for label, style in look.items():
+            own = labelled[labelled["label"] == label].groupby("step").agg(x=(x, "mean"), y=("val_loss", "mean"))
+            axes.plot(own["x"], own["y"], **{**style, "marker": ""}, label=label)
+        axes.set_xlabel(what)
+        axes.set_ylabel("validation loss")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def _rates(runs: pd.DataFrame, look: dict[str, dict[str, str]], title: str) -> Figure:
+    """Validation loss of the tuning runs against the learning rate, on whatever else is tuned at its best."""
+    figure = _figure(1, title)
+    axes = figure.axes[0]
+    tuning = runs[(runs["phase"] == "tune") & ~runs["diverged"].eq(True)]
+    for label, style in look.items():
+        own = tuning[tuning["label"] == label]
+        best = own.groupby(["lr", "damping"], dropna=False)["val_loss"].mean().groupby("lr").min()
+        axes.plot(best.index, best.to_numpy(), **style, markersize=4, label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("validation loss")
+    axes.grid(alpha=0.3, which="both")
+    return figure
+
+
+def _memory(summary: pd.DataFrame, look: dict[str, dict[str, str]], title: str) -> Figure:
+    """Test loss against bytes of state, with standard deviations over seeds."""
+    figure = _figure(1, title)
+    axes = figure.axes[0]
+    for label, row in summary.iterrows():
+        style = {**look[str(label)], "linestyle": "none"}
+        axes.errorbar(
+            row["bytes_per_parameter"], row["test_mean"], row["test_std"], **style, capsize=3, label=str(label)
+        )
+    axes.axvline(ADAM_BYTES, color="0.6", linewidth=1)
+    axes.annotate(" Adam's 8 bytes", (ADAM_BYTES, axes.get_ylim()[1]), va="top", fontsize=8, color="0.4")
+    axes.set_xlabel("optimizer state, bytes a parameter")
+    axes.set_ylabel("test loss")
+    axes.grid(alpha=0.3)
+    return figure

@@ -233,6 +233,11 @@ def momenta_of(case: Case, kind: str | None) -> list[Tensor | LowBit]:
     return [encoded(momentum.float(), torch.int8) for momentum in momenta] if kind == "8 bits" else momenta
 
 
+def representable(x: Tensor, case: Case) -> Tensor:
+    """The vector without Inf and NaN, which numbers of few bits cannot hold; unless nothing is written."""
+    return x.nan_to_num(0.0, 1.0, -1.0) if case.finite else x
+
+
 def parts_of(numbers: Iterable[Tensor | LowBit]) -> list[Tensor]:
     """Tensors, and codes and scales in place of others."""
     return [tensor for x in numbers for tensor in ([x] if isinstance(x, Tensor) else x)]
@@ -291,7 +296,9 @@ def check_average(operation, case: Case, allow: Allow = None) -> None:
         lack = (WITHOUT_GRADIENT,) if with_gradients else range(len(case.group))
         results = []
         for average_ in (reference.average_, operation):
-            grads = [None if i in lack else member.gradient() for i, member in enumerate(case.group)]
+            grads = [
+                None if i in lack else representable(member.gradient(), case) for i, member in enumerate(case.group)
+            ]
             momenta = momenta_of(case, kind)
             given = [grad for grad in grads if grad is not None]
             before = [grad.clone() for grad in given]
@@ -315,7 +322,9 @@ def check_lowbit(operations, case: Case, allow: Allow = None) -> None:
     for number_bits in (8, 4):
         results = []
         for store_, add_ in ((reference.store_lowbit_, reference.add_lowbit_), operations):
-            values = [make(case.kind, member.numel, case.grad, seed=member.numel) for member in group]
+            values = [
+                representable(make(case.kind, member.numel, case.grad, seed=member.numel), case) for member in group
+            ]
             targets = [member.target() for member in group]
             numbers = [allocate_lowbit(member.numel, number_bits, torch.device("cpu")) for member in group]
             for codes, scales in numbers:  # as what was stored before

@@ -1,5 +1,7 @@
 """Plots of experiments without classes: loss against time, against the learning rate, and against memory."""
 
+from typing import Any
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -24,7 +26,7 @@ def loss_figures(runs: pd.DataFrame, summary: pd.DataFrame, curves: pd.DataFrame
         curves: the learning curves of the final runs, with the labels of their methods.
         title: of the experiment.
     """
-    look = {
+    look: dict[str, dict[str, Any]] = {
         label: {"color": _COLOURS[i % 9], "linestyle": _STYLES[i % 4], "marker": _MARKERS[i % 11]}
         for i, label in enumerate(summary.index)
     }
@@ -46,14 +48,14 @@ def _figure(panels: int, title: str) -> Figure:
     return figure
 
 
-def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, str]], title: str) -> Figure:
+def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
     """Validation loss of the final runs against steps, and against seconds of computing."""
     figure = _figure(2, title)
     labelled = curves[curves["run"].isin(at_chosen(runs)["run"])]
     for axes, x, what in zip(figure.axes, ("step", "cpu_seconds"), ("steps", "seconds, one thread"), strict=True):
         for label, style in look.items():
             own = labelled[labelled["label"] == label].groupby("step").agg(x=(x, "mean"), y=("val_loss", "mean"))
-            axes.plot(own["x"], own["y"], **{**style, "marker": ""}, label=label)
+            axes.plot(own["x"], own["y"], **(style | {"marker": ""}), label=label)
         axes.set_xlabel(what)
         axes.set_ylabel("validation loss")
         axes.set_yscale("log")
@@ -61,7 +63,7 @@ def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, 
     return figure
 
 
-def _rates(runs: pd.DataFrame, look: dict[str, dict[str, str]], title: str) -> Figure:
+def _rates(runs: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
     """Validation loss of the tuning runs against the learning rate, on whatever else is tuned at its best."""
     figure = _figure(1, title)
     axes = figure.axes[0]
@@ -78,12 +80,12 @@ def _rates(runs: pd.DataFrame, look: dict[str, dict[str, str]], title: str) -> F
     return figure
 
 
-def _memory(summary: pd.DataFrame, look: dict[str, dict[str, str]], title: str) -> Figure:
+def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
     """Test loss against bytes of state, with standard deviations over seeds."""
     figure = _figure(1, title)
     axes = figure.axes[0]
     for label, row in summary.iterrows():
-        style = {**look[str(label)], "linestyle": "none"}
+        style: dict[str, Any] = {**look[str(label)], "linestyle": "none"}
         axes.errorbar(
             row["bytes_per_parameter"], row["test_mean"], row["test_std"], **style, capsize=3, label=str(label)
         )

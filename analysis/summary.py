@@ -66,7 +66,7 @@ def read_runs(path: Path) -> pd.DataFrame:
 
 def without_classes(runs: pd.DataFrame) -> bool:
     """Whether the runs are of a task that has a loss and no accuracy."""
-    return bool(runs["network"].isin(WITHOUT_CLASSES).any())
+    return "network" in runs and bool(runs["network"].isin(WITHOUT_CLASSES).any())
 
 
 def choose(runs: pd.DataFrame) -> pd.DataFrame:

@@ -7,7 +7,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
 
 from efcp.analysis.methods import ADAM_BYTES
 from efcp.analysis.summary import at_chosen
@@ -37,15 +39,27 @@ def loss_figures(runs: pd.DataFrame, summary: pd.DataFrame, curves: pd.DataFrame
     }
     for figure in drawn.values():
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+        columns = 3 if len(figure.axes) > 1 else 2
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return drawn
 
 
 def _figure(panels: int, title: str) -> Figure:
-    figure, _ = plt.subplots(1, panels, figsize=(4.6 * panels, 4.4), layout="constrained", squeeze=False)
+    figure, _ = plt.subplots(
+        1, panels, figsize=(4.6 * panels if panels > 1 else 5.6, 4.8), layout="constrained", squeeze=False
+    )
     figure.suptitle(title, fontsize=10)
     plt.close(figure)
     return figure
+
+
+def _plain_log(axes: Axes) -> None:
+    """Makes the vertical axis logarithmic, with plain numbers at its ticks."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    axes.tick_params(axis="y", which="minor", labelsize=7)
+    axes.grid(alpha=0.3, which="both")
 
 
 def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
@@ -58,8 +72,7 @@ def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, 
             axes.plot(own["x"], own["y"], **(style | {"marker": ""}), label=label)
         axes.set_xlabel(what)
         axes.set_ylabel("validation loss")
-        axes.set_yscale("log")
-        axes.grid(alpha=0.3, which="both")
+        _plain_log(axes)
     return figure
 
 
@@ -73,10 +86,9 @@ def _rates(runs: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> F
         best = own.groupby(["lr", "damping"], dropna=False)["val_loss"].mean().groupby("lr").min()
         axes.plot(best.index, best.to_numpy(), **style, markersize=4, label=label)
     axes.set_xscale("log")
-    axes.set_yscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("validation loss")
-    axes.grid(alpha=0.3, which="both")
+    _plain_log(axes)
     return figure
 
 
@@ -89,6 +101,8 @@ def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) 
         axes.errorbar(
             row["bytes_per_parameter"], row["test_mean"], row["test_std"], **style, capsize=3, label=str(label)
         )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.axvline(ADAM_BYTES, color="0.6", linewidth=1)
     axes.annotate(" Adam's 8 bytes", (ADAM_BYTES, axes.get_ylim()[1]), va="top", fontsize=8, color="0.4")
     axes.set_xlabel("optimizer state, bytes a parameter")

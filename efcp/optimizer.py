@@ -2,7 +2,7 @@
 
 Three parts that know nothing of each other meet in `EFCP.step`: a window (`efcp.windows`) compresses gradients and
 keeps them, the Gram matrix (`efcp.gram`) keeps their inner products, and a preconditioner (`efcp.preconditioners`)
-turns these into weights. State:
+turns these into weights, for what a direction (`efcp.directions`) says. State:
 
     optimizer.state[p]   of each parameter that has had a gradient: numel, the number of its elements; the tensors of
                          its window; momentum (n,) and average (n,) where used

@@ -29,10 +29,10 @@ FLAGS = ("foreach", "fused", "capturable", "differentiable")  # of torch.optim; 
 LETTERS_PER_EDIT = 5  # of an option's name, for each edit that counts as a slip
 
 
-Part = TypeVar("Part", Compressor, Preconditioner)
+Kind = TypeVar("Kind", Compressor, Preconditioner)
 
 
-def made_from(part: Part, group: dict[str, Any]) -> Part:
+def made_from(part: Kind, group: dict[str, Any]) -> Kind:
     """A compressor or preconditioner of the same kind, with the options of a param group."""
     return type(part)(**{name: from_plain(group[name]) for name in part.options})
 

@@ -6,11 +6,13 @@ It is kept in `optimum.csv` of the experiment's folder, so that distances to it 
 import csv
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from efcp.analysis.data import DataSet
 from efcp.analysis.tasks import Task
 from efcp.analysis.training import text
+from efcp.perf.tables import write_csv
 
 FILE = "optimum.csv"
 _SETTINGS = ("network", "data_set", "train_size", "l2")
@@ -27,11 +29,7 @@ def keep_optimum(task: Task, data: DataSet, folder: Path) -> None:
         if all(row.get(name) == value for name, value in settings.items()):
             return
     row = settings | {name: text(value) for name, value in optimum(task, data).items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerow(row)
+    write_csv(pd.DataFrame([row], columns=_COLUMNS), path)
 
 
 def optimum(task: Task, data: DataSet) -> dict[str, float | int | str]:

@@ -61,7 +61,7 @@ from efcp.perf.command import ending, workers
 from efcp.perf.gpu.code import Access, Line, accesses, read_code, source_lines, stream_lines
 from efcp.perf.gpu.occupancy import resident_programs
 from efcp.perf.gpu.offline import Compiled, GPUTarget, compile_for
-from efcp.perf.tables import table
+from efcp.perf.tables import table, write_csv
 
 __all__ = ["Case", "Compilation", "CompiledCase", "compile_cases", "compile_one", "problems", "unreached"]
 
@@ -219,8 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
         status = 0
         rows = [row for operation in OPERATIONS for row in rows if row["operation"] == operation]
         frame = pd.DataFrame(rows).convert_dtypes()
-        options.csv.parent.mkdir(parents=True, exist_ok=True)
-        frame.to_csv(options.csv, index=False)
+        write_csv(frame, options.csv)
         options.markdown.parent.mkdir(parents=True, exist_ok=True)
         options.markdown.write_text(markdown(frame, options.quick))
         print(f"{len(frame)} kernels: {options.csv}, {options.markdown}")

@@ -43,7 +43,7 @@ from efcp.analysis.data import DataSet, load_data
 from efcp.kernels import Blocks, SparseRows, Update
 from efcp.kernels import triton as triton_ops
 from efcp.perf.gpu.gpusim import Access, simulate
-from efcp.perf.tables import table
+from efcp.perf.tables import table, write_csv
 
 __all__ = ["Overlap", "Window", "count", "measure", "overlap", "random_window", "trained_window"]
 
@@ -199,9 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="one density and window")
     options = parser.parse_args(arguments)
     frame = measure(options.arch, *(((0.01,), (32,)) if options.quick else ((0.001, 0.01, 0.05, 0.1), (32, 256))))
-    for path, text in ((options.csv, frame.to_csv(index=False)), (options.markdown, markdown(frame, options.arch))):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+    write_csv(frame, options.csv)
+    options.markdown.parent.mkdir(parents=True, exist_ok=True)
+    options.markdown.write_text(markdown(frame, options.arch))
     print(options.markdown.read_text())
 
 

@@ -627,8 +627,8 @@ class KroneckerW(EFCP):
         window: m, how many gradients are kept, ≥ 1. Fixed from the first step on.
         damping: κ > 0: δ is κ times the mean of a factor's diagonal.
         sides: 2: both factors. 1: that of the shorter side alone, with the power −1/2. Fixed from the first step on.
-        refresh_every: steps from one decomposition of the factors to the next, ≥ 1. More save time and cost quality: the
-            rows in between do not count. Fixed from the first step on.
+        refresh_every: steps from one decomposition of the factors to the next, ≥ 1. More save time and cost quality:
+            the rows in between do not count. Fixed from the first step on.
         update_rms: > 0, of the entries of each matrix's update: 0.2 is the size of Adam's.
         momentum_dtype: torch.int8, with a scale for 64 entries, or floating point. Fixed from the first step on.
         error_dtype: of what is left out of the window: torch.int4 or torch.int8, with a scale for 128 or 64 entries, or

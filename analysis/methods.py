@@ -43,6 +43,13 @@ def _soap(params: Any, lr: float) -> Optimizer:
     return SOAP(params, lr=lr, weight_decay=0.0)
 
 
+def _adamw_8bit(params: Any, lr: float) -> Optimizer:
+    """AdamW with its state in 8 bits, a scale for 64 entries; weight decay is PyTorch's default."""
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=torch.tensor(lr), weight_decay=1e-2, block_size=64)
+
+
 FLOATS = {"momentum_dtype": None, "error_dtype": None}
 SPLIT = {"split": True}
 """The option of a method that leaves embeddings, head and vectors to AdamW, as `efcp.param_groups` splits a model."""
@@ -51,6 +58,7 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "SGD (momentum 0.9)": (torch.optim.SGD, {"momentum": 0.9}),
     "Adam": (torch.optim.Adam, {}),
     "AdamW": (torch.optim.AdamW, {}),
+    "AdamW, 8 bits": (_adamw_8bit, {}),
     "Adagrad": (torch.optim.Adagrad, {}),
     "L-BFGS": (torch.optim.LBFGS, {"max_iter": 1}),  # one evaluation a step, as for all other methods
     DENSE: (DenseMFAC, {}),

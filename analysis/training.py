@@ -168,8 +168,7 @@ def train(run: Run, data: DataSet) -> Result:
         optimizer = run.method.build(model, run.lr)
         for step, (inputs, labels) in enumerate(batches(data.train, run)):
             with clock:
-                for group in optimizer.param_groups:
-                    group["lr"] = run.lr * task.factor(step, run.steps)
+                _set_rate(optimizer, run.lr * task.factor(step, run.steps))
                 optimizer.zero_grad()
                 loss = task.loss(model, inputs, labels)
                 losses.append(loss.item())
@@ -267,6 +266,14 @@ def text(value: Any) -> str:
     if value is None:
         return ""
     return repr(float(f"{value:.7g}")) if isinstance(value, float) else str(value)
+
+
+def _set_rate(optimizer: Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):  # which compiled steps have taken in
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 class _Clock:

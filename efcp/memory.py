@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from efcp.optimizer import EFCP
 from efcp.ready_made import SparseMFAC
@@ -111,4 +112,17 @@ def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in state.items():
         for tensor in value if isinstance(value, list) else [value]:  # L-BFGS keeps its history in lists
             if isinstance(tensor, Tensor):
-                yield name, tensor
+                yield from ((name, part) for part in _parts(tensor))
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that a wrapper keeps its numbers in, such as torchao's of 8-bit state; others are their own part.
+
+    A DTensor, which has a mesh, counts as the whole tensor.
+    """
+    if not is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "device_mesh"):
+        yield tensor
+        return
+    names, _ = tensor.__tensor_flatten__()
+    for name in names:
+        yield from _parts(getattr(tensor, name))

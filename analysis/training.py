@@ -8,7 +8,7 @@ number of cores nor on other runs.
 import hashlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -23,7 +23,7 @@ import efcp
 from efcp import EFCP, MemoryReport, memory_report
 from efcp.analysis.data import DataSet, Split
 from efcp.analysis.methods import TUNED, VARIANT, Method
-from efcp.analysis.tasks import Task
+from efcp.analysis.tasks import EVALUATED, Task
 from efcp.gram import allocate_gram
 from efcp.kernels import backend_name
 from efcp.perf.source import commit
@@ -58,10 +58,10 @@ COLUMNS = {
     "steps": "taken; fewer than planned in a run that diverged",
     "diverged": "whether the training loss became infinite or NaN, where training stops",
     "train_loss": "mean over the last epoch",
-    "val_loss": "mean cross-entropy",
+    "val_loss": "mean loss; of a PINN the relative error of its solution",
     "val_accuracy": "%",
     "test_accuracy": "%, of phases final and rule only",
-    "test_loss": "mean loss, of phases final and rule only, of tasks without classes",
+    "test_loss": "the same over the test split, of phases final and rule only, of tasks without classes",
     "objective": "loss over the whole training split, of convex tasks",
     "grad_norm": "‖g‖, median over the steps that were looked at",
     "cosine": "cos(g, u), the same",
@@ -92,7 +92,6 @@ DIAGNOSTICS_COLUMNS = ("run", "step", "grad_norm", "cosine", "scaling_q25", "sca
 
 SETTINGS = ("phase", "method", *VARIANT, *TUNED, "lr", "seed")
 TASK = ("network", "data_set", "train_size", "epochs", "batch_size", "width", "layers", "l2", "warm_up")
-_EVALUATED = 500  # examples at once
 
 
 @dataclass(frozen=True)
@@ -169,17 +168,15 @@ def train(run: Run, data: DataSet) -> Result:
         for step, (inputs, labels) in enumerate(batches(data.train, run)):
             with clock:
                 _set_rate(optimizer, run.lr * task.factor(step, run.steps))
-                optimizer.zero_grad()
-                loss = task.loss(model, inputs, labels)
-                losses.append(loss.item())
+                closure = _Closure(optimizer, partial(task.loss, model, inputs, labels))
+                losses.append(closure.first)
                 if diverged := not math.isfinite(losses[-1]):
                     break
-                loss.backward()
             if task.diagnostics:
                 gradients += _grad_norm(optimizer)
             before = _flat(optimizer) if step in watched else None
             with clock:
-                optimizer.step(partial(float, losses[-1]))  # L-BFGS needs a closure for the loss
+                optimizer.step(closure)
             if before is not None:
                 seen.append({"run": settings["run"], "step": step + 1, **_look(optimizer, before, gradients)})
             if step + 1 in evaluated:
@@ -195,7 +192,7 @@ def train(run: Run, data: DataSet) -> Result:
             "train_loss": _mean(losses[-run.steps_of_epoch :]),
             **(_ending(curve, run) or _validation(task, model, data)),
             "test_accuracy": accuracy(model, data.test) if run.tested and task.has_classes else None,
-            "test_loss": mean_loss(task, model, data.test) if run.tested and not task.has_classes else None,
+            "test_loss": error(task, model, data.test) if run.tested and not task.has_classes else None,
             **_summary(seen),
             "numel": measured.numel,
             "state_bytes": measured.total,
@@ -268,8 +265,33 @@ def text(value: Any) -> str:
     return repr(float(f"{value:.7g}")) if isinstance(value, float) else str(value)
 
 
+class _Closure:
+    """Computes loss and gradients, as optimizers ask for that evaluate more than once in a step.
+
+    It computes them when it is made; the first call returns that loss.
+    """
+
+    def __init__(self, optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
+        self.optimizer, self.loss, self.called = optimizer, loss, False
+        self.first = self._evaluate()
+
+    def __call__(self) -> float:
+        fresh, self.called = not self.called, True
+        return self.first if fresh else self._evaluate()
+
+    def _evaluate(self) -> float:
+        with torch.enable_grad():
+            self.optimizer.zero_grad()
+            loss = self.loss()
+            loss.backward()
+        return loss.item()
+
+
 def _set_rate(optimizer: Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups, unless they keep theirs."""
     for group in optimizer.param_groups:
+        if group.get("keeps_lr"):
+            continue
         if isinstance(group["lr"], Tensor):  # which compiled steps have taken in
             group["lr"].fill_(lr)
         else:
@@ -301,25 +323,23 @@ def _logits(model: nn.Module, split: Split) -> Tensor:
     """The logits of a network in evaluation mode, (n, classes)."""
     was_training = model.training
     model.eval()
-    logits = torch.cat([model(inputs) for inputs in split.inputs.split(_EVALUATED)])
+    logits = torch.cat([model(inputs) for inputs in split.inputs.split(EVALUATED)])
     model.train(was_training)
     return logits
 
 
-@torch.no_grad()
-def mean_loss(task: Task, model: nn.Module, split: Split) -> float:
-    """The mean loss over a split, of a network in evaluation mode."""
+def error(task: Task, model: nn.Module, split: Split) -> float:
+    """`Task.error` of a network in evaluation mode."""
     was_training = model.training
     model.eval()
-    pairs = zip(split.inputs.split(_EVALUATED), split.labels.split(_EVALUATED), strict=True)
-    total = sum(task.loss(model, inputs, labels).item() * len(inputs) for inputs, labels in pairs)
+    found = task.error(model, split)
     model.train(was_training)
-    return total / len(split.inputs)
+    return found
 
 
 def _validation(task: Task, model: nn.Module, data: DataSet) -> dict[str, Any]:
     if not task.has_classes:
-        return {"val_loss": mean_loss(task, model, data.validation), "val_accuracy": None, "objective": None}
+        return {"val_loss": error(task, model, data.validation), "val_accuracy": None, "objective": None}
     logits, labels = _logits(model, data.validation), data.validation.labels
     right = (logits.argmax(1) == labels) & logits.isfinite().all(1)
     return {

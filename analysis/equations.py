@@ -1,14 +1,14 @@
 """Differential equations for physics-informed networks, each with its residual, its conditions, and its solution.
 
-name                  equation                                 on                        conditions
-convection-β          u_t + β u_x = 0                          [0, 2π] × [0, 1]          u(x, 0) = sin x, periodic
-burgers               u_t + u u_x = ν u_xx, ν = 0.01/π         [−1, 1] × [0, 1]          u(x, 0) = −sin πx, 0 at the ends
-allen-cahn            u_t = 10⁻⁴ u_xx + 5 (u − u³)             [−1, 1] × [0, 1]          u(x, 0) = x² cos πx, periodic
-poisson               −Δu = f                                  [0, 1]²                   0 at the edges
-kdv                   u_t + u u_x + 0.0025 u_xxx = 0           [−1, 1] × [0, 1]          u(x, 0) = cos πx, periodic
-wave                  u_tt = 4 u_xx                            [0, 1]²                   u(x, 0) given, at rest, 0 at the ends
-reaction-diffusion    u_t = 3 u_xx + 5 u (1 − u)               [0, 2π] × [0, 1]          u(x, 0) a bump, periodic
-burgers-inverse       as burgers, with ν to be found           the same                  100 values of u in place of these
+name                equation                           on                 conditions
+convection-β        u_t + β u_x = 0                    [0, 2π] × [0, 1]   u(x, 0) = sin x, periodic
+burgers             u_t + u u_x = ν u_xx, ν = 0.01/π   [−1, 1] × [0, 1]   u(x, 0) = −sin πx, 0 at the ends
+allen-cahn          u_t = 10⁻⁴ u_xx + 5 (u − u³)       [−1, 1] × [0, 1]   u(x, 0) = x² cos πx, periodic
+poisson             −Δu = f                            [0, 1]²            0 at the edges
+kdv                 u_t + u u_x + 0.0025 u_xxx = 0     [−1, 1] × [0, 1]   u(x, 0) = cos πx, periodic
+wave                u_tt = 4 u_xx                      [0, 1]²            u(x, 0) given, at rest, 0 at the ends
+reaction-diffusion  u_t = 3 u_xx + 5 u (1 − u)         [0, 2π] × [0, 1]   u(x, 0) a bump, periodic
+burgers-inverse     as burgers, with ν to be found     the same           100 values of u instead
 
 The first four and the wave equation are usual tests of such networks (Raissi et al., 2019; Krishnapriyan et al., 2021,
 whose convection has β = 30). Points are (n, 2): x and t, or x and y. Residuals are divided by the size of their terms
@@ -26,7 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-Array = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
+Complex = NDArray[np.complexfloating[Any, Any]]
 VISCOSITY = 0.01 / math.pi  # of Burgers' equation
 _ON_EDGES = 128  # points on which a condition is asked for
 
@@ -246,8 +247,8 @@ class Periodic:
     low: float
     length: float
     start: Callable[[Array], Array]
-    linear: Callable[[Array], NDArray[np.complex128]]
-    nonlinear: Callable[[Array, Array], NDArray[np.complex128]]
+    linear: Callable[[Array], Complex]
+    nonlinear: Callable[[Array, Array], Complex]
     size: int = 512
     times: int = 101
 
@@ -269,7 +270,7 @@ class Periodic:
         return k
 
     @cached_property
-    def _coefficients(self) -> NDArray[np.complex128]:
+    def _coefficients(self) -> Complex:
         """û at each of the times, (times, n/2 + 1)."""
         from scipy.integrate import solve_ivp
 
@@ -277,7 +278,7 @@ class Periodic:
         rates = self.linear(k)
         kept = np.arange(len(k)) <= self.size // 3  # against aliasing of squares
 
-        def change(t: float, v: NDArray[np.complex128]) -> NDArray[np.complex128]:
+        def change(t: float, v: Complex) -> Complex:
             turned = np.exp(1j * rates.imag * t)
             u = np.fft.irfft(v * turned, self.size)
             return rates.real * v + kept * self.nonlinear(u, k) / turned
@@ -286,7 +287,7 @@ class Periodic:
         times = np.linspace(0, 1, self.times)
         start = np.fft.rfft(self.start(grid)).astype(complex)
         solved = solve_ivp(change, (0, 1), start, method="DOP853", t_eval=times, rtol=1e-9, atol=1e-9)
-        result: NDArray[np.complex128] = solved.y.T * np.exp(1j * rates.imag * times[:, None])
+        result: Complex = solved.y.T * np.exp(1j * rates.imag * times[:, None])
         return result
 
 
@@ -344,9 +345,7 @@ def equation(name: str) -> Equation:
             weight=100.0,
         ),
         "poisson": lambda: Equation(*unit, _poisson_residual, _poisson_conditions, _poisson_solution),
-        "kdv": lambda: Equation(
-            *symmetric, _kdv_residual, _kdv_conditions, kdv_solution(), harmonics=5, weight=10.0
-        ),
+        "kdv": lambda: Equation(*symmetric, _kdv_residual, _kdv_conditions, kdv_solution(), harmonics=5, weight=10.0),
         "wave": lambda: Equation(*unit, _wave_residual, _wave_conditions, _wave_solution, weight=10.0),
         "reaction-diffusion": lambda: Equation(
             *turn, _reaction_residual, _reaction_conditions, reaction_solution(), harmonics=1, weight=10.0

@@ -19,7 +19,8 @@
     density = [0.1, 0.01]
     map = { lr = [0.001], damping = [1e-4] }        # more points that are run, but never chosen
 
-A method that several tables make is run once.
+A method that several tables make is run once. A list of data sets makes an experiment of each, with a folder of its own
+inside that of the file.
 """
 
 import importlib
@@ -40,6 +41,7 @@ from efcp.analysis.training import Run
 FOLDER = Path(__file__).parent / "experiments"
 _TASK = tuple(f.name for f in fields(Task) if f.name != "input_shape")
 _SETTINGS = ("batch_size", "epochs")  # fields of the task that a method may replace
+_KINDS = {int: "integers", str: "texts"}
 _KEYS = {"title": str, "task": dict, "seeds": dict, "grids": dict, "methods": list}
 
 
@@ -107,8 +109,8 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
-def read_experiment(path: Path) -> Experiment:
-    """Reads and checks the file of an experiment.
+def read_experiments(path: Path) -> list[Experiment]:
+    """Reads and checks the file of an experiment, or of one for each of its data sets.
 
     Raises:
         ValueError: for what cannot be run; it names file, place and value, and what is allowed.
@@ -116,7 +118,17 @@ def read_experiment(path: Path) -> Experiment:
     try:
         toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         content = toml.loads(path.read_text(encoding="utf-8"))
-        return _experiment(path.stem, content)
+        task = content.get("task")
+        if not isinstance(task, dict) or not isinstance(sets := task.get("data_set"), list):
+            return [_experiment(path.stem, content)]
+        _check_list("task.data_set", sets, str)
+        title = content.get("title")
+        return [
+            _experiment(
+                f"{path.stem}/{name}", {**content, "title": f"{title}: {name}", "task": {**task, "data_set": name}}
+            )
+            for name in sets
+        ]
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
 
@@ -223,6 +235,6 @@ def _check_keys(where: str, table: dict[str, Any], allowed: Any, required: tuple
 
 def _check_list(where: str, values: Any, kind: Any) -> None:
     if not isinstance(values, list) or not values or not all(isinstance(v, kind) for v in values):
-        raise ValueError(f"{where} must be a list of {'integers' if kind is int else 'numbers'}, got {values!r}")
+        raise ValueError(f"{where} must be a list of {_KINDS.get(kind, 'numbers')}, got {values!r}")
     if len(set(values)) < len(values):
         raise ValueError(f"{where} must be distinct, got {values}")

@@ -1,4 +1,7 @@
-"""Plots of experiments without classes: loss against time, against the learning rate, and against memory."""
+"""Plots of experiments without classes: loss against time, against the learning rate, and against memory.
+
+Of PINNs what is drawn is the relative error of the solution.
+"""
 
 from typing import Any
 
@@ -12,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from efcp.analysis.methods import ADAM_BYTES
-from efcp.analysis.summary import at_chosen
+from efcp.analysis.summary import at_chosen, measure
 
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = "osv^DPXh*<>"
@@ -35,7 +38,7 @@ def loss_figures(runs: pd.DataFrame, summary: pd.DataFrame, curves: pd.DataFrame
     drawn = {
         "curves": _curves(runs, curves, look, title),
         "rates": _rates(runs, look, title),
-        "memory": _memory(summary, look, title),
+        "memory": _memory(summary, look, title, measure(runs)),
     }
     for figure in drawn.values():
         handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -54,10 +57,12 @@ def _figure(panels: int, title: str) -> Figure:
 
 
 def _plain_log(axes: Axes) -> None:
-    """Makes the vertical axis logarithmic, with plain numbers at its ticks."""
+    """Makes the vertical axis logarithmic, with plain numbers at its ticks where it spans less than a decade or two."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(ScalarFormatter())
+    low, high = axes.get_ylim()
+    if high < 30 * low:
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.grid(alpha=0.3, which="both")
 
@@ -71,7 +76,7 @@ def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, 
             own = labelled[labelled["label"] == label].groupby("step").agg(x=(x, "mean"), y=("val_loss", "mean"))
             axes.plot(own["x"], own["y"], **(style | {"marker": ""}), label=label)
         axes.set_xlabel(what)
-        axes.set_ylabel("validation loss")
+        axes.set_ylabel(f"validation {measure(runs)}")
         _plain_log(axes)
     return figure
 
@@ -87,13 +92,13 @@ def _rates(runs: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> F
         axes.plot(best.index, best.to_numpy(), **style, markersize=4, label=label)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
-    axes.set_ylabel("validation loss")
+    axes.set_ylabel(f"validation {measure(runs)}")
     _plain_log(axes)
     return figure
 
 
-def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
-    """Test loss against bytes of state, with standard deviations over seeds."""
+def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str, what: str) -> Figure:
+    """Test loss or error against bytes of state, with standard deviations over seeds."""
     figure = _figure(1, title)
     axes = figure.axes[0]
     for label, row in summary.iterrows():
@@ -106,6 +111,8 @@ def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) 
     axes.axvline(ADAM_BYTES, color="0.6", linewidth=1)
     axes.annotate(" Adam's 8 bytes", (ADAM_BYTES, axes.get_ylim()[1]), va="top", fontsize=8, color="0.4")
     axes.set_xlabel("optimizer state, bytes a parameter")
-    axes.set_ylabel("test loss")
+    axes.set_ylabel(f"test {what}")
+    if summary["test_mean"].max() > 30 * summary["test_mean"].min():
+        axes.set_yscale("log")
     axes.grid(alpha=0.3)
     return figure

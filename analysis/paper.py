@@ -24,7 +24,7 @@ from contextlib import closing
 from pathlib import Path
 
 from efcp.analysis.data import DataSet
-from efcp.analysis.experiments import Experiment, find_experiment, names, read_experiment
+from efcp.analysis.experiments import Experiment, find_experiment, names, read_experiments
 from efcp.analysis.figures import ExperimentFiles, figures
 from efcp.analysis.loss_figures import loss_figures
 from efcp.analysis.optimum import keep_optimum
@@ -53,7 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     end = None if args.minutes is None else time.monotonic() + 60 * args.minutes
     errors = []
     with ending(parser, f"finished runs are in {args.out}, and the same command goes on from there"):
-        experiments = [read_experiment(find_experiment(name)) for name in args.names or names()]
+        experiments = [
+            experiment for name in args.names or names() for experiment in read_experiments(find_experiment(name))
+        ]
         for experiment in experiments:
             folder = args.out / experiment.name
             try:

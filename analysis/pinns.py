@@ -35,13 +35,11 @@ class PINN(nn.Module):
 
     def __init__(self, problem: Equation, width: int, layers: int) -> None:
         super().__init__()
-        self.harmonics = problem.harmonics
-        low, high = torch.tensor(problem.low), torch.tensor(problem.high)
-        self.register_buffer("centre", (low + high) / 2)
-        self.register_buffer("extent", (high - low) / 2)
+        self.harmonics, self.low, self.high = problem.harmonics, problem.low, problem.high
         sizes = [2 * self.harmonics + 1 if self.harmonics else 2, *[width] * layers, 1]
-        self.layers = nn.ModuleList(nn.Linear(*both) for both in pairwise(sizes))
-        for layer in self.layers:
+        layers_made = [nn.Linear(*both) for both in pairwise(sizes)]
+        self.layers = nn.ModuleList(layers_made)
+        for layer in layers_made:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.log_coefficient: nn.Parameter | None = None
@@ -54,7 +52,8 @@ class PINN(nn.Module):
         return self.log_coefficient.exp()
 
     def forward(self, points: Tensor) -> Tensor:
-        scaled = (points - self.centre) / self.extent
+        low, high = points.new_tensor(self.low), points.new_tensor(self.high)
+        scaled = (2 * points - low - high) / (high - low)
         if self.harmonics:
             k = math.pi * torch.arange(1, self.harmonics + 1, dtype=points.dtype)
             angles = scaled[:, :1] * k

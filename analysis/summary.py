@@ -69,6 +69,11 @@ def without_classes(runs: pd.DataFrame) -> bool:
     return "network" in runs and bool(runs["network"].isin(WITHOUT_CLASSES).any())
 
 
+def measure(runs: pd.DataFrame) -> str:
+    """What runs without classes are compared by, in words."""
+    return "relative error" if runs["network"].eq("pinn").any() else "loss"
+
+
 def choose(runs: pd.DataFrame) -> pd.DataFrame:
     """Chooses for each method the point with the best mean validation accuracy over the seeds of the tuning runs.
 

@@ -38,7 +38,7 @@ except ModuleNotFoundError:  # on Windows
 __all__ = ["FAILURES", "LOCK", "PROVIDERS", "ending", "explain", "locked", "run", "workers"]
 
 PROVIDERS = {
-    **dict.fromkeys(("matplotlib", "mlxtend", "numpy", "pandas", "tomli", "tqdm"), "'efcp[analysis]'"),
+    **dict.fromkeys(("matplotlib", "mlxtend", "numpy", "pandas", "scipy", "tomli", "tqdm"), "'efcp[analysis]'"),
     **dict.fromkeys(("llvmlite", "numba"), "'efcp[cpu]'"),
     **dict.fromkeys(
         (

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from efcp.analysis.autoencoders import autoencoder, conv_autoencoder, reconstruction_loss, with_pixels
 from efcp.analysis.data import DataSet, Split
-from efcp.analysis.experiments import read_experiment
+from efcp.analysis.experiments import read_experiments
 from efcp.analysis.gpt import GPT
 from efcp.analysis.methods import CONSTRUCTORS, named_method
 from efcp.analysis.paper import main
@@ -126,7 +126,7 @@ def test_methods_train_a_gpt(name: str):
 def test_an_experiment_is_tuned_by_loss_and_drawn(tmp_path: Path):
     file = tmp_path / "small.toml"
     file.write_text(EXPERIMENT)
-    assert read_experiment(file).task["network"] == "conv-autoencoder"
+    assert read_experiments(file)[0].task["network"] == "conv-autoencoder"
     main([str(file), "--out", str(tmp_path), "--jobs", "1"])
     folder = tmp_path / "small"
     for name in ("curves.png", "rates.png", "memory.png"):

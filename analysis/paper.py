@@ -29,7 +29,15 @@ from efcp.analysis.figures import ExperimentFiles, figures
 from efcp.analysis.loss_figures import loss_figures
 from efcp.analysis.optimum import keep_optimum
 from efcp.analysis.running import Plan, RecordFile, Trainer, cores
-from efcp.analysis.summary import LOOKED_AT, LOSSES, UnfinishedError, markdown, remarks, without_classes
+from efcp.analysis.summary import (
+    LOOKED_AT,
+    UnfinishedError,
+    losses_columns,
+    markdown,
+    measure,
+    remarks,
+    without_classes,
+)
 from efcp.analysis.tasks import load_task_data
 from efcp.perf.command import FAILURES, ending, explain, locked
 
@@ -115,7 +123,8 @@ def report(experiment: Experiment, folder: Path) -> None:
         return
     lines = "\n".join(f"- {line}" for line in remarks(results.runs, summary, timed=False))
     losses = without_classes(results.runs)
-    text = f"{markdown(summary, LOSSES if losses else LOOKED_AT)}\n\n{lines}\n"
+    columns = losses_columns(measure(results.runs)) if losses else LOOKED_AT
+    text = f"{markdown(summary, columns)}\n\n{lines}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
     drawn = loss_figures(results.runs, summary, results.curves, experiment.title) if losses else figures(results)
     for name, figure in drawn.items():

@@ -260,17 +260,20 @@ LOOKED_AT = {
     "Q75": _number("scaling_q75", ".3g"),
 }
 """Columns of a table of methods with diagnostics of their steps."""
-LOSSES = {
-    "test loss": _loss,
-    "validation": _number("val_mean", ".4g"),
-    "lr": _tuned("lr"),
-    "damping": _tuned("damping"),
-    "state, bytes/param": _number("bytes_per_parameter", ".2f"),
-    "without m × m": _number("growing_per_parameter", ".2f"),
-    "step, ms": _number("train_ms", ".0f"),
-    "cos(g, u)": _number("cosine", ".2f"),
-}
-"""Columns of a table of methods on a task without classes."""
+
+
+def losses_columns(what: str) -> dict[str, Callable[[pd.Series], str]]:
+    """Columns of a table of methods on a task without classes, of which `what` is measured."""
+    return {
+        f"test {what}": _loss,
+        "validation": _number("val_mean", ".4g"),
+        "lr": _tuned("lr"),
+        "damping": _tuned("damping"),
+        "state, bytes/param": _number("bytes_per_parameter", ".2f"),
+        "without m × m": _number("growing_per_parameter", ".2f"),
+        "step, ms": _number("train_ms", ".0f"),
+        "cos(g, u)": _number("cosine", ".2f"),
+    }
 
 
 def _labels(runs: pd.DataFrame) -> list[str]:

@@ -649,12 +649,12 @@ class KroneckerW(EFCP):
         momentum: float = 0.9,
         rank: int = 4,
         window: int = 32,
-        damping: float = 0.001,
+        damping: float = 1e-4,
         sides: int = 2,
         refresh_every: int = 1,
         update_rms: float = 0.2,
         momentum_dtype: torch.dtype | None = torch.int8,
-        error_dtype: torch.dtype | None = torch.int4,  # type: ignore[attr-defined]
+        error_dtype: torch.dtype | None = torch.int8,
         maximize: bool = False,
     ) -> None:
         super().__init__(

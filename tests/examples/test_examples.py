@@ -91,3 +91,11 @@ def test_every_example_is_tested_and_in_the_table():
     assert {f"test_{name}" for name in names} <= globals().keys()
     table = (ROOT / "examples" / "README.md").read_text()
     assert names == set(re.findall(r"^\| `(\w+)\.py`", table, re.MULTILINE))
+
+
+@needs("matplotlib", "tqdm")
+def test_pinn(tmp_path):
+    output = run("pinn", "--evaluations", "110", "--plot", str(tmp_path / "pinn.png"))
+    for name in ("Adam", "L-BFGS", "dense M-FAC"):
+        assert 0 < float(re.search(rf"{name} +error ([\d.]+)", output)[1]) < 2
+    assert (tmp_path / "pinn.png").stat().st_size > 10_000

@@ -72,6 +72,11 @@ class Experiment:
     final_seeds: Sequence[int]
     entries: Sequence[Entry]
 
+    @property
+    def group(self) -> str:
+        """The name of the file, if it holds an experiment for each of several data sets; else empty."""
+        return self.name.rpartition("/")[0]
+
     def plans(self, data: DataSet) -> list[Plan]:
         """The runs of each method.
 

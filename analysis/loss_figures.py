@@ -3,6 +3,7 @@
 Of PINNs what is drawn is the relative error of the solution.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from efcp.analysis.methods import ADAM_BYTES
-from efcp.analysis.summary import at_chosen, measure
+from efcp.analysis.summary import Finished, at_chosen, measure
 
 _STYLES = ("-", "--", "-.", ":")
 _MARKERS = "osv^DPXh*<>"
@@ -31,10 +32,7 @@ def loss_figures(runs: pd.DataFrame, summary: pd.DataFrame, curves: pd.DataFrame
         curves: the learning curves of the final runs, with the labels of their methods.
         title: of the experiment.
     """
-    look: dict[str, dict[str, Any]] = {
-        label: {"color": _COLOURS[i % 9], "linestyle": _STYLES[i % 4], "marker": _MARKERS[i % 11]}
-        for i, label in enumerate(summary.index)
-    }
+    look = _look([str(label) for label in summary.index])
     drawn = {
         "curves": _curves(runs, curves, look, title),
         "rates": _rates(runs, look, title),
@@ -45,6 +43,46 @@ def loss_figures(runs: pd.DataFrame, summary: pd.DataFrame, curves: pd.DataFrame
         columns = 3 if len(figure.axes) > 1 else 2
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return drawn
+
+
+def overview_figure(finished: Finished, title: str) -> Figure:
+    """Loss or error of the final runs against seconds of computing, a panel for each data set."""
+    labels = list(dict.fromkeys(label for _, summary, _ in finished.values() for label in summary.index))
+    columns = min(4, len(finished))
+    rows = -(-len(finished) // columns)
+    figure, panels = plt.subplots(
+        rows, columns, figsize=(2.9 * columns, 2.6 * rows + 0.6), layout="constrained", squeeze=False
+    )
+    plt.close(figure)
+    figure.suptitle(title, fontsize=10)
+    for axes, (name, (runs, _, curves)) in zip(panels.flat, finished.items(), strict=False):
+        final = curves[curves["run"].isin(at_chosen(runs)["run"])]
+        for label, style in _look(labels).items():
+            own = (
+                final[final["label"] == label].groupby("step").agg(x=("cpu_seconds", "mean"), y=("val_loss", "median"))
+            )
+            axes.plot(own["x"], own["y"], **(style | {"marker": ""}), label=label)
+        axes.set_title(name, fontsize=9)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=7)
+    for axes in panels.flat[len(finished) :]:
+        axes.set_visible(False)
+    for axes in panels[-1]:
+        axes.set_xlabel("seconds, one thread", fontsize=8)
+    for axes in panels[:, 0]:
+        axes.set_ylabel(f"{measure(runs)}, median", fontsize=8)
+    handles, names = panels.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def _look(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, line and marker of each method."""
+    return {
+        label: {"color": _COLOURS[i % 9], "linestyle": _STYLES[i % 4], "marker": _MARKERS[i % 11]}
+        for i, label in enumerate(labels)
+    }
 
 
 def _figure(panels: int, title: str) -> Figure:

@@ -26,7 +26,7 @@ from pathlib import Path
 from efcp.analysis.data import DataSet
 from efcp.analysis.experiments import Experiment, find_experiment, names, read_experiments
 from efcp.analysis.figures import ExperimentFiles, figures
-from efcp.analysis.loss_figures import loss_figures
+from efcp.analysis.loss_figures import loss_figures, overview_figure
 from efcp.analysis.optimum import keep_optimum
 from efcp.analysis.running import Plan, RecordFile, Trainer, cores
 from efcp.analysis.summary import (
@@ -35,6 +35,7 @@ from efcp.analysis.summary import (
     losses_columns,
     markdown,
     measure,
+    overview,
     remarks,
     without_classes,
 )
@@ -70,13 +71,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if args.plot_only:
                     with locked(folder):
                         report(experiment, folder)
-                    continue
-                data = load_task_data(experiment.task["data_set"], experiment.task.get("train_size"), args.data_dir)
-                plans = experiment.plans(data)
-                folder.mkdir(parents=True, exist_ok=True)
-                with locked(folder):
-                    run_experiment(experiment.name, data, plans, folder, args.jobs, end)
-                    report(experiment, folder)
+                else:
+                    task = experiment.task
+                    data = load_task_data(task["data_set"], task.get("train_size"), args.data_dir)
+                    plans = experiment.plans(data)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    with locked(folder):
+                        run_experiment(experiment.name, data, plans, folder, args.jobs, end)
+                        report(experiment, folder)
+                if experiment.group:
+                    report_group(experiment.group, [e for e in experiments if e.group == experiment.group], args.out)
             except FAILURES as error:  # data that is not there, say: the others can go on
                 errors.append(f"{experiment.name}: {explain(error)}")
                 print(errors[-1], file=sys.stderr)
@@ -130,6 +134,26 @@ def report(experiment: Experiment, folder: Path) -> None:
     for name, figure in drawn.items():
         figure.savefig(folder / f"{name}.png")
     print(f"Written to {folder}: table.md, {', '.join(f'{name}.png' for name in drawn)}")
+
+
+def report_group(name: str, experiments: Sequence[Experiment], out: Path) -> None:
+    """Writes a table and a plot of all the data sets of a file of experiments, as far as they are finished.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    finished = {}
+    for experiment in experiments:
+        try:
+            results = ExperimentFiles(out / experiment.name, experiment.title)
+            finished[experiment.task["data_set"]] = results.runs, results.summary, results.curves
+        except (FileNotFoundError, UnfinishedError):
+            continue
+    if not finished:
+        return
+    (out / name / "overview.md").write_text(f"{overview(finished)}\n", encoding="utf-8")
+    overview_figure(finished, experiments[0].title.rpartition(": ")[0]).savefig(out / name / "overview.png")
+    print(f"Written to {out / name}: overview.md, overview.png")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -167,6 +167,20 @@ def markdown(summary: pd.DataFrame, columns: Mapping[str, Callable[[pd.Series], 
     return table([("method", *columns), *rows], aligned=True)
 
 
+Finished = Mapping[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]]
+"""For each data set its runs, their summary and the learning curves of the final runs."""
+
+
+def overview(finished: Finished) -> str:
+    """Mean and standard deviation of the test loss or error, a row for each method, a column for each data set."""
+    labels = list(dict.fromkeys(label for _, summary, _ in finished.values() for label in summary.index))
+    rows = []
+    for label in labels:
+        own = [summary.loc[label] if label in summary.index else None for _, summary, _ in finished.values()]
+        rows.append((label, *("" if row is None else _loss(row, 2) for row in own)))
+    return table([("method", *finished), *rows], aligned=True)
+
+
 def remarks(runs: pd.DataFrame, summary: pd.DataFrame, timed: bool = True) -> list[str]:
     """Lines on what the table does not say: settings, what is missing, and what went wrong.
 
@@ -229,8 +243,8 @@ def _tuned(*names: str) -> Callable[[pd.Series], str]:
     return cell
 
 
-def _loss(row: pd.Series) -> str:
-    return f"{row['test_mean']:.4g}" + ("" if pd.isna(row["test_std"]) else f" ± {row['test_std']:.2g}")
+def _loss(row: pd.Series, digits: int = 4) -> str:
+    return f"{row['test_mean']:.{digits}g}" + ("" if pd.isna(row["test_std"]) else f" ± {row['test_std']:.2g}")
 
 
 def _accuracy(row: pd.Series) -> str:

@@ -216,3 +216,6 @@ grid = "some"
         runs = pd.read_csv(tmp_path / name / "runs.csv")
         assert set(runs["data_set"]) == {name.split("/")[1]}
         assert len(runs) == 2 * (2 + 2)
+    overview = (tmp_path / "pair" / "overview.md").read_text()
+    assert all(word in overview for word in ("convection-5", "poisson", "AdamW", "L-BFGS"))
+    assert (tmp_path / "pair" / "overview.png").stat().st_size > 10_000

@@ -18,7 +18,7 @@ from efcp.analysis.equations import (
     reaction_solution,
 )
 from efcp.analysis.experiments import read_experiments
-from efcp.analysis.methods import LineSearchLBFGS, named_method
+from efcp.analysis.methods import LineSearchLBFGS, Method, named_method
 from efcp.analysis.paper import main
 from efcp.analysis.pinns import SINGLE, load_points, pinn, relative_error
 from efcp.analysis.tasks import Task, load_task_data
@@ -180,9 +180,18 @@ def test_line_search_keeps_its_first_step():
 
     data = load_task_data("poisson", 32)
     task = Task("pinn", "poisson", (2,), 32, 3, 32, width=4, layers=1, evaluations=1, diagnostics=1)
-    method = named_method("L-BFGS, line search", {})
-    train(Run("tune", task, type(method)(method.name, Watched, {}), 0.5, 0), data)
+    train(Run("tune", task, Method("watched", Watched, {}), 0.5, 0), data)
     assert lengths == [0.5] * 3
+
+
+def test_a_rate_in_a_tensor_follows_the_schedule():
+    data = load_task_data("poisson", 32)
+    task = Task("pinn", "poisson", (2,), 32, 4, 32, width=4, layers=1, evaluations=1, diagnostics=1)
+    losses = [
+        train(Run("tune", task, Method("AdamW", constructor, {}), 0.1, 0), data).record["val_loss"]
+        for constructor in (torch.optim.AdamW, lambda params, lr: torch.optim.AdamW(params, torch.tensor(lr)))
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
 def test_an_experiment_of_several_equations(tmp_path: Path):

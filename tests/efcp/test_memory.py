@@ -92,3 +92,12 @@ def test_report_prints_a_table():
 def test_bad_options_are_refused_as_by_the_optimizer():
     with pytest.raises(ValueError, match="density must lie in"):
         efcp.estimate_memory(10, density=2)
+
+
+def test_state_in_wrapped_tensors_counts_as_what_is_held():
+    """torchao's 8-bit state says that it is float32, and holds a byte an element and a scale for 64 elements."""
+    wrapped = pytest.importorskip("torchao.optim.subclass_8bit").OptimState8bit.zeros((64, 32), block_size=64)
+    p = torch.nn.Parameter(torch.zeros(64, 32))
+    optimizer = torch.optim.AdamW([p])
+    optimizer.state[p]["exp_avg"] = wrapped
+    assert memory_report(optimizer).tensors == {"exp_avg": 2048 + 4 * 2048 // 64 + 4 * 256}

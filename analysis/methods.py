@@ -113,6 +113,7 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "MFACW, split, float state": (MFACW, {**FLOATS, **SPLIT}),
     "KroneckerW": (KroneckerW, {}),
     "KroneckerW, split": (KroneckerW, SPLIT),
+    "KroneckerW, split, momentum in 16 bits": (KroneckerW, {"momentum_dtype": torch.bfloat16, **SPLIT}),
     "normalised momentum": (MFACW, {"damping": 1e6, "rank": 1, "window": 1, **FLOATS}),
     "normalised momentum, split": (MFACW, {"damping": 1e6, "rank": 1, "window": 1, **FLOATS, **SPLIT}),
     "Muon": (_muon, SPLIT),

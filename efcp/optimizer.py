@@ -89,11 +89,11 @@ class EFCP(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 0.02,
         compressor: Compressor = TopK(),
         preconditioner: Preconditioner = MFAC(),
         *,
-        window: int = 1024,
+        window: int = 64,
         direction: str = "row",
         momentum: float = 0.0,
         beta1: float = 0.0,

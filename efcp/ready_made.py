@@ -23,8 +23,8 @@ class SparseMFAC(EFCP):
 
     Args:
         params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
-        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: start from 1.3 / window. With
-            more damping it may be larger.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: start from 1.3 / window, which
+            the default is. With more damping it may be larger.
         window: m, how many gradients are kept, ≥ 1. Memory grows with window · density. Fixed from the first step on.
         density: the share of entries kept of each gradient, in (0, 1]: ceil(density · L) of a block of L entries. Fixed
             from the first step on.
@@ -63,11 +63,11 @@ class SparseMFAC(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 0.02,
         *,
-        window: int = 1024,
+        window: int = 64,
         density: float = 0.01,
-        damping: float = 1e-4,
+        damping: float = 1e-3,
         relative_damping: bool = False,
         block_size: int = 4096,
         direction: str = "row",
@@ -112,8 +112,8 @@ class LowRankMFAC(EFCP):
 
     Args:
         params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
-        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: start from 1.3 / window. With
-            more damping it may be larger.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: start from 1.3 / window, which
+            the default is. With more damping it may be larger.
         window: m, how many gradients are kept, ≥ 1. Memory grows with window · rank. Fixed from the first step on.
         rank: r, the rank of what is kept of a gradient matrix, ≥ 1. Fixed from the first step on.
         power_iterations: of each step, ≥ 1. More come closer to the best approximation of that rank, and take no
@@ -151,12 +151,12 @@ class LowRankMFAC(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 0.02,
         *,
-        window: int = 1024,
+        window: int = 64,
         rank: int = 4,
         power_iterations: int = 1,
-        damping: float = 1e-4,
+        damping: float = 1e-3,
         relative_damping: bool = False,
         direction: str = "row",
         momentum: float = 0.0,
@@ -198,8 +198,8 @@ class DenseMFAC(EFCP):
 
     Args:
         params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
-        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: start from 1.3 / window. With
-            more damping it may be larger.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: start from 1.3 / window, which
+            the default is. With more damping it may be larger.
         window: m, how many gradients are kept, ≥ 1. Each takes as much memory as the parameters. Fixed from the first
             step on.
         damping: λ > 0, in the units of a squared gradient. The larger it is, the more the step resembles SGD's. Start
@@ -230,10 +230,10 @@ class DenseMFAC(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 0.01,
         *,
-        window: int = 1024,
-        damping: float = 1e-4,
+        window: int = 128,
+        damping: float = 1e-3,
         relative_damping: bool = False,
         direction: str = "row",
         momentum: float = 0.0,
@@ -274,7 +274,7 @@ class SparseGGT(EFCP):
     Args:
         params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
         lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: updates u are never longer than
-            1. SparseGGT wanted 0.3 to 1 in our experiments (analysis/README.md).
+            1. SparseGGT wanted 0.3 to 1 in our experiments.
         window: m, how many gradients are kept, ≥ 1. Memory grows with window · density. Fixed from the first step on.
         density: the share of entries kept of each gradient, in (0, 1]: ceil(density · L) of a block of L entries. Fixed
             from the first step on.
@@ -317,7 +317,7 @@ class SparseGGT(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 0.3,
         *,
         window: int = 100,
         density: float = 0.01,
@@ -369,7 +369,7 @@ class LowRankGGT(EFCP):
     Args:
         params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
         lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: updates u are never longer than
-            1. SparseGGT wanted 0.3 to 1 in our experiments (analysis/README.md).
+            1. SparseGGT wanted 0.3 to 1 in our experiments.
         window: m, how many gradients are kept, ≥ 1. Memory grows with window · rank. Fixed from the first step on.
         rank: r, the rank of what is kept of a gradient matrix, ≥ 1. Fixed from the first step on.
         power_iterations: of each step, ≥ 1. More come closer to the best approximation of that rank, and take no
@@ -411,7 +411,7 @@ class LowRankGGT(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 0.3,
         *,
         window: int = 100,
         rank: int = 4,
@@ -463,7 +463,7 @@ class DenseGGT(EFCP):
     Args:
         params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
         lr: learning rate, ≥ 0: a float or a tensor of one element. Not on Adam's scale: updates u are never longer than
-            1. SparseGGT wanted 0.3 to 1 in our experiments (analysis/README.md).
+            1. SparseGGT wanted 0.3 to 1 in our experiments.
         window: m, how many gradients are kept, ≥ 1. Each takes as much memory as the parameters. Fixed from the first
             step on.
         eps: ε > 0, in the units of a gradient; added to the square root of the Gram matrix.
@@ -498,7 +498,7 @@ class DenseGGT(EFCP):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float | Tensor = 0.3,
         *,
         window: int = 100,
         eps: float = 1e-5,

@@ -43,7 +43,7 @@ class MFAC(Preconditioner):
         ValueError: for other values.
     """
 
-    damping: float = 1e-4
+    damping: float = 1e-3
     relative: bool = False
 
     fixed = ("relative",)

@@ -295,7 +295,7 @@ def test_state_of_another_rank_is_refused(changes, message):
 def test_memory_of_a_large_layer():
     """At m = 1024 and rank 4 a 1024 × 1024 layer takes 16 bytes an element in bfloat16, and its error 4."""
     p = torch.nn.Parameter(torch.empty(1024, 1024, device="meta"))
-    report = estimate_memory([p], LowRankMFAC)
+    report = estimate_memory([p], LowRankMFAC, window=1024)
     assert report.tensors["left"] + report.tensors["right"] == 16 * p.numel()
     assert report.tensors["error"] == 4 * p.numel()
     assert report.tensors["basis"] == 4 * 4 * 1024

@@ -619,13 +619,15 @@ class KroneckerW(EFCP):
 
     Args:
         params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
-        lr: learning rate, ≥ 0: a float or a tensor of one element. Start from two to three times AdamW's.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Start from AdamW's; language
+            models want three to ten times as much.
         weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
             weight_decay.
         momentum: in [0, 1), of the dense momentum a.
         rank: r, the rank of what is kept of a gradient matrix, ≥ 1. Fixed from the first step on.
         window: m, how many gradients are kept, ≥ 1. Fixed from the first step on.
-        damping: κ > 0: δ is κ times the mean of a factor's diagonal.
+        damping: κ > 0: δ is κ times the mean of a factor's diagonal. The default is for language models; 1e-3 for
+            networks of images.
         sides: 2: both factors. 1: that of the shorter side alone, with the power −1/2. Fixed from the first step on.
         refresh_every: steps from one decomposition of the factors to the next, ≥ 1. More save time and cost quality:
             the rows in between do not count. Fixed from the first step on.

@@ -46,7 +46,7 @@ class Kronecker(LocalPreconditioner):
         ValueError: for other values.
     """
 
-    damping: float = 0.01
+    damping: float = 1e-4
     sides: int = 2
     refresh_every: int = 1
 

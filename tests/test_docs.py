@@ -32,7 +32,8 @@ def blocks(page):
 def train(model, optimizer, steps):
     for _ in range(steps):
         optimizer.zero_grad()
-        model(torch.randn(5, next(model.parameters()).shape[1])).square().mean().backward()
+        weight = next(model.parameters())
+        model(torch.randn(5, weight.shape[1], dtype=weight.dtype)).square().mean().backward()
         optimizer.step()
 
 

@@ -23,10 +23,11 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+from efcp.analysis.comparison import comparison_figures, overview_figure
 from efcp.analysis.data import DataSet
 from efcp.analysis.experiments import Experiment, find_experiment, names, read_experiments
 from efcp.analysis.figures import ExperimentFiles, figures
-from efcp.analysis.loss_figures import loss_figures, overview_figure
+from efcp.analysis.methods import DENSE, LOW_RANK, SPARSE
 from efcp.analysis.optimum import keep_optimum
 from efcp.analysis.running import Plan, RecordFile, Trainer, cores
 from efcp.analysis.summary import (
@@ -130,7 +131,10 @@ def report(experiment: Experiment, folder: Path) -> None:
     columns = losses_columns(measure(results.runs)) if losses else LOOKED_AT
     text = f"{markdown(summary, columns)}\n\n{lines}\n"
     (folder / "table.md").write_text(text, encoding="utf-8")
-    drawn = loss_figures(results.runs, summary, results.curves, experiment.title) if losses else figures(results)
+    if losses or not summary["method"].isin([DENSE, SPARSE, LOW_RANK]).any():
+        drawn = comparison_figures(results.runs, summary, results.curves, experiment.title)
+    else:
+        drawn = figures(results)
     for name, figure in drawn.items():
         figure.savefig(folder / f"{name}.png")
     print(f"Written to {folder}: table.md, {', '.join(f'{name}.png' for name in drawn)}")

@@ -70,7 +70,9 @@ def without_classes(runs: pd.DataFrame) -> bool:
 
 
 def measure(runs: pd.DataFrame) -> str:
-    """What runs without classes are compared by, in words."""
+    """What runs are compared by, in words."""
+    if not without_classes(runs):
+        return "accuracy, %"
     return "relative error" if runs["network"].eq("pinn").any() else "loss"
 
 

@@ -1,6 +1,6 @@
-"""Plots of experiments without classes: loss against time, against the learning rate, and against memory.
+"""Plots of experiments that compare classes of optimizers: quality against time, learning rate, and memory.
 
-Of PINNs what is drawn is the relative error of the solution.
+Quality is the accuracy in %; where there are no classes the loss; of PINNs the relative error of the solution.
 """
 
 from collections.abc import Sequence
@@ -16,14 +16,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from efcp.analysis.methods import ADAM_BYTES
-from efcp.analysis.summary import Finished, at_chosen, measure
+from efcp.analysis.summary import Finished, at_chosen, measure, without_classes
 
-_STYLES = ("-", "--", "-.", ":")
+_STYLES = ("-", "--", "-.", ":", (0, (7, 1.5)), (0, (4, 1, 1, 1, 1, 1)), (0, (1, 3)))
 _MARKERS = "osv^DPXh*<>"
 _COLOURS = ("#000000", "#1f5fa8", "#c2571a", "#2a7f3f", "#8a3a8f", "#a88a00", "#7a7a7a", "#00838f", "#b0306a")
 
 
-def loss_figures(runs: pd.DataFrame, summary: pd.DataFrame, curves: pd.DataFrame, title: str) -> dict[str, Figure]:
+def comparison_figures(
+    runs: pd.DataFrame, summary: pd.DataFrame, curves: pd.DataFrame, title: str
+) -> dict[str, Figure]:
     """All plots, by name: "curves", "rates" and "memory".
 
     Args:
@@ -46,7 +48,7 @@ def loss_figures(runs: pd.DataFrame, summary: pd.DataFrame, curves: pd.DataFrame
 
 
 def overview_figure(finished: Finished, title: str) -> Figure:
-    """Loss or error of the final runs against seconds of computing, a panel for each data set."""
+    """What the final runs reached in validation against seconds of computing, a panel for each data set."""
     labels = list(dict.fromkeys(label for _, summary, _ in finished.values() for label in summary.index))
     columns = min(4, len(finished))
     rows = -(-len(finished) // columns)
@@ -59,16 +61,18 @@ def overview_figure(finished: Finished, title: str) -> Figure:
         final = curves[curves["run"].isin(at_chosen(runs)["run"])]
         for label, style in _look(labels).items():
             own = (
-                final[final["label"] == label].groupby("step").agg(x=("cpu_seconds", "mean"), y=("val_loss", "median"))
+                final[final["label"] == label]
+                .groupby("step")
+                .agg(x=("cpu_seconds", "mean"), y=(_column(runs), "median"))
             )
             axes.plot(own["x"], own["y"], **(style | {"marker": ""}), label=label)
         axes.set_title(name, fontsize=9)
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=7)
+        axes.tick_params(which="both", labelsize=7)
     for axes in panels.flat[len(finished) :]:
         axes.set_visible(False)
-    for axes in panels[-1]:
+    for axes in panels.flat[max(0, len(finished) - columns) : len(finished)]:  # those with no panel below
         axes.set_xlabel("seconds, one thread", fontsize=8)
     for axes in panels[:, 0]:
         axes.set_ylabel(f"{measure(runs)}, median", fontsize=8)
@@ -80,7 +84,7 @@ def overview_figure(finished: Finished, title: str) -> Figure:
 def _look(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, line and marker of each method."""
     return {
-        label: {"color": _COLOURS[i % 9], "linestyle": _STYLES[i % 4], "marker": _MARKERS[i % 11]}
+        label: {"color": _COLOURS[i % 9], "linestyle": _STYLES[i % 7], "marker": _MARKERS[i % 11]}
         for i, label in enumerate(labels)
     }
 
@@ -94,49 +98,57 @@ def _figure(panels: int, title: str) -> Figure:
     return figure
 
 
-def _plain_log(axes: Axes) -> None:
-    """Makes the vertical axis logarithmic, with plain numbers at its ticks where it spans less than a decade or two."""
+def _column(runs: pd.DataFrame) -> str:
+    """The column of what is drawn."""
+    return "val_loss" if without_classes(runs) else "val_accuracy"
+
+
+def _scale(axes: Axes, runs: pd.DataFrame) -> None:
+    """Makes the axis of losses logarithmic, with plain numbers at its ticks where it spans little."""
+    axes.grid(alpha=0.3, which="both")
+    if not without_classes(runs):
+        return
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 30 * low:
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.yaxis.set_minor_formatter(ScalarFormatter())
     axes.tick_params(axis="y", which="minor", labelsize=7)
-    axes.grid(alpha=0.3, which="both")
 
 
 def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
-    """Validation loss of the final runs against steps, and against seconds of computing."""
+    """What the final runs reached in validation, against steps, and against seconds of computing."""
     figure = _figure(2, title)
     labelled = curves[curves["run"].isin(at_chosen(runs)["run"])]
     for axes, x, what in zip(figure.axes, ("step", "cpu_seconds"), ("steps", "seconds, one thread"), strict=True):
         for label, style in look.items():
-            own = labelled[labelled["label"] == label].groupby("step").agg(x=(x, "mean"), y=("val_loss", "mean"))
+            own = labelled[labelled["label"] == label].groupby("step").agg(x=(x, "mean"), y=(_column(runs), "mean"))
             axes.plot(own["x"], own["y"], **(style | {"marker": ""}), label=label)
         axes.set_xlabel(what)
         axes.set_ylabel(f"validation {measure(runs)}")
-        _plain_log(axes)
+        _scale(axes, runs)
     return figure
 
 
 def _rates(runs: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
-    """Validation loss of the tuning runs against the learning rate, on whatever else is tuned at its best."""
+    """What the tuning runs reached in validation against the learning rate, on whatever else is tuned at its best."""
     figure = _figure(1, title)
     axes = figure.axes[0]
     tuning = runs[(runs["phase"] == "tune") & ~runs["diverged"].eq(True)]
     for label, style in look.items():
         own = tuning[tuning["label"] == label]
-        best = own.groupby(["lr", "damping"], dropna=False)["val_loss"].mean().groupby("lr").min()
+        means = own.groupby(["lr", "damping"], dropna=False)[_column(runs)].mean().groupby("lr")
+        best = means.min() if without_classes(runs) else means.max()
         axes.plot(best.index, best.to_numpy(), **style, markersize=4, label=label)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel(f"validation {measure(runs)}")
-    _plain_log(axes)
+    _scale(axes, runs)
     return figure
 
 
 def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str, what: str) -> Figure:
-    """Test loss or error against bytes of state, with standard deviations over seeds."""
+    """What the final runs reached in the test against bytes of state, with standard deviations over seeds."""
     figure = _figure(1, title)
     axes = figure.axes[0]
     for label, row in summary.iterrows():

@@ -48,7 +48,7 @@ def comparison_figures(
 
 
 def overview_figure(finished: Finished, title: str) -> Figure:
-    """What the final runs reached in validation against seconds of computing, a panel for each data set."""
+    """Draws what the final runs reached in validation against seconds of computing, a panel for each data set."""
     labels = list(dict.fromkeys(label for _, summary, _ in finished.values() for label in summary.index))
     columns = min(4, len(finished))
     rows = -(-len(finished) // columns)
@@ -57,9 +57,10 @@ def overview_figure(finished: Finished, title: str) -> Figure:
     )
     plt.close(figure)
     figure.suptitle(title, fontsize=10)
+    look = _look(labels)
     for axes, (name, (runs, _, curves)) in zip(panels.flat, finished.items(), strict=False):
         final = curves[curves["run"].isin(at_chosen(runs)["run"])]
-        for label, style in _look(labels).items():
+        for label, style in look.items():
             own = (
                 final[final["label"] == label]
                 .groupby("step")
@@ -67,7 +68,8 @@ def overview_figure(finished: Finished, title: str) -> Figure:
             )
             axes.plot(own["x"], own["y"], **(style | {"marker": ""}), label=label)
         axes.set_title(name, fontsize=9)
-        axes.set_yscale("log")
+        if without_classes(runs):
+            axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.tick_params(which="both", labelsize=7)
     for axes in panels.flat[len(finished) :]:
@@ -99,7 +101,7 @@ def _figure(panels: int, title: str) -> Figure:
 
 
 def _column(runs: pd.DataFrame) -> str:
-    """The column of what is drawn."""
+    """The name of the column that is drawn."""
     return "val_loss" if without_classes(runs) else "val_accuracy"
 
 
@@ -117,7 +119,7 @@ def _scale(axes: Axes, runs: pd.DataFrame) -> None:
 
 
 def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
-    """What the final runs reached in validation, against steps, and against seconds of computing."""
+    """Draws what the final runs reached in validation, against steps and against seconds of computing."""
     figure = _figure(2, title)
     labelled = curves[curves["run"].isin(at_chosen(runs)["run"])]
     for axes, x, what in zip(figure.axes, ("step", "cpu_seconds"), ("steps", "seconds, one thread"), strict=True):
@@ -131,7 +133,7 @@ def _curves(runs: pd.DataFrame, curves: pd.DataFrame, look: dict[str, dict[str, 
 
 
 def _rates(runs: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
-    """What the tuning runs reached in validation against the learning rate, on whatever else is tuned at its best."""
+    """Draws what the tuning runs reached against the learning rate, with whatever else is tuned at its best."""
     figure = _figure(1, title)
     axes = figure.axes[0]
     tuning = runs[(runs["phase"] == "tune") & ~runs["diverged"].eq(True)]
@@ -148,7 +150,7 @@ def _rates(runs: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> F
 
 
 def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str, what: str) -> Figure:
-    """What the final runs reached in the test against bytes of state, with standard deviations over seeds."""
+    """Draws what the final runs reached in the test against bytes of state, with standard deviations over seeds."""
     figure = _figure(1, title)
     axes = figure.axes[0]
     for label, row in summary.iterrows():

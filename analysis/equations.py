@@ -40,12 +40,11 @@ class Equation:
         low: the rectangle's corner with the smallest coordinates.
         high: that with the largest.
         residual: from u (n,) and points (n, 2), through which u was computed, and the network: (n,).
-        conditions: from a network and a function that makes a tensor from nested lists: residuals of the conditions, a
-            tensor for each.
+        conditions: from a network and the rectangle's edges, how far each condition is from fulfilled: a list of (n,).
         solution: the solution at points (n, 2): (n,).
         harmonics: the number of sines and cosines of x that the network sees in place of x. It is then periodic.
         weight: of the conditions in the loss.
-        unknown: the name and the true value of a coefficient that is to be found, if there is one.
+        unknown: the true value of a coefficient that is to be found, if there is one.
     """
 
     low: tuple[float, float]
@@ -55,7 +54,7 @@ class Equation:
     solution: Callable[[Array], Array]
     harmonics: int = 0
     weight: float = 1.0
-    unknown: tuple[str, float] | None = None
+    unknown: float | None = None
 
     def loss(self, model: nn.Module, points: Tensor) -> Tensor:
         """The mean square of the residual at points (n, 2), and of what the conditions lack: ()."""
@@ -128,7 +127,7 @@ def burgers_solution(points: Array, nodes: int = 200) -> Array:
 
 
 def _burgers_data() -> tuple[Array, Array]:
-    """What is known in the inverse problem: 100 points (100, 2), and u there, (100,)."""
+    """Returns the data of the inverse problem: 100 points (100, 2), and u there, (100,)."""
     points = np.random.default_rng(1).uniform((-1, 0.05), (1, 1), size=(100, 2))
     return points, burgers_solution(points)
 
@@ -143,9 +142,7 @@ def _burgers_inverse() -> Equation:
         known, there = (torch.as_tensor(array, dtype=edges.dtype) for array in (points, values))
         return [model(known) - there]
 
-    return Equation(
-        (-1.0, 0.0), (1.0, 1.0), residual, conditions, burgers_solution, unknown=("viscosity", VISCOSITY), weight=10.0
-    )
+    return Equation((-1.0, 0.0), (1.0, 1.0), residual, conditions, burgers_solution, unknown=VISCOSITY, weight=10.0)
 
 
 def _allen_cahn_residual(u: Tensor, points: Tensor, _: nn.Module) -> Tensor:

@@ -165,7 +165,7 @@ class Method:
         return self.constructor(self._params(model), lr=lr, **self._own)
 
     def estimate(self, model: nn.Module) -> MemoryReport | None:
-        """What `efcp.estimate_memory` expects of a windowed method; None for any other."""
+        """Estimates the state of a windowed method, with `efcp.estimate_memory`; None for any other."""
         if self._windowed:
             return estimate_memory(self._params(model), self.constructor, **self._own)  # type: ignore[arg-type]
         return None

@@ -102,7 +102,7 @@ def relative_error(data_set: str, model: nn.Module, split: Split) -> float:
     problem = equation(data_set.removesuffix(SINGLE))
     if problem.unknown:
         assert isinstance(model, PINN)
-        return abs(model.coefficient().item() / problem.unknown[1] - 1)
+        return abs(model.coefficient().item() / problem.unknown - 1)
     difference = model(split.inputs).double() - split.labels.double()
     return (torch.linalg.vector_norm(difference) / torch.linalg.vector_norm(split.labels.double())).item()
 

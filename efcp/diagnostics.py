@@ -14,7 +14,6 @@ from torch import Tensor
 from efcp.gram import Gram
 from efcp.kernels import Update, accumulation_dtype
 from efcp.parameter_sets import ParameterSet
-from efcp.windows.base import error_of, floats
 
 QUANTILES = {"scaling_q25": 0.25, "scaling_q50": 0.5, "scaling_q75": 0.75}
 
@@ -71,9 +70,9 @@ def _errors(sets: Sequence[ParameterSet]) -> Iterator[Tensor]:
     """All errors as floating point, one at a time where they are in few bits."""
     for s in sets:
         for state in s.states:
-            error = error_of(state)
+            error = s.compressor.error(state)
             if error is not None:
-                yield floats(error, numel=state["numel"])
+                yield error
 
 
 def _norm(tensors: Iterable[Tensor]) -> float | None:

@@ -71,7 +71,7 @@ def keeps_momentum(group: dict[str, Any]) -> bool:
 
 def dtypes(param: Tensor, state: dict[str, Any]) -> tuple[torch.dtype | None, ...]:
     """The dtypes of gradient, error, momentum and average. They may differ from the parameter's."""
-    own = (state[name].dtype for name in ("error", "momentum", "average") if name in state)
+    own = (state[name].dtype for name in ("error", "error_codes", "momentum", "average") if name in state)
     return (None if param.grad is None else param.grad.dtype), *own
 
 
@@ -101,6 +101,7 @@ class ParameterSet:
         self, group: dict[str, Any], compressor: Compressor, params: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
         self.group, self.params, self.states, self.device = group, params, states, params[0].device
+        self.compressor = compressor
         self.window = compressor.bind(states, params)
         require(len(self.window) == group["window"], "window", f"stay what it was, {len(self.window)}", group["window"])
 

@@ -49,8 +49,8 @@ class SparseMFAC(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept entries: torch.bfloat16 or torch.float32.
-        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
-            parameters, and float32 for all others.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, 1.06 or
+            0.53 bytes an entry. None takes float64 for float64 parameters, and float32 for all others.
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
@@ -137,8 +137,8 @@ class LowRankMFAC(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept factors: torch.bfloat16 or torch.float32.
-        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
-            parameters, and float32 for all others.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, 1.06 or
+            0.53 bytes an entry. None takes float64 for float64 parameters, and float32 for all others.
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
@@ -303,8 +303,8 @@ class SparseGGT(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept entries: torch.bfloat16 or torch.float32.
-        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
-            parameters, and float32 for all others.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, 1.06 or
+            0.53 bytes an entry. None takes float64 for float64 parameters, and float32 for all others.
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
@@ -397,8 +397,8 @@ class LowRankGGT(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept factors: torch.bfloat16 or torch.float32.
-        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
-            parameters, and float32 for all others.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, 1.06 or
+            0.53 bytes an entry. None takes float64 for float64 parameters, and float32 for all others.
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from efcp.kernels.addresses import (
+    Errors,
     Momenta,
     check_average,
+    check_compress,
     check_group,
     check_inverse_root,
     check_lowbit,
@@ -25,7 +27,7 @@ from efcp.kernels.addresses import (
     momentum_addresses,
 )
 from efcp.kernels.blocks import SparseRows
-from efcp.kernels.lowbit import BLOCK, LowBit, decoded, encoded, parts, replace_
+from efcp.kernels.lowbit import BLOCK, LowBit, decoded, decoded_pieces, encoded, encoded_pieces, parts, pieces, replace_
 from efcp.kernels.update import Update
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
@@ -62,19 +64,27 @@ def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
 
 
 def compress_(
-    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[SparseRows], slot: Tensor, finite: Tensor
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    finite: Tensor,
+    keys: Sequence[Tensor] = (),
 ) -> None:
-    check_group(rows, grads=grads, errors=errors)
-    check_numbers(rows[0].values, slot=slot, finite=finite)
+    check_compress(grads, errors, rows, slot, finite, keys)
     for number, (grad, (values, indices, blocks)) in enumerate(zip(grads, rows, strict=True)):
+        error, key = errors[number] if errors else None, keys[number] if keys else None
         for part in blocks.parts(PART):
             if grad is None:
                 values[part.blocks, :, : part.kept].index_fill_(1, slot, 0.0)
                 continue
             g = grad[part.elements].view(-1, part.length)
             a = g.to(accumulation_dtype(grad.dtype))
-            if errors:
-                e = errors[number][part.elements].view(-1, part.length)
+            if isinstance(error, LowBit):
+                few = pieces(error, blocks.size, part.blocks.start, len(g), part.length)
+                a = decoded_pieces(few, part.length).to(a.dtype) + a
+            elif error is not None:
+                e = error[part.elements].view(-1, part.length)
                 a = e.to(a.dtype) + a
             a = torch.where(finite, a, 0.0)
             index = largest(a, part.kept)  # (blocks, k)
@@ -82,8 +92,12 @@ def compress_(
             stored = selected.to(values.dtype)
             values[part.blocks, :, : part.kept].index_copy_(1, slot, stored.unsqueeze(1))
             indices[part.blocks, :, : part.kept].index_copy_(1, slot, index.to(indices.dtype).unsqueeze(1))
-            if errors:
-                rest = a.scatter_(1, index, selected - stored)
+            rest = a.scatter_(1, index, selected - stored)
+            if isinstance(error, LowBit):
+                new = encoded_pieces(rest.float(), error.codes.dtype, part.elements.start, key)
+                for old, other in zip(few, new, strict=True):
+                    old.copy_(torch.where(finite, other, old))
+            elif error is not None:
                 e.copy_(torch.where(finite, rest.to(e.dtype), e))
 
 

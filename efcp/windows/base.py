@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from efcp.checks import check_numbers, plain, require_dtype
-from efcp.kernels import LowBit, Momenta, Update, accumulation_dtype, add_lowbit_
+from efcp.kernels import LowBit, Momenta, Update, accumulation_dtype, add_lowbit_, allocate_lowbit
 
 
 class Window(ABC):
@@ -208,6 +208,11 @@ class Compressor(ABC):
         """
         check_numbers(where, state)
 
+    def error(self, state: dict[str, Any]) -> Tensor | None:
+        """The error in a parameter's state as floating point, (n,); None where there is none."""
+        error = error_of(state)
+        return None if error is None else floats(error, numel=state["numel"])
+
     @abstractmethod
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
         """The window of parameters with these states, which have been made by `allocate` or loaded.
@@ -241,10 +246,29 @@ def floats(
     return decoded
 
 
-ERROR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+BITS = {torch.int8: 8, torch.int4: 4}  # type: ignore[attr-defined]  # of an error
+ERROR_DTYPES = (torch.bfloat16, torch.float32, torch.float64, *BITS)
 
 
-def choose_dtypes(options: Any, error_dtypes: tuple[torch.dtype, ...] = ERROR_DTYPES) -> None:
+def allocate_error(
+    numel: int, dtype: torch.dtype, device: torch.device, block_size: int | None = None
+) -> dict[str, Tensor]:
+    """State for an error of n zeros: `error` (n,); or `error_codes` and `error_scales`, and `error_draws` in 4 bits.
+
+    Args:
+        dtype: one of ERROR_DTYPES.
+        block_size: how many elements are rounded to few bits by themselves; None for all together.
+    """
+    if dtype not in BITS:
+        return {"error": torch.zeros(numel, dtype=dtype, device=device)}
+    numbers = allocate_lowbit(numel, BITS[dtype], device, block_size)
+    state = {"error_codes": numbers.codes, "error_scales": numbers.scales}
+    if BITS[dtype] == 4:
+        state["error_draws"] = torch.zeros(1, dtype=torch.int64, device=device)
+    return state
+
+
+def choose_dtypes(options: Any) -> None:
     """Checks the options `value_dtype` and `error_dtype` of a compressor, and turns names into dtypes.
 
     Raises:
@@ -252,7 +276,7 @@ def choose_dtypes(options: Any, error_dtypes: tuple[torch.dtype, ...] = ERROR_DT
     """
     allowed = {
         "value_dtype": (torch.bfloat16, torch.float32),
-        "error_dtype": error_dtypes,
+        "error_dtype": ERROR_DTYPES,
     }
     for name, dtypes in allowed.items():
         value = getattr(options, name)

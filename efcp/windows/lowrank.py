@@ -23,12 +23,11 @@ import torch
 from torch import Tensor
 
 from efcp.checks import require, require_integer
-from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, allocate_lowbit, store_lowbit_
-from efcp.windows.base import ERROR_DTYPES, Compressor, Separate, SingleWindow, Window, choose_dtypes, error_of
+from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, store_lowbit_
+from efcp.windows.base import Compressor, Separate, SingleWindow, Window, allocate_error, choose_dtypes, error_of
 from efcp.windows.dense import DenseWindow, Identity, check_rows
 
 PART = 1 << 22  # entries of factors in a temporary
-BITS = {torch.int8: 8, torch.int4: 4}  # type: ignore[attr-defined]  # of an error
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class LowRank(Compressor):
     def __post_init__(self) -> None:
         require_integer("rank", self.rank, 1)
         require_integer("power_iterations", self.power_iterations, 1)
-        choose_dtypes(self, error_dtypes=(*ERROR_DTYPES, *BITS))
+        choose_dtypes(self)
         require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
 
     def row_names(self, param: Tensor) -> tuple[str, ...]:
@@ -77,15 +76,8 @@ class LowRank(Compressor):
             "right": torch.zeros(window_size, r, columns, dtype=self.value_dtype, device=device),
             "basis": torch.randn(columns, r, generator=generator, dtype=dtype, device="cpu").to(device),
         }
-        if not self.error_feedback:
-            return state
-        if self.error_dtype in BITS:
-            error = allocate_lowbit(param.numel(), BITS[self.error_dtype], device)
-            state |= {"error_codes": error.codes, "error_scales": error.scales}
-            if BITS[self.error_dtype] == 4:
-                state["error_draws"] = torch.zeros(1, dtype=torch.int64, device=device)
-        else:
-            state["error"] = torch.zeros(param.numel(), dtype=self.error_dtype or dtype, device=device)
+        if self.error_feedback:
+            state |= allocate_error(param.numel(), self.error_dtype or dtype, device)
         return state
 
     def check_shape(self, name: Callable[[], str], state: dict[str, Any], param: Tensor) -> None:

@@ -32,7 +32,7 @@ from efcp.kernels.triton.launch import (
     find_block,
     find_scales,
     launch_of,
-    momentum_dtype,
+    stored_dtype,
     triton_accumulation_dtype,
 )
 from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
@@ -219,7 +219,7 @@ def window_apply_(
     weights = weights.to(accumulation_dtype(targets[0].dtype))
     values, indices, blocks = rows[0]
     dtype, writes = targets[0].dtype, update.writes_momenta and len(momenta) > 0
-    own = momentum_dtype(momenta)
+    own = stored_dtype(momenta)
 
     def launch(table: Launch, configuration: Configuration) -> None:
         with torch.cuda.device_of(weights):

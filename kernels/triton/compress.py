@@ -14,17 +14,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efcp.kernels.addresses import check_numbers
+from efcp.kernels.addresses import Errors, check_numbers
 from efcp.kernels.blocks import SparseRows
+from efcp.kernels.lowbit import allocate_lowbit
 from efcp.kernels.triton.launch import (
     DTYPES,
     Launch,
     at_most_registers,
     find_block,
     launch_of,
+    stored_dtype,
     triton_accumulation_dtype,
     warp_size,
 )
+from efcp.kernels.triton.lowbit import numbers_of, to_4_bits, to_8_bits
 from efcp.kernels.triton.tuning import Configuration, choose
 
 
@@ -55,38 +58,88 @@ def _configuration(size: int, bytes: int, width: int, warp: int, threads: int) -
 
 
 @triton.jit
-def _sum(grad, error, finite, chunk, length,
-         CHUNK: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+def _bytes(chunk, CHUNK: tl.constexpr, BITS: tl.constexpr):
+    """Of the error in few bits of a chunk, whose rows have a scale each: (numbers of the rows, places of the bytes)."""
+    ROWS: tl.constexpr = CHUNK * BITS // (64 * 8)
+    row = chunk * ROWS + tl.arange(0, ROWS)
+    return row, row[:, None] * 64 + tl.arange(0, 64)[None, :]
+
+
+@triton.jit
+def _decoded(error, scales, chunk, length, CHUNK: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr):
+    """The error in few bits of a chunk, as float32."""
+    row, byte = _bytes(chunk, CHUNK, BITS)
+    if MASKED:
+        code = tl.load(error + byte, mask=byte * (8 // BITS) < length, other=0)
+        scale = tl.load(scales + row, mask=row * (64 * 8 // BITS) < length, other=0.0)
+    else:
+        code = tl.load(error + byte)
+        scale = tl.load(scales + row)
+    return tl.reshape(numbers_of(code, scale, BITS), (CHUNK,))
+
+
+@triton.jit
+def _encode(rest, error, scales, key, first, chunk, length, finite,
+            CHUNK: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+    """Writes the error of a chunk in few bits. `first` is the position of the block."""
+    PER_ROW: tl.constexpr = 64 * 8 // BITS
+    row, byte = _bytes(chunk, CHUNK, BITS)
+    if MASKED:
+        rest = tl.where(chunk * CHUNK + tl.arange(0, CHUNK) < length, rest, 0.0)
+    x = tl.reshape(rest.to(tl.float32), (CHUNK // PER_ROW, PER_ROW))
+    if BITS == 8:
+        code, scale = to_8_bits(x)
+        code = code.to(tl.int8)
+    else:
+        code, scale = to_4_bits(x, key, first + chunk * CHUNK, CHUNK // PER_ROW)
+    if MASKED:
+        tl.store(error + byte, code, mask=(byte * (8 // BITS) < length) & finite)
+        tl.store(scales + row, scale, mask=(row * PER_ROW < length) & finite)
+    else:
+        tl.store(error + byte, code, mask=finite)
+        tl.store(scales + row, scale, mask=finite)
+
+
+@triton.jit
+def _sum(grad, error, scales, finite, chunk, length,
+         CHUNK: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """a = e + g for one chunk of a block. Beyond the block's end it is NaN, for which every comparison is false."""
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     if MASKED:
         a = tl.load(grad + position, mask=position < length, other=0.0).to(DTYPE)
-        if error is not None:
+        if BITS != 0:
+            a = _decoded(error, scales, chunk, length, CHUNK, BITS, MASKED).to(DTYPE) + a
+        elif error is not None:
             a = tl.load(error + position, mask=position < length, other=0.0).to(DTYPE) + a
         return tl.where(position < length, tl.where(finite, a, 0.0), float("nan"))
     a = tl.load(grad + position).to(DTYPE)  # stream
-    if error is not None:
+    if BITS != 0:
+        a = _decoded(error, scales, chunk, length, CHUNK, BITS, MASKED).to(DTYPE) + a
+    elif error is not None:
         a = tl.load(error + position).to(DTYPE) + a  # stream
     return tl.where(finite, a, 0.0)
 
 
 @triton.jit
-def _reaching(a, bits, grad, error, finite, length,
-              CHUNKS: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """How many elements reach the magnitude with these bits. `a` holds the first chunks; the others are read again."""
-    threshold = bits.to(DTYPE, bitcast=True)
+def _reaching(a, number, grad, error, scales, finite, length,
+              CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr,
+              DTYPE: tl.constexpr):  # fmt: skip
+    """How many elements reach a magnitude, the bits of `number`. `a` holds the first chunks; others are read again."""
+    threshold = number.to(DTYPE, bitcast=True)
     count = tl.zeros((CHUNK,), tl.int32)
     for chunk in tl.static_range(len(a)):
         count += (tl.abs(a[chunk]) >= threshold).to(tl.int32)
-    for chunk in tl.range(len(a), CHUNKS, loop_unroll_factor=1 if MASKED else 4):  # for enough reads in flight
-        other = _sum(grad, error, finite, chunk, length, CHUNK, MASKED, DTYPE)
+    for chunk in tl.range(
+        len(a), CHUNKS, loop_unroll_factor=1 if MASKED else 4 if BITS == 0 else 8
+    ):  # for enough reads in flight
+        other = _sum(grad, error, scales, finite, chunk, length, CHUNK, BITS, MASKED, DTYPE)
         count += (tl.abs(other) >= threshold).to(tl.int32)
     return tl.sum(count, 0)
 
 
 @triton.jit
-def _write(a, threshold, ties, before, chunk, length, error, values, indices, finite,
-           CHUNK: tl.constexpr, WIDTH: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
+def _write(a, threshold, ties, before, chunk, length, error, scales, key, first, values, indices, finite,
+           CHUNK: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Writes a chunk's error, and those of its elements that are selected.
 
     `before` counts elements of earlier chunks: in its lower 16 bits those above the threshold, in its upper 16 bits
@@ -106,7 +159,10 @@ def _write(a, threshold, ties, before, chunk, length, error, values, indices, fi
     tl.store(place, stored, mask=chosen)
     place = tl.multiple_of(tl.max_contiguous(indices + rank, WIDTH), 16)
     tl.store(place, position.to(indices.dtype.element_ty), mask=chosen)
-    if error is not None:
+    if BITS != 0:
+        rest = tl.where(chosen, a - stored.to(a.dtype), a)
+        _encode(rest, error, scales, key, first, chunk, length, finite, CHUNK, BITS, MASKED)
+    elif error is not None:
         rest = tl.where(chosen, a - stored.to(a.dtype), a).to(error.dtype.element_ty)
         if MASKED:
             tl.store(error + position, rest, mask=(position < length) & finite)
@@ -116,41 +172,41 @@ def _write(a, threshold, ties, before, chunk, length, error, values, indices, fi
 
 
 @triton.jit
-def _compress_block(grad, error, values, indices, finite, length, kept,
+def _compress_block(grad, error, scales, key, first, values, indices, finite, length, kept,
                     CHUNKS: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr,
-                    MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+                    BITS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     a = ()
     for chunk in tl.static_range(RESIDENT):
-        a = a + (_sum(grad, error, finite, chunk, length, CHUNK, MASKED, DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
+        a = a + (_sum(grad, error, scales, finite, chunk, length, CHUNK, BITS, MASKED, DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
 
     INT: tl.constexpr = tl.int64 if DTYPE == tl.float64 else tl.int32
     threshold = tl.full((), 0, INT)
     bit = tl.full((), 1, INT) << (INT.primitive_bitwidth - 2)
     count = length
     while (bit > 0) & (count != kept):
-        reached = _reaching(a, threshold | bit, grad, error, finite, length, CHUNKS, CHUNK, MASKED, DTYPE)
+        reached = _reaching(a, threshold | bit, grad, error, scales, finite, length, CHUNKS, CHUNK, BITS, MASKED, DTYPE)
         if reached >= kept:
             threshold |= bit
             count = reached
         bit = bit >> 1
-    above = _reaching(a, threshold + 1, grad, error, finite, length, CHUNKS, CHUNK, MASKED, DTYPE)
+    above = _reaching(a, threshold + 1, grad, error, scales, finite, length, CHUNKS, CHUNK, BITS, MASKED, DTYPE)
 
     least, ties = threshold.to(DTYPE, bitcast=True), (kept - above).to(tl.uint32)
     before = tl.full((), 0, tl.uint32)
     for chunk in tl.static_range(RESIDENT):
-        before = _write(a[chunk], least, ties, before, chunk, length, error, values, indices, finite,
-                        CHUNK, WIDTH, MASKED)  # fmt: skip
+        before = _write(a[chunk], least, ties, before, chunk, length, error, scales, key, first, values, indices,
+                        finite, CHUNK, WIDTH, BITS, MASKED)  # fmt: skip
     for chunk in range(RESIDENT, CHUNKS):
-        other = _sum(grad, error, finite, chunk, length, CHUNK, MASKED, DTYPE)
-        before = _write(other, least, ties, before, chunk, length, error, values, indices, finite,
-                        CHUNK, WIDTH, MASKED)  # fmt: skip
+        other = _sum(grad, error, scales, finite, chunk, length, CHUNK, BITS, MASKED, DTYPE)
+        before = _write(other, least, ties, before, chunk, length, error, scales, key, first, values, indices,
+                        finite, CHUNK, WIDTH, BITS, MASKED)  # fmt: skip
 
 
 @triton.jit
 def _compress_kernel(parameters, owners, slot, finite, window_size,
                      GRAD: tl.constexpr, ERROR: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr,
                      DTYPE: tl.constexpr, SIZE: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
-                     RESIDENT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                     RESIDENT: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
     entries = (block * window_size + tl.load(slot)) * stride
@@ -164,32 +220,47 @@ def _compress_kernel(parameters, owners, slot, finite, window_size,
         return
     finite = tl.load(finite) != 0
     grad = address.to(tl.pointer_type(GRAD)) + block * SIZE
-    error = None
-    if ERROR is not None:
+    error, scales, key = None, None, None
+    if BITS != 0:  # each block by itself: no byte and no scale belongs to two
+        error = tl.load(row + 1).to(tl.pointer_type(ERROR)) + block * ((SIZE * BITS + 7) // 8)
+        PER_SCALE: tl.constexpr = 64 * 8 // BITS
+        scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + block * ((SIZE + PER_SCALE - 1) // PER_SCALE)
+        if BITS == 4:
+            key = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int64)))
+    elif ERROR is not None:
         error = tl.load(row + 1).to(tl.pointer_type(ERROR)) + block * SIZE
     if (length == CHUNKS * CHUNK) & aligned:
         grad = tl.multiple_of(grad, 16)
-        if ERROR is not None:
+        if BITS != 0:  # a thread reads the codes of its elements, and no more at a time
+            error = tl.multiple_of(error, WIDTH * BITS // 8)
+        elif ERROR is not None:
             error = tl.multiple_of(error, 16)
-        _compress_block(grad, error, values, indices, finite, length, kept,
-                        CHUNKS, CHUNK, RESIDENT, WIDTH, False, DTYPE)  # fmt: skip
+        _compress_block(grad, error, scales, key, block * SIZE, values, indices, finite, length, kept,
+                        CHUNKS, CHUNK, RESIDENT, WIDTH, BITS, False, DTYPE)  # fmt: skip
     else:  # few blocks; masks need more registers, so fewer chunks stay in them
-        _compress_block(grad, error, values, indices, finite, length, kept,
-                        CHUNKS, CHUNK, RESIDENT // 2, WIDTH, True, DTYPE)  # fmt: skip
+        _compress_block(grad, error, scales, key, block * SIZE, values, indices, finite, length, kept,
+                        CHUNKS, CHUNK, RESIDENT // 2, WIDTH, BITS, True, DTYPE)  # fmt: skip
 
 
 def compress_(
-    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[SparseRows], slot: Tensor, finite: Tensor
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    finite: Tensor,
+    keys: Sequence[Tensor] = (),
 ) -> None:
-    table = launch_of(rows, grads=grads, errors=errors)
+    table = launch_of(rows, grads=grads, errors=errors, keys=keys)
     check_numbers(rows[0].values, slot=slot, finite=finite)
     if table.blocks == 0:
         return
     dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
-    error_dtype = errors[0].dtype if errors else None
+    error_dtype = stored_dtype(errors)
+    bits = 8 if error_dtype is torch.int8 else 4 if error_dtype is torch.uint8 else 0
     values, indices, blocks = rows[0]
     accumulated = triton_accumulation_dtype(dtype)
-    width = 16 // min(dtype.itemsize, (error_dtype or dtype).itemsize)  # elements of an access of 128 bits
+    # Elements of an access of 128 bits. Those of the error in few bits are narrower: a thread has that of its elements.
+    width = max(4, 16 // dtype.itemsize) if bits else 16 // min(dtype.itemsize, (error_dtype or dtype).itemsize)
 
     def launch(table: Launch, configuration: Configuration) -> None:
         with torch.cuda.device_of(slot):
@@ -197,13 +268,17 @@ def compress_(
                 table.parameters, table.owners, slot, finite.view(torch.uint8), values.shape[1],
                 GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
                 VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=accumulated,
-                SIZE=blocks.block_size, WIDTH=width, **configuration,
+                SIZE=blocks.block_size, WIDTH=width, BITS=bits, **configuration, enable_fp_fusion=False,
             )  # fmt: skip
 
     def trial(example: SparseRows) -> Callable[[Configuration], None]:
-        grad = torch.randn(example.blocks.numel, device=slot.device).to(dtype)
-        error = [torch.zeros_like(grad, dtype=error_dtype)] if errors else []
-        return lambda configuration: launch(launch_of([example], grads=[grad], errors=error), configuration)
+        numel, device = example.blocks.numel, slot.device
+        grad = torch.randn(numel, device=device).to(dtype)
+        error: Errors = [torch.zeros_like(grad, dtype=error_dtype)] if errors else []
+        if bits:
+            error = [allocate_lowbit(numel, bits, device, example.blocks.size)]
+        keys = [torch.zeros_like(slot)] if bits == 4 else []
+        return lambda configuration: launch(launch_of([example], grads=[grad], errors=error, keys=keys), configuration)
 
     candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, warp_size())
     launch(table, choose("compress_", rows, (dtype, error_dtype), candidates, trial))

@@ -20,7 +20,7 @@ from efcp.kernels.triton.launch import (
     find_block,
     find_scales,
     launch_of,
-    momentum_dtype,
+    stored_dtype,
     triton_accumulation_dtype,
 )
 from efcp.kernels.update import Update
@@ -103,7 +103,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
     tile_rows = min(tile // columns, most_rows)
     per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
     programs = triton.cdiv(table.blocks, per_program)
-    own, vectors = momentum_dtype(momenta), (2,) if momenta else ()
+    own, vectors = stored_dtype(momenta), (2,) if momenta else ()
     partial = torch.empty(programs, *vectors, window_size, dtype=torch.float64, device=slot.device)
     if programs > 0:
         newest = torch.zeros(table.blocks * size, dtype=values.dtype, device=slot.device)
@@ -174,7 +174,7 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
     if table.blocks == 0:
         return
     values, indices, blocks = rows[0]
-    size, dtype, own = blocks.block_size, targets[0].dtype, momentum_dtype(momenta)
+    size, dtype, own = blocks.block_size, targets[0].dtype, stored_dtype(momenta)
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
     programs = min(table.blocks, PROGRAMS)
     scratch = torch.empty(programs * size, dtype=accumulation_dtype(dtype), device=weights.device)

@@ -15,6 +15,23 @@ CLASSES = [
 ]
 
 
+class SparseMFAC8(efcp.SparseMFAC):
+    """With the error in 8 bits."""
+
+    def __init__(self, params, lr=1e-3, *, error_dtype=torch.int8, **options):
+        super().__init__(params, lr, error_dtype=error_dtype, **options)
+
+
+class SparseGGT4(efcp.SparseGGT):
+    """With the error in 4 bits."""
+
+    def __init__(self, params, lr=1e-3, *, error_dtype=torch.int4, **options):
+        super().__init__(params, lr, error_dtype=error_dtype, **options)
+
+
+SETTINGS = [*CLASSES, SparseMFAC8, SparseGGT4]
+
+
 def small(cls):
     """Options with which a class keeps little, and moves much."""
     options = {"window": 4, "lr": 0.02}

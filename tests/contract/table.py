@@ -35,6 +35,8 @@ def _inputs(cls):
     }
     if "Sparse" in cls.__name__:
         variants["kept in float32"] = {"value_dtype": torch.float32, "error_dtype": torch.bfloat16}
+        variants["error in 8 bits"] = {"error_dtype": torch.int8}
+        variants["error in 4 bits"] = {"error_dtype": torch.int4}
         variants["no error feedback"] = {"error_feedback": False}
     return [OptimizerInput(None, small(cls) | options, name) for name, options in variants.items()]
 

@@ -19,7 +19,7 @@ from torch import nn
 import efcp
 from efcp import GGT, DenseMFAC, SparseMFAC
 from efcp.gram import Gram
-from tests.contract.optimizers import CLASSES, assert_same, small
+from tests.contract.optimizers import SETTINGS, assert_same, small
 from tests.efcp.problems import newest_slot, window_rows
 
 WINDOWED = ("values", "rows", "left", "right", "error")
@@ -433,7 +433,7 @@ def places(task):
     calls = Calls()
     calls.step(task.copied())
     last = {site: number for number, site in enumerate(calls.sites)}
-    share = CLASSES.index(type(task.optimizer)) in (0, 2, 4)
+    share = SETTINGS.index(type(task.optimizer)) % 2 == 0
     return sorted(number for (_, instruction), number in last.items() if (instruction // 2) % 2 == share)
 
 

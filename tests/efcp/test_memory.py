@@ -9,6 +9,8 @@ from efcp import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, Sparse
 OPTIMIZERS = [
     (SparseMFAC, {"window": 20, "density": 0.03, "momentum": 0.9}),
     (SparseMFAC, {"window": 20, "value_dtype": torch.float32, "error_dtype": torch.bfloat16, "block_size": 200}),
+    (SparseMFAC, {"window": 3, "error_dtype": torch.int8}),
+    (SparseMFAC, {"window": 3, "error_dtype": torch.int4, "block_size": 77}),
     (SparseMFAC, {"window": 3, "error_feedback": False}),
     (DenseMFAC, {"window": 5}),
     (SparseGGT, {"window": 7, "beta1": 0.9}),

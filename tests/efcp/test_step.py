@@ -1,6 +1,7 @@
 """What users expect of a step: options, param groups, dtypes and shapes, non-finite gradients, errors, costs."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,8 @@ def test_weight_decay_is_decoupled_and_multiplied_by_lr(compressor, momentum):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_maximize_is_minimising_the_negative(compressor, preconditioner, momentum):
+    if getattr(compressor, "error_dtype", None) == torch.int4:  # whose random rounding is not symmetric
+        compressor = replace(compressor, error_dtype=torch.int8)
     options = {"compressor": compressor, "preconditioner": preconditioner, "momentum": momentum, "weight_decay": 0.1}
     up = Problem(maximize=True, **options)
     down = Problem(**options)

@@ -18,6 +18,7 @@ from efcp.kernels import Blocks, LowBit, SparseRows, Update, allocate_lowbit, re
 from efcp.kernels.lowbit import encoded
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+BITS8, BITS4 = torch.int8, torch.uint8  # of errors: the dtypes of codes
 
 # Of the dtype that an operation rounds to once at its end. Sums are taken in the accumulation dtype, in any order.
 TOLERANCE = {
@@ -29,7 +30,7 @@ TOLERANCE = {
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Allow = Callable[[Tensor], None] | None
-SHORT = {FLOAT32: "fp32", FLOAT64: "fp64", BFLOAT16: "bf16", FLOAT16: "fp16", None: "none"}
+SHORT = {FLOAT32: "fp32", FLOAT64: "fp64", BFLOAT16: "bf16", FLOAT16: "fp16", BITS8: "8", BITS4: "4", None: "none"}
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -101,11 +102,27 @@ class Case:
         if not self.finite and self.numel > 0:
             grad[self.numel // 2] = float("nan")
             grad[0] = float("inf")
-        return grad
+        return representable(grad, self) if self.few_bits else grad
 
-    def error_before(self) -> Tensor | None:
+    @property
+    def few_bits(self) -> bool:
+        """Whether the error is in 8 or 4 bits."""
+        return self.error in (BITS8, BITS4)
+
+    def error_before(self) -> Tensor | LowBit | None:
         # The error of a "zero" gradient is zero, too, so that the sum is.
-        return None if self.error is None else make(self.kind, self.numel, self.error, seed=4 * self.numel + 2)
+        seed = 4 * self.numel + 2
+        if not self.few_bits:
+            return None if self.error is None else make(self.kind, self.numel, self.error, seed)
+        values, size = make(self.kind, self.numel, FLOAT32, seed), self.blocks.size
+        pieces = [encoded(piece, self.error, key=torch.tensor([seed])) for piece in values.split(size) if len(piece)]
+        empty = allocate_lowbit(0, 8 if self.error == BITS8 else 4, values.device)
+        return LowBit(*(torch.cat(parts) for parts in zip(empty, *pieces, strict=True)))
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """Of the random numbers that round the errors of the group."""
+        return [torch.tensor([(1 << 40) + 7 * i - 3]) for i in range(len(self.group))] if self.error == BITS4 else []
 
     def target(self) -> Tensor:
         """A parameter, or a momentum, of the dtype of the gradient."""
@@ -198,13 +215,14 @@ def check_compress(operation, case: Case, allow: Allow = None) -> None:
     for compress_ in (reference.compress_, operation):
         grads = [None if i == WITHOUT_GRADIENT else member.gradient() for i, member in enumerate(group)]
         errors = [] if case.error is None else [member.error_before() for member in group]
-        rows = [member.poisoned_window() for member in group]
+        rows, keys = [member.poisoned_window() for member in group], case.keys
         given = [grad for grad in grads if grad is not None]
-        register(allow, (*given, *errors, *tensors_of(rows)))
-        compress_(grads, errors, rows, torch.tensor([case.slot]), torch.tensor(case.finite))
+        register(allow, (*given, *parts_of(errors), *tensors_of(rows), *keys))
+        compress_(grads, errors, rows, torch.tensor([case.slot]), torch.tensor(case.finite), *[keys][: len(keys)])
         unchanged = (member.gradient() for i, member in enumerate(group) if i != WITHOUT_GRADIENT)
         assert_all_same_bits(given, unchanged, "grad")
-        results.append((errors, rows))
+        assert_all_same_bits(keys, case.keys, "key")
+        results.append((parts_of(errors), rows))
     (expected_errors, expected), (errors, actual) = results
     assert_all_same_bits((r.indices for r in actual), (r.indices for r in expected), "indices")
     assert_all_same_bits((r.values for r in actual), (r.values for r in expected), "values")
@@ -215,11 +233,11 @@ def check_compress_without_gradients(operation, case: Case, allow: Allow = None)
     """Where no parameter of a call has one, the row becomes zero all the same."""
     results = []
     for compress_ in (reference.compress_, operation):
-        rows = [member.poisoned_window() for member in case.group]
+        rows, keys = [member.poisoned_window() for member in case.group], case.keys
         errors = [] if case.error is None else [member.error_before() for member in case.group]
-        register(allow, (*errors, *tensors_of(rows)))
-        compress_([None] * len(rows), errors, rows, torch.tensor([case.slot]), torch.tensor(True))
-        results.append([*tensors_of(rows), *errors])
+        register(allow, (*parts_of(errors), *tensors_of(rows), *keys))
+        compress_([None] * len(rows), errors, rows, torch.tensor([case.slot]), torch.tensor(True), *[keys][: len(keys)])
+        results.append([*tensors_of(rows), *parts_of(errors)])
     assert_all_same_bits(results[1], results[0], "tensor")
 
 

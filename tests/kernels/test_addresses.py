@@ -385,6 +385,9 @@ def operations_on_numbers():
     def lowbit(bits):
         return [list(kernels.allocate_lowbit(numel, bits, torch.device("cpu"))) for numel in SIZES]
 
+    def errors(bits):
+        return [list(kernels.allocate_lowbit(r.blocks.numel, bits, CPU, r.blocks.size)) for r in make_rows()]
+
     finite, slot = torch.tensor(True), torch.tensor([1])
     keys = [torch.tensor([number]) for number in range(len(SIZES))]
     return {
@@ -396,6 +399,8 @@ def operations_on_numbers():
         "store_lowbit_ of 4 bits": [lowbit(4), vectors(), finite, keys],
         "window_dots": [make_rows(), slot, vectors()],
         "window_dots in 8 bits": [make_rows(), slot, lowbit(8)],
+        "compress_ with errors in 8 bits": [vectors(), errors(8), make_rows(), slot, finite],
+        "compress_ with errors in 4 bits": [vectors(), errors(4), make_rows(), slot, finite, keys],
     }
 
 
@@ -456,14 +461,28 @@ def test_operation_on_numbers_refuses_any_tensor_that_is_spoilt(operation, spoil
         ("store_lowbit_ of 4 bits", lambda a: a[1].pop(), "keys must hold 1 tensors, got 2"),
         ("add_lowbit_ of 8 bits", lambda a: a[1].pop(), "numbers must hold 2 tensors, got 1"),
         ("window_dots", lambda a: a[2].pop(), "momenta must hold 2 tensors, got 1"),
+        ("compress_ with errors in 8 bits", lambda a: a[1].pop(), "errors must hold 2 tensors, got 1"),
+        ("compress_ with errors in 4 bits", lambda a: a[5].clear(), "keys must hold 2 tensors, got 0"),
     ],
-    ids=["no momenta", "too few gradients", "too few keys", "too few values", "too few numbers", "too few momenta"],
+    ids=[
+        *("no momenta", "too few gradients", "too few keys", "too few values", "too few numbers", "too few momenta"),
+        *("too few errors", "no keys"),
+    ],
 )
 def test_operation_on_numbers_refuses_another_number_of_them(operation, change, message, refusing_backend):
     arguments = operations_on_numbers()[operation]
     change(arguments)
     with pytest.raises(ValueError, match=message):
         called(operation, arguments)
+
+
+def test_errors_are_all_of_one_kind(refusing_backend):
+    grads, (few, _), rows, slot, finite = operations_on_numbers()["compress_ with errors in 8 bits"]
+    mixed = [kernels.LowBit(*few), torch.zeros(SIZES[1])]
+    with pytest.raises(TypeError, match=r"^errors\[1\] must be a LowBit, as others are, got a Tensor$"):
+        kernels.compress_(grads, mixed, rows, slot, finite)
+    with pytest.raises(TypeError, match=r"^errors\[1\] must be a tensor, got a LowBit$"):
+        kernels.compress_(grads[::-1], mixed[::-1], rows[::-1], slot, finite)
 
 
 def test_momenta_in_8_bits_are_not_written(refusing_backend):
@@ -509,10 +528,14 @@ def test_operations_touch_nothing_beside_their_tensors(sizes, block_size, grad, 
         slot, finite, weights = place(torch.tensor([1]), 99), torch.tensor(True), place(torch.randn(WINDOW))
         numbers = [place(torch.tensor(x)) for x in (0.9, -0.1, 0.5)]
         assert kernels.norm_is_finite(grads)
-        kernels.compress_(grads, errors, rows, slot, finite)
+        few = [[kernels.allocate_lowbit(r.blocks.numel, bits, CPU, r.blocks.size) for r in rows] for bits in (8, 4)]
+        few = [[kernels.LowBit(place(x.codes, 77), place(x.scales)) for x in some] for some in few]
+        for some in (*few, errors):
+            kernels.compress_(grads, some, rows, slot, finite, [place(torch.tensor([5]), 99) for _ in sizes])
         dots = kernels.window_dots(rows, slot)
         kernels.window_apply_(targets, momenta, rows, Update(weights, *numbers))
-        results.append([*errors, *targets, *momenta, dots, *(t for r in rows for t in r[:2])])
+        lowbit = [tensor for some in few for numbers in some for tensor in numbers]
+        results.append([*lowbit, *errors, *targets, *momenta, dots, *(t for r in rows for t in r[:2])])
     for buffer, numel, sentinel in buffers:
         outside = torch.cat([buffer[:GUARD], buffer[GUARD + numel :]])
         assert outside.isnan().all() if sentinel != sentinel else (outside == sentinel).all()

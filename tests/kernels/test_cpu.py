@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from efcp.kernels import Update, reference
 from tests.kernels.kernel_cases import (
     BFLOAT16,
+    BITS4,
+    BITS8,
     FINITE,
     FLOAT16,
     FLOAT32,
@@ -90,6 +92,26 @@ CASES = [
     Case(100003, 4096, 0.012, window=70),
     Case(100003, 32768, 0.001, window=64, slot=63),
 ]
+FEW_BITS = [  # of errors
+    *(
+        Case(4097, 4096, 0.01, kind=kind, error=error)
+        for kind in ("random", "wide", "ties", "equal", "zero", "signed zero", "denormal")
+        for error in (BITS8, BITS4)
+    ),
+    Case(0, 4096, 0.01, error=BITS4),
+    Case(1, 4096, 0.01, error=BITS8),
+    Case(63, 7, 0.37, kind="ties", error=BITS4),
+    Case(100, 1, 1.0, error=BITS4, values=FLOAT32),
+    Case(4097, 257, 0.1, grad=BFLOAT16, error=BITS8),
+    Case(4097, 257, 0.1, grad=FLOAT16, error=BITS4),
+    Case(4097, 129, 0.1, grad=FLOAT64, error=BITS4, values=FLOAT32),
+    Case(4097, 1000, 0.3, grad=FLOAT64, error=BITS8, kind="wide"),
+    Case(4097, 1000, 0.3, error=BITS8, finite=False),
+    Case(4097, 1000, 0.3, error=BITS4, finite=False),
+    Case(100003, 4096, 0.01, error=BITS8),
+    Case(100003, 4096, 0.01, error=BITS4),
+    Case(100003, 32768, 0.1, error=BITS4),
+]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 LARGE = Case(100003, 4096, 0.01, window=5, slot=2)  # large enough for several threads
 
@@ -102,13 +124,14 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@cases
+@pytest.mark.parametrize("case", [*CASES, *FEW_BITS], ids=str)
 def test_compress_gives_the_bits_of_the_definition(case: Case) -> None:
     check_compress(cpu.compress_, case)
 
 
-def test_compress_without_gradients():
-    check_compress_without_gradients(cpu.compress_, Case(9000, 4096, 0.01))
+@pytest.mark.parametrize("error", [FLOAT32, BITS8, BITS4], ids=["floats", "8 bits", "4 bits"])
+def test_compress_without_gradients(error: torch.dtype) -> None:
+    check_compress_without_gradients(cpu.compress_, Case(9000, 4096, 0.01, error=error))
 
 
 @cases
@@ -546,6 +569,7 @@ def test_a_worker_of_a_data_loader_may_call() -> None:
 
 KERNELS = {
     "compress": compress._compress_kernel(False),
+    "compress, few bits": compress._compress_kernel(False, True),
     "dots": dots._dots_kernel(dtypes.BFLOAT16, 2),
     "add_up": dots._add_up_kernel(),
     "apply": apply._apply_kernel(False, dtypes.BFLOAT16, 2),

@@ -144,7 +144,7 @@ def test_operations_go_to_the_backend(monkeypatch):
     slot, one, x = torch.tensor([0]), torch.tensor(1.0), [torch.zeros(10)]
     calls = {
         "norm_is_finite": (x,),
-        "compress_": (x, [], rows, slot, torch.tensor(True)),
+        "compress_": (x, [], rows, slot, torch.tensor(True), []),
         "window_dots": (rows, slot, ()),
         "average_": (x, x, 0.9, torch.tensor(True)),
         "window_apply_": (x, [], rows, Update(torch.zeros(2), one, one)),

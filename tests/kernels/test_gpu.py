@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from efcp.kernels import triton as triton_ops
 from tests.kernels.kernel_cases import (
     BFLOAT16,
+    BITS4,
+    BITS8,
     FLOAT16,
     FLOAT64,
     Case,
@@ -31,6 +33,10 @@ CASES = [
     Case(4097, 256, 0.1, kind="denormal", grad=FLOAT16),
     Case(4097, 7, 1.0, kind="signed zero", grad=FLOAT64, error=FLOAT64),
     Case(4097, 1000, 0.05, finite=False),
+    Case(100_003, 4096, 0.01, error=BITS8),
+    Case(100_003, 4096, 0.01, grad=BFLOAT16, error=BITS4),
+    Case(100_003, 32768, 0.01, error=BITS4),
+    Case(4097, 301, 0.05, error=BITS4),
 ]
 
 

@@ -1,6 +1,7 @@
 """The definition against slow and independent ones: loops over blocks and sorting, dense algebra in float64."""
 
 import math
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -10,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efcp.kernels import Blocks, LowBit, SparseRows, Update, accumulation_dtype, allocate_lowbit, reference
-from efcp.kernels.lowbit import SMALLEST_SCALE, decoded, hashed, uniform
+from efcp.kernels.lowbit import SMALLEST_SCALE, decoded, encoded, hashed, uniform
 from tests.kernels.kernel_cases import (
     BETA,
     BFLOAT16,
+    BITS4,
+    BITS8,
     FINITE,
     FLOAT16,
     FLOAT32,
@@ -97,8 +100,8 @@ def compressed(case):
     """`compress_` on a poisoned window: (values, indices, error)."""
     grad, error = case.gradient(), case.error_before()
     rows = case.poisoned_window()
-    errors = [] if error is None else [error]
-    reference.compress_([grad], errors, [rows], torch.tensor([case.slot]), torch.tensor(case.finite))
+    errors, keys = [] if error is None else [error], [KEY] if case.error == BITS4 else []
+    reference.compress_([grad], errors, [rows], torch.tensor([case.slot]), torch.tensor(case.finite), keys)
     assert_same_bits(grad, case.gradient(), "grad")
     return rows.values, rows.indices, error
 
@@ -157,6 +160,102 @@ def test_what_the_window_does_not_hold_stays_in_the_error(numel, kind, values):
         assert (error[row != 0] == 0).all()
 
 
+def blockwise(case, numbers):
+    """An error in few bits as float64, block by block, and the scale of each number."""
+    read, scale, codes, scales = [], [], *numbers
+    for length in lengths(case):
+        here = length if case.error == BITS8 else (length + 1) // 2
+        own = LowBit(codes[:here], scales[: -(-length // (64 if case.error == BITS8 else 128))])
+        codes, scales = codes[here:], scales[len(own.scales) :]
+        target = torch.zeros(length, dtype=FLOAT64)
+        reference.add_lowbit_([target], [own])
+        read.append(target)
+        scale.append(per_number(own, length))
+    assert len(codes) == len(scales) == 0
+    return torch.cat(read), torch.cat(scale)
+
+
+FEW_BITS = [
+    Case(4097, 256, 0.1, error=BITS8),
+    Case(4097, 256, 0.1, error=BITS4, kind="wide"),
+    Case(4097, 257, 0.1, error=BITS4, kind="ties"),
+    Case(4097, 100, 0.37, error=BITS8, kind="denormal"),
+    Case(4097, 4096, 0.01, error=BITS8, kind="zero"),
+    Case(1001, 7, 0.3, error=BITS4, grad=BFLOAT16),
+    Case(1001, 1, 1.0, error=BITS4),
+    Case(63, 4096, 0.1, error=BITS8, grad=FLOAT64),
+]
+few_bits = pytest.mark.parametrize("case", FEW_BITS, ids=str)
+
+
+def before_and_after(case, key=(1 << 40) + 11):
+    """(a, the new row and the new error, all float64; the scales of the latter), of `compress_` on one parameter."""
+    error, rows, grad = case.error_before(), case.poisoned_window(), case.gradient()
+    before, _ = blockwise(case, error)
+    a = before.to(accumulation_dtype(case.grad)) + grad.to(accumulation_dtype(case.grad))
+    keys = [torch.tensor([key])] if case.error == BITS4 else []
+    reference.compress_([grad], [error], [rows], torch.tensor([case.slot]), FINITE_STEP, keys)
+    row = torch.zeros(case.numel, dtype=FLOAT64)
+    for block, length in enumerate(lengths(case)):
+        k = count(case, length)
+        index = rows.indices[block, case.slot, :k].long() + block * case.block_size
+        row[index] = rows.values[block, case.slot, :k].double()
+        assert (index.diff() > 0).all()
+    return a.double(), row, *blockwise(case, error)
+
+
+@few_bits
+def test_row_and_error_in_few_bits_add_up_to_the_sum_within_a_quantum(case):
+    """To half a scale in 8 bits, to less than one in 4; and what is zero stays zero."""
+    a, row, error, scale = before_and_after(case)
+    lost = (error + row - a).abs()
+    bound = scale * (0.5 if case.error == BITS8 else 1.0) * (1 + 2.0**-15)
+    smallest = SMALLEST_SCALE * (127 if case.error == BITS8 else 7)  # of a group that becomes zero
+    assert (lost <= torch.where(scale > 0, bound, smallest)).all()
+    assert (error[(a - row) == 0] == 0).all()
+
+
+@few_bits
+def test_an_error_in_few_bits_is_that_of_floats_rounded_block_by_block(case):
+    """The same row; and of each block the numbers that `store_lowbit_` gives, whatever the blocks beside it."""
+    _, row, error, _ = before_and_after(case)
+    exact = replace(case, error=FLOAT64 if case.grad == FLOAT64 else FLOAT32)
+    before, _ = blockwise(case, case.error_before())
+    floats, rows = before.to(exact.error), exact.poisoned_window()
+    reference.compress_([case.gradient()], [floats], [rows], torch.tensor([case.slot]), FINITE_STEP)
+    start = 0
+    for block, length in enumerate(lengths(case)):
+        part, k = slice(start, start + length), count(case, length)
+        kept = rows.values[block, case.slot, :k].double()
+        assert torch.equal(row[part][rows.indices[block, case.slot, :k].long()], kept)
+        if case.error == BITS8:
+            assert torch.equal(error[part], read(stored(floats[part], 8), length))
+        else:
+            key = torch.tensor([(1 << 40) + 11])
+            own = encoded(floats[part].float(), BITS4, start, key)
+            assert torch.equal(error[part], read(own, length))
+        start += length
+
+
+def test_what_an_error_in_4_bits_loses_is_zero_on_average():
+    case = Case(1001, 300, 0.1, error=BITS4)
+    a, row, _, scale = before_and_after(case)
+    errors = torch.stack([before_and_after(case, key << 20)[2] for key in range(500)])
+    y = (a - row) / scale
+    up = y - y.floor()
+    deviation = errors.mean(0) / scale - y
+    normal = deviation / (up * (1 - up) / len(errors)).sqrt().clamp(min=1e-2)
+    assert normal.abs().max() < 5
+    assert abs(deviation.mean()) < 5 * 0.5 / (len(errors) * case.numel) ** 0.5
+
+
+def test_errors_in_4_bits_depend_on_the_key_alone():
+    case = Case(1001, 300, 0.1, error=BITS4)
+    first, again, other = (before_and_after(case, key)[2] for key in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_values_are_rounded_to_the_nearest_bfloat16():
     case = Case(4097, 256, 1.0, error=None)
     values, _, _ = compressed(case)
@@ -166,11 +265,11 @@ def test_values_are_rounded_to_the_nearest_bfloat16():
     assert torch.equal(bits(row).long() & 0xFFFF, nearest)
 
 
-@pytest.mark.parametrize("error", [FLOAT32, BFLOAT16, FLOAT64])
+@pytest.mark.parametrize("error", [FLOAT32, BFLOAT16, FLOAT64, BITS8, BITS4])
 def test_a_non_finite_step_writes_zeros_and_leaves_the_error(error):
     case = Case(4097, 256, 0.1, error=error, finite=False)
     values, _, after = compressed(case)
-    assert_same_bits(after, case.error_before(), "error")
+    assert_all_same_bits(parts_of([after]), parts_of([case.error_before()]), "error")
     assert (values[:-1, case.slot] == 0).all()
     assert values[-1, case.slot, 0] == 0
     assert values[-1, case.slot, 1:].isnan().all()  # padding: one element is kept of a tail of one
@@ -285,15 +384,17 @@ GROUPS = [
     Case(4097, 256, 0.1, kind="ties", error=BFLOAT16),
     Case(4097, 4096, 0.01, finite=False, grad=BFLOAT16),
     Case(4097, 1000, 0.3, error=None, values=FLOAT32, grad=FLOAT64),
+    Case(4097, 1000, 0.3, error=BITS8),
+    Case(4097, 257, 0.1, error=BITS4),
 ]
 
 
 def one_at_a_time(compress_):
     """`compress_` as calls for one parameter each."""
 
-    def each(grads, errors, rows, slot, finite):
+    def each(grads, errors, rows, slot, finite, keys=()):
         for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
-            compress_([grad], errors[i : i + 1], [row], slot, finite)
+            compress_([grad], errors[i : i + 1], [row], slot, finite, keys[i : i + 1])
 
     return each
 
@@ -334,6 +435,7 @@ def test_work_in_parts_gives_the_same_bits(monkeypatch):
 
     def run():
         values, indices, error = compressed(case)
+        few = [before_and_after(Case(10003, 301, 0.1, error=few_bits))[2] for few_bits in (BITS8, BITS4)]
         targets, momenta = applied(reference.window_apply_, case, "float", torch.linspace(0, 1, 5), writes=True)
         small = momenta_of(case, "8 bits")
         reference.average_(small, [member.gradient() for member in case.group], BETA, torch.tensor(True))
@@ -341,7 +443,7 @@ def test_work_in_parts_gives_the_same_bits(monkeypatch):
         reference.add_lowbit_(targets, numbers)
         dots = [*reference.window_dots([case.random_window()], torch.tensor([2]), small[1:2])]
         tolerant.append(dots)
-        return values, indices, error, *targets, *momenta, *parts_of([*small, *numbers])
+        return values, indices, error, *few, *targets, *momenta, *parts_of([*small, *numbers])
 
     whole = run()
     monkeypatch.setattr(reference, "PART", 1)

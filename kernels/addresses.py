@@ -317,11 +317,20 @@ def check_numbers(like: Tensor, **tensors: Tensor) -> None:
         addresses(name, [tensor], dtype, like.device, [1], fake=is_fake(like))
 
 
-def check_weights(like: Tensor, weights: Tensor, window_size: int) -> Tensor:
-    """The weights, made contiguous. Checks, as `addresses` does, that they are (m,) and on the device of `like`."""
-    weights = weights.contiguous()
-    addresses("weights", [weights], floating("weights", weights), like.device, [window_size], fake=is_fake(like))
-    return weights
+def check_weights(like: Tensor, update: Update, window_size: int) -> tuple[Tensor, Tensor | None]:
+    """The weights and the square_weights, made contiguous.
+
+    Checks, as `addresses` does, that they are (m,) and on the device of `like`.
+    """
+    found = []
+    for name in ("weights", "square_weights"):
+        weights: Tensor | None = getattr(update, name)
+        if weights is not None:
+            weights = weights.contiguous()
+            addresses(name, [weights], floating(name, weights), like.device, [window_size], fake=is_fake(like))
+        found.append(weights)
+    assert found[0] is not None
+    return found[0], found[1]
 
 
 def gradient_addresses(grads: Sequence[Tensor], device: torch.device | None = None) -> list[int]:

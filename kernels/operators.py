@@ -130,7 +130,7 @@ def window_dots(
     mutates_args=("targets", "momenta"),
     schema="(Tensor(a!)[] targets, Tensor(b!)[] momenta, Tensor[] scales, Tensor[] values, Tensor[] indices, "
     "SymInt[] numels, SymInt block_size, float density, Tensor weights, Tensor target_factor, Tensor update_factor, "
-    "Tensor? momentum_factor, bool writes_momenta) -> ()",
+    "Tensor? momentum_factor, bool writes_momenta, Tensor? square_weights, Tensor? eps) -> ()",
 )
 def window_apply_(
     targets: Sequence[Tensor],
@@ -146,9 +146,11 @@ def window_apply_(
     update_factor: Tensor,
     momentum_factor: Tensor | None,
     writes_momenta: bool,
+    square_weights: Tensor | None,
+    eps: Tensor | None,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    update = Update(weights, target_factor, update_factor, momentum_factor, writes_momenta)
+    update = Update(weights, target_factor, update_factor, momentum_factor, writes_momenta, square_weights, eps)
     dispatch.run("window_apply_", weights, targets, _packed_numbers(momenta, scales), rows, update)
 
 

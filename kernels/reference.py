@@ -180,17 +180,21 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
     check_group(rows, targets=targets)
     check_momenta(rows, momenta, update)
     values = rows[0].values
-    check_weights(values, update.weights, values.shape[1])
+    check_weights(values, update, values.shape[1])
     check_numbers(values, **update.factors(len(momenta) > 0))
     dtype = accumulation_dtype(targets[0].dtype)
     weights, target_factor, update_factor = (x.to(dtype) for x in update[:3])
+    square_weights, eps = (None if x is None else x.to(dtype) for x in (update.square_weights, update.eps))
     for number, (target, (values, indices, blocks)) in enumerate(zip(targets, rows, strict=True)):
         window_size = values.shape[1]
         for part in blocks.parts(min(PART, PART // (window_size * blocks.kept) * blocks.size)):
-            index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
-            terms = values[part.blocks, :, : part.kept].to(dtype) * weights[:, None]
-            u = torch.zeros(len(index), part.length, dtype=dtype, device=target.device)
-            u.scatter_add_(1, index.flatten(1), terms.flatten(1))
+            index = indices[part.blocks, :, : part.kept].long().flatten(1)  # (blocks, m · k)
+            value = values[part.blocks, :, : part.kept].to(dtype)  # (blocks, m, k)
+            zeros = torch.zeros(len(index), part.length, dtype=dtype, device=target.device)
+            u = zeros.scatter_add(1, index, (value * weights[:, None]).flatten(1))
+            if square_weights is not None and eps is not None:
+                W = zeros.scatter_add(1, index, (value * value * square_weights[:, None]).flatten(1))
+                u /= W.double().sqrt().to(dtype) + eps  # PyTorch's root of float32 may be off by a last bit
             u = u.flatten()
             if update.momentum_factor is not None:
                 momentum = momenta[number]

@@ -14,7 +14,8 @@ time, in a scratch buffer of that block's size. So memory is read and written on
 parameter. The compiled functions read a table of addresses, sizes and dtype codes in place of arrays. A call therefore
 costs microseconds, one more for each parameter, and one compilation serves many combinations of dtypes.
 
-Results do not depend on the number of threads. `compress_` and `window_apply_` give the same bits as the definition.
+Results do not depend on the number of threads. `compress_` and `window_apply_` give the same bits as the definition,
+unless PyTorch's square roots of float64 are rounded otherwise.
 `window_dots`, `dense_dots` and `update_inverse_root_` add up the same float64 terms in another, fixed order.
 `norm_is_finite` sums the squares within a chunk in float32, and these sums in float64.
 """

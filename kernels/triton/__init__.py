@@ -70,7 +70,9 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
     if len(targets) != len(rows):
         raise ValueError(f"targets must hold {len(rows)} tensors, got {len(targets)}")
     values, _, blocks = rows[0]
-    if HAS_GLUON and (candidates := apply.configurations(targets[0].dtype, values, blocks, _shared_memory())):
-        apply.window_apply_(targets, momenta, rows, update, candidates)
-    else:
-        portable.window_apply_(targets, momenta, rows, update)
+    if HAS_GLUON:
+        window, with_squares = (targets[0].dtype, values, blocks), update.square_weights is not None
+        if candidates := apply.configurations(*window, _shared_memory(), with_squares):
+            apply.window_apply_(targets, momenta, rows, update, candidates)
+            return
+    portable.window_apply_(targets, momenta, rows, update)

@@ -76,6 +76,7 @@ OPERATIONS = (
     "window_dots",
     "window_dots with momenta",
     "window_apply_",
+    "window_apply_ with squares",
 )
 BLOCK_SIZES = (256, 4096, 32768)
 DENSITIES = (0.001, 0.1)
@@ -331,6 +332,7 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
         update = Update(meta(case.window), meta(()), meta(()))
         reads = update._replace(momentum_factor=meta(()))
         writes = reads._replace(writes_momenta=True)
+        squares = update._replace(square_weights=meta(case.window), eps=meta(()))
         momenta, numbers = (
             [allocate_lowbit(r.blocks.numel, bits, torch.device("meta")) for r in rows] for bits in (8, 4)
         )
@@ -356,6 +358,9 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
                 triton_ops.window_apply_, grads, grads, rows, writes
             ),
             ("window_apply_", window, case.grad, 8): partial(triton_ops.window_apply_, grads, momenta, rows, reads),
+            ("window_apply_ with squares", window, case.grad): partial(
+                triton_ops.window_apply_, grads, [], rows, squares
+            ),
         }
         for key, call in calls.items():
             if key not in seen:

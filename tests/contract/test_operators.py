@@ -81,6 +81,7 @@ def test_window_apply_is_a_lawful_operator(layout, dtype, kind):
     targets = [grad.to(dtype) for grad in grads]
     weights, scalars = torch.randn(3, dtype=torch.float64), torch.tensor([0.9, -0.1, 0.5], dtype=torch.float64)
     update = (weights, *scalars[:2].unbind(), None if kind == "no momenta" else scalars[2], kind == "momenta")
+    update += (weights.square(), scalars[0]) if kind == "no momenta" else (None, None)
     opcheck(operators.window_apply_, (targets, *some_momenta(kind, targets), *operators.unpacked(rows), *update))
 
 

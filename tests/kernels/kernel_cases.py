@@ -276,14 +276,32 @@ def check_dots(operation, case: Case, allow: Allow = None) -> None:
         torch.testing.assert_close(actual, reference.window_dots(rows, slot, momenta), **TOLERANCE[FLOAT64])
 
 
+# Of `window_apply_`: the kind of momenta, whether they are written, and whether there are square_weights.
+KINDS_OF_UPDATE = (
+    (None, False, False),
+    ("float", False, False),
+    ("float", True, False),
+    ("8 bits", False, False),
+    (None, False, True),
+    ("float", True, True),
+)
+
+
 def applied(
-    operation, case: Case, kind: str | None, weights: Tensor, writes: bool = False, allow: Allow = None
+    operation,
+    case: Case,
+    kind: str | None,
+    weights: Tensor,
+    writes: bool = False,
+    squares: bool = False,
+    allow: Allow = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(targets, tensors of momenta) as `window_apply_` leaves them, in the dtype of the gradients.
 
     Args:
         kind: of momenta, one of MOMENTA.
         writes: whether momenta are written.
+        squares: whether there are square_weights.
     """
     rows = [member.random_window() for member in case.group]
     targets = [member.target() for member in case.group]
@@ -294,6 +312,9 @@ def applied(
     update = Update(weights, torch.tensor(0.75), torch.tensor(-0.3, dtype=FLOAT64), writes_momenta=writes)
     if momenta:
         update = update._replace(momentum_factor=torch.tensor(0.9, dtype=FLOAT64))
+    if squares:
+        square_weights = torch.linspace(0.5, 0.1, case.window, dtype=FLOAT64)
+        update = update._replace(square_weights=square_weights, eps=torch.tensor(1e-3))
     operation(targets, momenta, rows, update)
     assert_all_same_bits(unchanged, before, "window or momentum")
     return targets, parts_of(momenta)
@@ -302,9 +323,9 @@ def applied(
 def check_apply(operation, case: Case, allow: Allow = None) -> None:
     """An implementation of `window_apply_` agrees with the definition, with momenta of all kinds and without."""
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
-    for kind, writes in ((None, False), ("float", False), ("float", True), ("8 bits", False)):
-        actual = applied(operation, case, kind, weights, writes, allow)
-        expected = applied(reference.window_apply_, case, kind, weights, writes)
+    for kind, writes, squares in KINDS_OF_UPDATE:
+        actual = applied(operation, case, kind, weights, writes, squares, allow)
+        expected = applied(reference.window_apply_, case, kind, weights, writes, squares)
         torch.testing.assert_close(actual, expected, **TOLERANCE[case.grad])
 
 

@@ -184,9 +184,12 @@ def test_numbers_must_have_one_element_of_their_dtype():
 
 
 def test_weights_are_made_contiguous():
-    weights = torch.arange(10.0)[::2]
-    assert torch.equal(check_weights(weights, weights, 5), weights)
-    assert check_weights(weights, weights, 5).is_contiguous()
+    weights, one = torch.arange(10.0)[::2], torch.tensor(1.0)
+    update = Update(weights, one, one)
+    assert check_weights(weights, update, 5)[1] is None
+    for found in check_weights(weights, update._replace(square_weights=weights), 5):
+        assert torch.equal(found, weights)
+        assert found.is_contiguous()
 
 
 def test_gradients_must_be_of_one_dtype_and_on_the_device():
@@ -203,7 +206,7 @@ def test_gradients_must_be_of_one_dtype_and_on_the_device():
 # ---- the operations: one argument after the other is spoilt
 
 
-FACTORS = ("target_factor", "update_factor", "momentum_factor")
+FACTORS = ("target_factor", "update_factor", "momentum_factor", "eps")
 
 
 def all_arguments():
@@ -223,6 +226,7 @@ def all_arguments():
         "window_apply_": {
             "targets": vectors(), "momenta": vectors(), "rows": make_rows(),
             "weights": torch.randn(WINDOW, dtype=torch.float64),
+            "square_weights": torch.rand(WINDOW, dtype=torch.float64),
             **dict.fromkeys(FACTORS, one),
         },
         "update_inverse_root_": {
@@ -252,10 +256,10 @@ SPOILABLE = {
     "norm_is_finite": ["grads"],
     "compress_": ["grads", "errors", "values", "indices", "slot", "finite"],
     "window_dots": ["values", "indices", "slot"],
-    "window_apply_": ["targets", "momenta", "values", "indices", "weights", *FACTORS],
+    "window_apply_": ["targets", "momenta", "values", "indices", "weights", "square_weights", *FACTORS],
     "update_inverse_root_": ["R", "column", "S", "slot"],
 }
-NUMBERS = ("slot", "finite", "weights", *FACTORS)  # of which those with steps are as good
+NUMBERS = ("slot", "finite", "weights", "square_weights", *FACTORS)  # of which those with steps are as good
 
 
 def spoilt_arguments():
@@ -320,7 +324,7 @@ def call(operation, arguments):
     """Calls an operation, the weights and factors of `window_apply_` in one."""
     own = dict(arguments)
     if "weights" in own:
-        own["update"] = Update(*(own.pop(name) for name in ("weights", *FACTORS)))
+        own["update"] = Update(**{name: own.pop(name) for name in ("weights", "square_weights", *FACTORS)})
     return getattr(kernels, operation)(*own.values())
 
 
@@ -485,10 +489,17 @@ def test_errors_are_all_of_one_kind(refusing_backend):
         kernels.compress_(grads[::-1], mixed[::-1], rows[::-1], slot, finite)
 
 
+@pytest.mark.parametrize("name", ["square_weights", "eps"])
+def test_square_weights_and_eps_go_together(name, refusing_backend):
+    arguments = all_arguments()["window_apply_"]
+    arguments[name] = None
+    check_refused("window_apply_", arguments, ValueError, "eps must be (None without|given with) square_weights, got")
+
+
 def test_momenta_in_8_bits_are_not_written(refusing_backend):
     arguments = all_arguments()["window_apply_"]
     arguments["momenta"] = [kernels.allocate_lowbit(numel, 8, torch.device("cpu")) for numel in SIZES]
-    update = Update(*(arguments[name] for name in ("weights", *FACTORS)), writes_momenta=True)
+    update = Update(**{name: arguments[name] for name in ("weights", *FACTORS[:3])}, writes_momenta=True)
     with pytest.raises(ValueError, match="momenta must be floating point where they are written, got 8 bits"):
         kernels.window_apply_(arguments["targets"], arguments["momenta"], arguments["rows"], update)
 

@@ -354,6 +354,21 @@ def test_apply_adds_a_weighted_sum_of_dense_rows(case, with_momentum, target_fac
         torch.testing.assert_close(momentum, update.to(case.grad), **TOLERANCE[case.grad])
 
 
+@windows
+def test_square_weights_divide_by_the_root_of_a_weighted_sum_of_squares(case):
+    window = case.random_window()
+    weights, square_weights = torch.linspace(-1.5, 2.0, case.window), torch.linspace(0.5, 0.1, case.window).double()
+    target, rows = case.target(), dense(case, window)
+    update = weights.double() @ rows / ((square_weights @ rows**2).sqrt() + 1e-3)
+    expected = 0.75 * target.double() - 0.3 * update
+    target_factor, update_factor, eps = torch.tensor([0.75, -0.3, 1e-3], dtype=FLOAT64)
+    applied_as = Update(weights, target_factor, update_factor, square_weights=square_weights, eps=eps)
+    reference.window_apply_([target], [], [window], applied_as)
+    torch.testing.assert_close(target, expected.to(case.grad), **TOLERANCE[case.grad])
+    untouched = (rows == 0).all(0)
+    assert torch.equal(target[untouched], (0.75 * case.target()[untouched]).to(case.grad))
+
+
 def test_a_momentum_is_rounded_but_the_update_taken_from_it_is_not():
     """1 + 2⁻⁹ is no bfloat16; what it adds to −1 is."""
     blocks = Blocks(1, 1, 1.0)

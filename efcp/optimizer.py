@@ -178,6 +178,7 @@ class EFCP(Optimizer):
         for s in sets:
             s.push(slot, finite)
         combination = self._combination(preconditioner, gram, sets, slot, finite)
+        squares = preconditioner.square_weights(gram, slot)
         gram.state["pending"] = False
         if sum(len(s.params) for s in sets) > len(windows):  # some are new
             windows = self._windows()
@@ -188,7 +189,7 @@ class EFCP(Optimizer):
             if isinstance(preconditioner, LocalPreconditioner):
                 s.update_locally_(preconditioner, slot, finite)
             else:
-                s.update_(combination.weights, combination.factor, finite)
+                s.update_(combination.weights, combination.factor, finite, squares)
         for other in by_adamw:
             other.update_(finite)
         self._lookout.look(gram.state, self._non_finite)
@@ -233,10 +234,13 @@ class EFCP(Optimizer):
         """
         own = self.shared or allocate_gram(agreed(self.param_groups, "window"), torch.device("cpu"))
         gram, sets = Gram(own), self._sets(alone=True)
-        result = norms_and_rotation(gram, sets)
-        if isinstance(self.preconditioner, LocalPreconditioner):  # of whose updates the Gram matrix knows the length
-            return {**result, "cosine": None, **(dict.fromkeys(QUANTILES) if quantiles else {})}
-        return {**result, **scaling_quantiles(gram, sets)} if quantiles else result
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
+        result = norms_and_rotation(gram, sets, preconditioner)
+        if not quantiles:
+            return result
+        if isinstance(preconditioner, LocalPreconditioner):
+            return {**result, **dict.fromkeys(QUANTILES)}
+        return {**result, **scaling_quantiles(gram, sets, preconditioner)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -396,13 +400,13 @@ class EFCP(Optimizer):
         if direction == "momentum":
             square = reduce(torch.add, gram.on_its_device(s.average_momenta(finite) for s in sets))
             if isinstance(preconditioner, LocalPreconditioner):
-                gram.replace(slot, _dots(gram, sets, slot))
                 return local_update(gram, length).where(finite)
             dots, products = _dots(gram, sets, slot, with_momenta=True)
             gram.replace(slot, dots)
             combination = momentum_update(preconditioner, gram, slot, products, square)
         else:
-            gram.replace(slot, _dots(gram, sets, slot))
+            if preconditioner.uses_gram:
+                gram.replace(slot, _dots(gram, sets, slot))
             if direction == "average":
                 beta = agreed(self.param_groups, "momentum")
                 combination = average_update(preconditioner, gram, slot, beta)
@@ -467,13 +471,16 @@ class EFCP(Optimizer):
 
         Where a matrix has been adopted with these windows it stays, bit for bit, unless it is of other windows.
         """
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
+        if not preconditioner.uses_gram:
+            return
         shown = gram.matrix.clone() if adopted and not gram.state["pending"] else None
         gram.state["pending"] = True
         gram.recompute(lambda slot: _dots(gram, sets, slot))
         if shown is not None and gram.agrees_with(shown):
             gram.matrix.copy_(shown)
         else:
-            agreed_preconditioner(self.param_groups, self.preconditioner).refresh(gram)
+            preconditioner.refresh(gram)
 
     def _show_shared(self, windows: list[tuple[Tensor, list[Tensor]]]) -> None:
         home = windows[0][0] if windows else next(self._windowed(), None)

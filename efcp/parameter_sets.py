@@ -159,7 +159,9 @@ class ParameterSet:
         """The inner products of all rows with row `slot`, (1,) int64: (m,) float64; or (2, m), with momenta second."""
         return self.window.dots(slot.to(self.device, non_blocking=True), self.momenta if with_momenta else [])
 
-    def update_(self, weights: Tensor, factor: Tensor, finite: Tensor) -> None:
+    def update_(
+        self, weights: Tensor, factor: Tensor, finite: Tensor, squares: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """θ ← (1 − lr·wd) θ − lr (Σᵢ wᵢ Gᵢ + factor · a); all as it was where not finite.
 
         With the direction "row" and momentum the step goes along that of the update: heavy ball.
@@ -168,10 +170,14 @@ class ParameterSet:
             weights: (m,) float64, zero where not finite.
             factor: () float64, of dense momenta a.
             finite: () bool.
+            squares: of second moments, by which the sum of the rows is divided: see `Preconditioner.square_weights`.
         """
         weights, factor, finite = (x.to(self.device, non_blocking=True) for x in (weights, factor, finite))
         update_factor, target_factor = self._factors(finite)
         update, momenta = kernels.Update(weights, target_factor, update_factor), self.momenta
+        if squares is not None:
+            square_weights, eps = (x.to(self.device, non_blocking=True) for x in squares)
+            update = update._replace(square_weights=square_weights, eps=eps)
         if self.group["direction"] == "momentum":
             update = update._replace(momentum_factor=factor)
         elif momenta:

@@ -109,6 +109,17 @@ class SingleWindow(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no products, which the direction 'momentum' needs")
 
+    def squares(self, weights: Tensor) -> Tensor:
+        """Σᵢ weightsᵢ · Gᵢ², entry by entry. Needed for preconditioners with square_weights only.
+
+        Args:
+            weights: (m,) float64.
+
+        Returns:
+            (n,) floating point.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no squares, which square_weights need")
+
     @abstractmethod
     def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
         """target ← factor · target + Σᵢ weightsᵢ · Gᵢ.
@@ -147,14 +158,22 @@ class Separate(Window):
         for number, (window, target) in enumerate(zip(self.windows, targets, strict=True)):
             if target is None:
                 continue
-            if update.momentum_factor is None:
+            if update.square_weights is None and update.momentum_factor is None:
                 window.apply_(target, update.update_factor * update.weights, update.target_factor)
                 continue
-            momentum = momenta[number]
-            if isinstance(momentum, LowBit) or not update.writes_momenta:
-                momentum = floats(momentum, copy=True, dtype=accumulation_dtype(target.dtype))
-            window.apply_(momentum, update.weights, update.momentum_factor)
-            target.mul_(update.target_factor).addcmul_(momentum, update.update_factor)
+            dtype = accumulation_dtype(target.dtype)
+            total = momenta[number] if momenta else torch.zeros_like(target, dtype=dtype)
+            if isinstance(total, LowBit) or not update.writes_momenta:
+                total = floats(total, copy=bool(momenta), dtype=dtype)
+            factor = torch.ones_like(update.target_factor) if update.momentum_factor is None else update.momentum_factor
+            if update.square_weights is None or update.eps is None:
+                window.apply_(total, update.weights, factor)
+            else:
+                rows = torch.zeros_like(target, dtype=dtype)
+                window.apply_(rows, update.weights, factor)
+                rows /= window.squares(update.square_weights).sqrt_() + update.eps.to(dtype)
+                total.copy_(total.to(dtype) * factor.to(dtype) + rows)
+            target.mul_(update.target_factor).addcmul_(total, update.update_factor)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,13 @@ class DenseWindow(SingleWindow):
     def products(self, vector: Tensor) -> Tensor:
         return kernels.dense_dots(self.rows, vector)
 
+    def squares(self, weights: Tensor) -> Tensor:
+        dtype = accumulation_dtype(self.rows.dtype)
+        total = torch.empty(self.rows.shape[1], dtype=dtype, device=self.rows.device)
+        for columns in self._parts():
+            total[columns] = self.rows[:, columns].to(dtype).square().t() @ weights.to(dtype)
+        return total
+
     def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
         dtype = accumulation_dtype(target.dtype)
         weights, factor = weights.to(dtype), factor.to(dtype)

@@ -35,7 +35,7 @@ class Update(NamedTuple):
             allowed = "be a tensor where there are momenta" if with_momenta else "be None without momenta"
             raise ValueError(f"momentum_factor must {allowed}, got {self.momentum_factor!r}")
         if (self.eps is None) != (self.square_weights is None):
-            allowed = "be None without square_weights" if self.square_weights is None else "be given with square_weights"
+            allowed = "be a tensor with square_weights" if self.eps is None else "be None without square_weights"
             raise ValueError(f"eps must {allowed}, got {self.eps!r}")
         names = ("target_factor", "update_factor", "momentum_factor", "eps")
         return {name: factor for name in names if (factor := getattr(self, name)) is not None}

@@ -2,9 +2,10 @@
 
     u = M / (√W + ε),   M = c₁ Σᵢ β₁^ageᵢ Gᵢ,   W = c₂ Σᵢ β₂^ageᵢ Gᵢ²,   cₖ = (1 − βₖ) / (1 − βₖⁿ)
 
-The newest row has age 0. With the correction "window" n is the number of rows held: weights then sum to 1, as Adam's do.
-With "step", the published one, n is the number of steps. The rows that have left the window are missing from such sums,
-so u grows: with a window of 10 and the default betas a constant gradient gives |u| = 6.5 in the end, where Adam's is 1.
+The newest row has age 0. With the correction "window" n is the number of rows held, so that weights sum to 1, as Adam's
+do. With "step", the published one, n is the number of steps. The rows that have left the window are missing from such
+sums, so u grows: with a window of 10 and the default betas a constant gradient gives |u| = 6.5 in the end, where Adam
+gives 1.
 
 Steps that were skipped do not count in n; their rows are zeros. There is no state beside the counters of `efcp.gram`.
 """

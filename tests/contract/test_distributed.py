@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from efcp import SparseMFAC
+from efcp import MicroAdam, SparseMFAC
 from tests.contract.optimizers import SETTINGS, Regression, SparseGGT4, small
 
 RANKS = 2
@@ -94,6 +94,8 @@ def test_zero_redundancy_optimizer_of_one_process(alone, cls, options):
         problem.optimizer = ZeroRedundancyOptimizer(problem.model.parameters(), cls, **options)
         return problem
 
+    if cls is MicroAdam:  # with an error in 4 bits small entries differ by as much as a step
+        options = options | {"error_dtype": torch.float32}
     plain, whole, resumed = Regression(cls, options), zero(0), zero(0)
     plain.step(6)
     whole.step(6)

@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 from torch.utils._pytree import tree_leaves
 
-from efcp import SparseMFAC, kernels
+from efcp import MicroAdam, SparseMFAC, kernels
 from efcp.kernels import Blocks, SparseRows, operators
 from tests.contract.optimizers import Regression, SparseGGT4, SparseMFAC8, assert_same, small
 
@@ -182,7 +182,7 @@ def check_compiled_step(cls, options, steps):
     assert_same(problem, compiled)
 
 
-@pytest.mark.parametrize("cls", [SparseMFAC, SparseMFAC8, SparseGGT4], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [SparseMFAC, SparseMFAC8, SparseGGT4, MicroAdam], ids=lambda cls: cls.__name__)
 def test_compiled_step(cls):
     """Graphs break where state is made and blocks are looked up; results are those of the eager step, bit for bit."""
     check_compiled_step(cls, small(cls), 4)

@@ -116,7 +116,8 @@ def test_diagnostics_recompute_the_update(compressor):
         assert found["update_norm"] == pytest.approx(u.norm().item())
         assert found["cosine"] == pytest.approx((c @ u / (c.norm() * u.norm())).item())
         ratios = (u / torch.cat([p.grad for p in params])).abs()
-        assert found["scaling_q50"] == pytest.approx(torch.quantile(ratios, 0.5, interpolation="lower").item(), rel=1e-3)
+        median = torch.quantile(ratios, 0.5, interpolation="lower").item()
+        assert found["scaling_q50"] == pytest.approx(median, rel=1e-3)
     params[0].grad[0] = float("inf")
     optimizer.step()
     found = optimizer.diagnostics()
@@ -182,7 +183,7 @@ def test_heavy_ball_goes_along_the_divided_update(compressor, dtype):
     ("options", "error", "message"),
     [
         ({"direction": "average"}, ValueError, "direction must not be 'average' with AdamStats, which has no weights"),
-        ({"direction": "momentum"}, ValueError, "direction must not be 'momentum' with AdamStats, which has no weights"),
+        ({"direction": "momentum"}, ValueError, "direction must not be 'momentum' with AdamStats, which has no"),
         ({"update_rms": 0.2}, ValueError, "update_rms must be None with AdamStats, which does not know the length"),
         ({"max_update_norm": 1.0}, ValueError, "max_update_norm must be None with AdamStats, which does not know"),
         ({"compressor": LowRank()}, TypeError, "compressor must not be efcp.LowRank with AdamStats: factors give no"),

@@ -65,7 +65,7 @@ class EFCP(Optimizer):
         params: parameters, named parameters, or param groups; floating point, on any devices.
         lr: learning rate ≥ 0, a float or a tensor of one element.
         compressor: how gradients are kept: `TopK`, `LowRank`, `Identity`, or any `Compressor`.
-        preconditioner: how the window becomes an update: `MFAC`, `GGT`, or any `Preconditioner`.
+        preconditioner: how the window becomes an update: `MFAC`, `GGT`, `AdamStats`, or any `Preconditioner`.
         window: m, how many gradients are kept, ≥ 1.
         direction: what is preconditioned: "row", the newest row, as in the papers; "average", an average of the rows
             held; "momentum", a dense momentum (`efcp.directions`). Fixed from the first step on.
@@ -215,8 +215,9 @@ class EFCP(Optimizer):
     def diagnostics(self, quantiles: bool = False) -> dict[str, float | None]:
         """What the last step did, for logs. Waits for the device.
 
-        u is the update before momentum and lr. g is read from `p.grad`: call this before `zero_grad()`, and after the
-        `unscale_` of a gradient scaler.
+        u is the update before momentum and lr. Where its length does not follow from the Gram matrix, as with
+        `AdamStats`, c and u are computed again, one parameter at a time. g is read from `p.grad`: call this before
+        `zero_grad()`, and after the `unscale_` of a gradient scaler.
 
         Args:
             quantiles: also those of |u/g|, for which u is computed again, one parameter at a time: about as much work

@@ -49,8 +49,9 @@ def agreed(groups: Sequence[dict[str, Any]], name: str) -> Any:
 
 
 def agreed_preconditioner(groups: Sequence[dict[str, Any]], kind: Preconditioner) -> Preconditioner:
-    """The preconditioner with the options on which all param groups must agree."""
-    return made_from(kind, {name: agreed(groups, name) for name in kind.options})
+    """The preconditioner with the options on which all param groups must agree, but for those that AdamW steps."""
+    windowed = [group for group in groups if not group["adamw"]] or groups[:1]
+    return made_from(kind, {name: agreed(windowed, name) for name in kind.options})
 
 
 def check_options(groups: Sequence[dict[str, Any]], compressor: Compressor, preconditioner: Preconditioner) -> None:

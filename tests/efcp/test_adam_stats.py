@@ -214,6 +214,20 @@ def test_options_that_are_not_allowed_are_refused(options, message):
         MicroAdam([torch.nn.Parameter(torch.zeros(3))], **options)
 
 
+def test_betas_of_adamw_are_its_own():
+    """Groups that AdamW steps have an option of that name, too; all others must agree."""
+    params = [torch.nn.Parameter(torch.ones(30)) for _ in range(3)]
+    groups = [{"params": params[:1], "adamw": True, "betas": (0.8, 0.9)}, {"params": params[1:2]}]
+    optimizer = MicroAdam(groups, betas=(0.9, 0.99))
+    assert [group["betas"] for group in optimizer.param_groups] == [[0.8, 0.9], [0.9, 0.99]]
+    for p in params[:2]:
+        p.grad = torch.ones(30)
+    optimizer.step()
+    optimizer.add_param_group({"params": params[2:], "betas": (0.5, 0.9)})
+    with pytest.raises(ValueError, match="betas must be the same in all param groups"):
+        optimizer.step()
+
+
 def test_windows_without_squares_say_so():
     class Squared(MFAC):
         def square_weights(self, gram, slot):

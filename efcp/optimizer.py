@@ -171,10 +171,11 @@ class EFCP(Optimizer):
         if changed or gram.state["pending"]:
             self._mend(gram, sets, adopted)
 
-        flags = [*(s.norm_is_finite() for s in sets), *(other.norm_is_finite() for other in by_adamw)]
-        finite = reduce(torch.logical_and, gram.on_its_device(flags))
         gram.state["pending"] = True
-        slot = gram.next_slot(finite)
+        slot = gram.following_slot
+        flags = [*(s.look_at_gradients(slot) for s in sets), *(other.norm_is_finite() for other in by_adamw)]
+        finite = reduce(torch.logical_and, gram.on_its_device(flags))
+        gram.count_step(finite)
         for s in sets:
             s.push(slot, finite)
         combination = self._combination(preconditioner, gram, sets, slot, finite)

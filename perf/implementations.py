@@ -85,14 +85,12 @@ def finite_implementations(p: Problem) -> dict[str, Implementation]:
 
 
 def compress_implementations(p: Problem) -> dict[str, Implementation]:
-    finite = torch.tensor(True, device=p.device)
-
-    def build(compress_: Callable[..., None], **options: Any) -> Implementation:
+    def build(compress_: Callable[..., object], **options: Any) -> Implementation:
         error = p.error.clone()
-        run = partial(compress_, [p.grad], [error], p.rows, p.slot, finite)
+        run = partial(compress_, [p.grad], [error], p.rows, p.slot)
         return Implementation(run, lambda: [p.newest_row(), error.clone()], **options)
 
-    def composition(grads: list[Tensor], errors: list[Tensor], rows: object, slot: Tensor, finite: Tensor) -> None:
+    def composition(grads: list[Tensor], errors: list[Tensor], rows: object, slot: Tensor) -> None:
         a = errors[0].add_(grads[0]).view(-1, p.case.block_size)
         index = a.abs().topk(p.case.blocks.kept, dim=1, sorted=False).indices
         p.values[:, slot] = a.gather(1, index).to(p.values.dtype).unsqueeze(1)

@@ -217,7 +217,11 @@ def all_arguments():
         "norm_is_finite": {"grads": vectors()},
         "compress_": {
             "grads": vectors(), "errors": vectors(), "rows": make_rows(),
-            "slot": torch.tensor([1]), "finite": torch.tensor(True),
+            "slot": torch.tensor([1]),
+        },
+        "undo_compress_": {
+            "grads": vectors(), "errors": vectors(), "rows": make_rows(),
+            "slot": torch.tensor([1]), "finite": torch.tensor(False),
         },
         "window_dots": {"rows": make_rows(), "slot": torch.tensor([1])},
         "window_apply_": {
@@ -250,7 +254,8 @@ SPOILT = {
 }
 SPOILABLE = {
     "norm_is_finite": ["grads"],
-    "compress_": ["grads", "errors", "values", "indices", "slot", "finite"],
+    "compress_": ["grads", "errors", "values", "indices", "slot"],
+    "undo_compress_": ["grads", "errors", "values", "indices", "slot", "finite"],
     "window_dots": ["values", "indices", "slot"],
     "window_apply_": ["targets", "momenta", "values", "indices", "weights", *FACTORS],
     "update_inverse_root_": ["R", "column", "S", "slot"],
@@ -399,8 +404,8 @@ def operations_on_numbers():
         "store_lowbit_ of 4 bits": [lowbit(4), vectors(), finite, keys],
         "window_dots": [make_rows(), slot, vectors()],
         "window_dots in 8 bits": [make_rows(), slot, lowbit(8)],
-        "compress_ with errors in 8 bits": [vectors(), errors(8), make_rows(), slot, finite],
-        "compress_ with errors in 4 bits": [vectors(), errors(4), make_rows(), slot, finite, keys],
+        "compress_ with errors in 8 bits": [vectors(), errors(8), make_rows(), slot],
+        "compress_ with errors in 4 bits": [vectors(), errors(4), make_rows(), slot, keys],
     }
 
 
@@ -477,12 +482,12 @@ def test_operation_on_numbers_refuses_another_number_of_them(operation, change, 
 
 
 def test_errors_are_all_of_one_kind(refusing_backend):
-    grads, (few, _), rows, slot, finite = operations_on_numbers()["compress_ with errors in 8 bits"]
+    grads, (few, _), rows, slot = operations_on_numbers()["compress_ with errors in 8 bits"]
     mixed = [kernels.LowBit(*few), torch.zeros(SIZES[1])]
     with pytest.raises(TypeError, match=r"^errors\[1\] must be a LowBit, as others are, got a Tensor$"):
-        kernels.compress_(grads, mixed, rows, slot, finite)
+        kernels.compress_(grads, mixed, rows, slot)
     with pytest.raises(TypeError, match=r"^errors\[1\] must be a tensor, got a LowBit$"):
-        kernels.compress_(grads[::-1], mixed[::-1], rows[::-1], slot, finite)
+        kernels.compress_(grads[::-1], mixed[::-1], rows[::-1], slot)
 
 
 def test_momenta_in_8_bits_are_not_written(refusing_backend):
@@ -531,7 +536,7 @@ def test_operations_touch_nothing_beside_their_tensors(sizes, block_size, grad, 
         few = [[kernels.allocate_lowbit(r.blocks.numel, bits, CPU, r.blocks.size) for r in rows] for bits in (8, 4)]
         few = [[kernels.LowBit(place(x.codes, 77), place(x.scales)) for x in some] for some in few]
         for some in (*few, errors):
-            kernels.compress_(grads, some, rows, slot, finite, [place(torch.tensor([5]), 99) for _ in sizes])
+            kernels.compress_(grads, some, rows, slot, [place(torch.tensor([5]), 99) for _ in sizes])
         dots = kernels.window_dots(rows, slot)
         kernels.window_apply_(targets, momenta, rows, Update(weights, *numbers))
         lowbit = [tensor for some in few for numbers in some for tensor in numbers]

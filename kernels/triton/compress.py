@@ -35,7 +35,7 @@ from efcp.kernels.triton.launch import (
 from efcp.kernels.triton.lowbit import numbers_of, to_4_bits, to_8_bits
 from efcp.kernels.triton.tuning import Configuration, choose
 
-UNDO_CHUNK = 512  # elements of a block that `undo_compress_` treats at a time
+UNDO_CHUNK = 128  # elements of a block that `undo_compress_` treats at a time
 
 
 def configurations(size: int, bytes: int, width: int, warp: int) -> list[Configuration]:
@@ -302,6 +302,12 @@ def _error_of(row, block, ERROR: tl.constexpr, SIZE: tl.constexpr, BITS: tl.cons
 
 
 @triton.jit
+def _index(indices, entry, kept):
+    """The position of an entry of a row; beyond the last, one that no block has."""
+    return tl.where(entry < kept, tl.load(indices + entry, mask=entry < kept, other=0).to(tl.int32), 1 << 30)
+
+
+@triton.jit
 def _undo_kernel(parameters, owners, slot, finite, window_size,
                  GRAD: tl.constexpr, ERROR: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr,
                  DTYPE: tl.constexpr, SIZE: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
@@ -324,11 +330,15 @@ def _undo_kernel(parameters, owners, slot, finite, window_size,
             g = _gradient(grad, chunk, length, CHUNK, True, DTYPE)
             squares += g * g
         if tl.sum(squares, 0) < float("inf"):
+            entry = 0
+            index = _index(indices, entry, kept)
             for chunk in range(CHUNKS):
                 position = chunk * CHUNK + tl.arange(0, CHUNK)
                 a = _error(error, scales, chunk, length, CHUNK, BITS, True, DTYPE)
-                for entry in range(kept):  # slow, but no step needs it that trains
-                    a += tl.where(position == tl.load(indices + entry).to(tl.int32), tl.load(values + entry), 0.0)
+                while index < (chunk + 1) * CHUNK:  # slow, but needed so rarely
+                    a = tl.where(position == index, a + tl.load(values + entry).to(DTYPE), a)
+                    entry += 1
+                    index = _index(indices, entry, kept)
                 a -= _gradient(grad, chunk, length, CHUNK, True, DTYPE)
                 if BITS != 0:
                     _encode(a, error, scales, key, block * SIZE, chunk, length, CHUNK, BITS, True)

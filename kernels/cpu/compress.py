@@ -4,6 +4,7 @@ The key of a number is its bits without the sign, an integer: keys have the same
 largest magnitudes means finding the k-th largest key. The search starts from the key found in the previous block.
 """
 
+import ctypes
 import math
 from collections.abc import Sequence
 from functools import cache
@@ -327,6 +328,6 @@ def undo_compress_(
     finite: Tensor,
     keys: Sequence[Tensor] = (),
 ) -> None:
-    scalar_address("finite", finite, torch.bool)
-    if not finite:  # so rarely that the definition will do
+    if not ctypes.c_bool.from_address(scalar_address("finite", finite, torch.bool)).value:
+        # So rarely that the definition will do.
         reference.undo_compress_(grads, errors, rows, slot, finite, keys)

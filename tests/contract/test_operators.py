@@ -11,7 +11,7 @@ from efcp import SparseMFAC, kernels
 from efcp.kernels import Blocks, SparseRows, operators
 from tests.contract.optimizers import Regression, SparseGGT4, SparseMFAC8, assert_same, small
 
-OPERATORS = ["compress_", "window_dots", "update_inverse_root_", "window_apply_"]  # in the order of a step
+OPERATORS = ["compress_", "undo_compress_", "window_dots", "update_inverse_root_", "window_apply_"]  # in order
 LAYOUTS = [(1, 4096, 0.01), (63, 16, 0.1), (1000, 256, 0.05), (4097, 4096, 0.01)]
 
 

@@ -467,7 +467,7 @@ def test_operation_on_numbers_refuses_any_tensor_that_is_spoilt(operation, spoil
         ("add_lowbit_ of 8 bits", lambda a: a[1].pop(), "numbers must hold 2 tensors, got 1"),
         ("window_dots", lambda a: a[2].pop(), "momenta must hold 2 tensors, got 1"),
         ("compress_ with errors in 8 bits", lambda a: a[1].pop(), "errors must hold 2 tensors, got 1"),
-        ("compress_ with errors in 4 bits", lambda a: a[5].clear(), "keys must hold 2 tensors, got 0"),
+        ("compress_ with errors in 4 bits", lambda a: a[4].clear(), "keys must hold 2 tensors, got 0"),
     ],
     ids=[
         *("no momenta", "too few gradients", "too few keys", "too few values", "too few numbers", "too few momenta"),

@@ -59,7 +59,8 @@ class EFCP(Optimizer):
 
     A step leaves `p.grad` as it is. A parameter whose grad is None stays as it is, and contributes a zero row to the
     window. A step with an Inf or NaN in a gradient, or one whose squared norm overflows, leaves parameters, momentum
-    and error as they are, contributes a zero row, and counts in `skipped_steps`.
+    and error as they are (errors of sparse windows up to one rounding), contributes a zero row, and counts in
+    `skipped_steps`.
 
     Args:
         params: parameters, named parameters, or param groups; floating point, on any devices.

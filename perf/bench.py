@@ -5,6 +5,7 @@
 | sweep | bench.csv | each operation and the whole step, by density, block size, window, parameter size and dtype |
 | breakdown | breakdown.csv | where the time of a step goes, for three models (`breakdown.py`) |
 | memory | memory.csv | state and temporaries, measured beside the estimate (`memory.py`) |
+| optimizers | optimizers.csv | steps and state of all optimizers that a user could choose (`optimizers.py`) |
 
 From these it makes scaling.csv, prediction.csv, largest-model.csv, tables.md and the plots; `--plot-only` does only
 this, with the CSVs of an earlier run. Measurements are never overwritten: a folder that already holds the file of a
@@ -44,7 +45,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from efcp.kernels import backend_name
-from efcp.perf import breakdown, memory, report
+from efcp.perf import breakdown, memory, optimizers, report
 from efcp.perf.command import PROVIDERS, ending, locked, reason
 from efcp.perf.implementations import DEFINITION, OPERATIONS, OURS, PUBLISHED, Implementation
 from efcp.perf.machine import available_bytes, environment
@@ -61,7 +62,7 @@ COLUMNS = [
 ]
 BOUNDS = {"norm_is_finite": "read", "window_dots": "read"}  # the others read and write: "copy"
 GRAPH_ELEMENTS = 1 << 24  # up to this size ours is also replayed from a CUDA graph
-PARTS = {"sweep": "bench.csv", "breakdown": "breakdown.csv", "memory": "memory.csv"}
+PARTS = {"sweep": "bench.csv", "breakdown": "breakdown.csv", "memory": "memory.csv", "optimizers": "optimizers.csv"}
 
 DENSITIES = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 GRAPH = ", graph"
@@ -257,4 +258,6 @@ def main(arguments: list[str] | None = None) -> None:
                 breakdown.measure(device, out / PARTS["breakdown"], steps=10 if options.quick else 30)
             if "memory" in parts:
                 memory.measure(device, out / PARTS["memory"], options.quick)
+            if "optimizers" in parts:
+                optimizers.measure(device, out / PARTS["optimizers"], options.quick)
             report.make(out, file=sys.stdout)

@@ -89,7 +89,9 @@ def grid(quick: bool) -> Grid:
     points += [(Case(MEDIUM, 256, 0.01, block), every) for block in (256, 1024, 16384, 32768)]
     points += [(Case(MEDIUM, window, 0.01), every) for window in (16, 64, 1024, 2048)]
     points += [(Case(MEDIUM, 256, 0.01, dtype=dtype), every) for dtype in ("bf16/bf16/bf16", "fp32/fp32/fp32")]
-    points += [(Case(MEDIUM, 256, 0.01, dtype=f"fp32/{error}/bf16"), ("compress_", "step")) for error in ("int8", "int4")]
+    points += [
+        (Case(MEDIUM, 256, 0.01, dtype=f"fp32/{error}/bf16"), ("compress_", "step")) for error in ("int8", "int4")
+    ]
     points += [(Case(SMALL, 256, 0.01), every), (Case(1 << 20, 256, 0.01), every)]
     return [*points, (Case(1 << 26, 256, 0.01), step), (Case(LARGEST, 256, 0.01), step)]
 

@@ -10,7 +10,8 @@ A row of optimizers.csv is one optimizer on one model:
 | p20_ms, p50_ms, p80_ms, runs | quantiles of the time of a step, and how many times it was measured |
 | times AdamW | p50_ms divided by that of fused AdamW, measured in turn with it |
 | state bytes, per parameter | by `efcp.memory_report`, and the same divided by d |
-| temporary bytes, of parameters | the most that a step allocates beyond its state, and its share of the bytes of the parameters |
+| temporary bytes | the most that a step allocates beyond its state; of SOAP, a step without decompositions |
+| of parameters | temporary bytes divided by the bytes of the parameters |
 
 All optimizers step the same parameters, float32, with the same gradients: normally distributed, of norm 1 over all
 parameters. Before it is measured, an optimizer fills its window. Where a step is longer every `cycle` steps, a run is

@@ -168,15 +168,15 @@ def layers(count: int, width: int) -> nn.Module:
 
 Models = Mapping[str, Callable[[], nn.Module]]
 MODELS: Models = {
-    "GPT, 4 layers, width 512": partial(gpt, 4, 512, 12000, 256),
+    "small GPT, 18.9M": partial(gpt, 4, 512, 12000, 256),
     "one vector, 4.2M": partial(flat, 1 << 22),
     "one vector, 16.8M": partial(flat, 1 << 24),
-    "150 layers of 64 × 64": partial(layers, 150, 64),
+    "150 layers of 64 × 64, 624k": partial(layers, 150, 64),
 }
 QUICK: Models = {
-    "GPT, 1 layer, width 64": partial(gpt, 1, 64, 1000, 64),
+    "smallest GPT, 118k": partial(gpt, 1, 64, 1000, 64),
     "one vector, 262k": partial(flat, 1 << 18),
-    "20 layers of 16 × 16": partial(layers, 20, 16),
+    "20 layers of 16 × 16, 5k": partial(layers, 20, 16),
 }
 
 

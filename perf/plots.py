@@ -260,7 +260,7 @@ def optimizers(frame: pd.DataFrame) -> Figure | None:
         own = rows[rows["model"] == model]
         _log(axes, "x")
         _log(axes, "y")
-        axes.margins(0.14, 0.1)
+        axes.margins(0.16, 0.12)
         for family, style in FAMILIES.items():
             some = own[own["family"] == family]
             axes.plot(some["per parameter"], some["p50_ms"], linestyle="none", markersize=7.5, label=family, **style)
@@ -271,8 +271,7 @@ def optimizers(frame: pd.DataFrame) -> Figure | None:
             label = "smaller and faster than fused AdamW"
             axes.fill_between([left, x], bottom, y, color="0.93", linewidth=0, zorder=-1, label=label)
             axes.set(xlim=(left, right), ylim=(bottom, top))
-        first = own.iloc[0]
-        axes.set_title(f"{model} ({_size(first['d'])} parameters)", fontsize=10)
+        axes.set_title(model, fontsize=10)
     for axes in panels[::2]:
         axes.set_ylabel("time of a step, ms (median)")
     for axes in panels[max(0, len(models) - 2) : len(models)]:
@@ -339,14 +338,10 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _size(numel: float) -> str:
-    return f"{numel / 1e6:.1f}M" if numel >= 1e6 else f"{numel / 1e3:.0f}k"
-
-
 NEAR = 9
 PLACES = [  # of a name beside its point: distance in points, horizontal and vertical part of the direction
     *((NEAR, dx, dy) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))),
-    *((r, dx, dy) for r in (16, 24, 34, 46) for dy in (1, -1, 0) for dx in (0, 1, -1, 0.5, -0.5) if dx or dy),
+    *((r, dx, dy) for r in (16, 24, 34, 46) for dy in (1, -1, 0) for dx in (0, 1, -1, 0.5, -0.5) if dy or abs(dx) == 1),
 ]
 
 
@@ -355,8 +350,8 @@ def _name_points(axes: Axes, xs: pd.Series, ys: pd.Series, names: pd.Series) -> 
     axes.figure.canvas.draw()  # places the panels
     to_data, scale = axes.transData.inverted(), axes.figure.dpi / 72
     points = axes.transData.transform(np.column_stack([xs, ys]))
-    taken = [Bbox([point - 5 * scale, point + 5 * scale]) for point in points]
-    taken += [line.get_window_extent().padded(scale) for line in axes.lines if len(line.get_xdata()) == 2]
+    taken = 5 * [Bbox([point - 6 * scale, point + 6 * scale]) for point in points]  # it is worse to hide a point
+    taken += [line.get_window_extent().padded(scale) for line in axes.lines if line.get_linestyle() == "--"]
     for point, name in zip(points, names, strict=True):
         text = axes.text(0, 0, name, fontsize=8)
         size = np.array(text.get_window_extent().size)
@@ -370,10 +365,11 @@ def _name_points(axes: Axes, xs: pd.Series, ys: pd.Series, names: pd.Series) -> 
         costs = [_hidden(box, taken, axes.get_window_extent(), point, others) for box in boxes]
         best = int(np.argmin(costs))
         taken.append(boxes[best])
+        (x, y), (left, bottom) = to_data.transform([point, boxes[best].p0])
         note = axes.annotate(
             name,
-            to_data.transform(point),
-            xytext=to_data.transform(boxes[best].p0),
+            (x, y),
+            xytext=(left, bottom),
             fontsize=8,
             color="0.1",
             va="bottom",

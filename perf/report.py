@@ -29,7 +29,7 @@ OPTIMIZER_COLUMNS = {
     "p50_ms": "ms",
     "times AdamW": "in times of fused AdamW",
     "per parameter": "state, bytes a parameter",
-    "of parameters": "temporaries / bytes of the parameters",
+    "of parameters": "temporaries, % of the parameters' bytes",
 }
 
 
@@ -65,6 +65,7 @@ def _sections(out: Path) -> Iterator[str]:
         yield "## Steps and state of optimizers\n\n" + _environment(optimizers)
         columns = ["p50_ms", "times AdamW", "per parameter", "of parameters"]
         table = timed(optimizers)[["model", "optimizer", "settings", *columns]].fillna({"settings": ""})
+        table["of parameters"] *= 100
         for name, rows in table.groupby("model", sort=False):
             yield f"{name}:"
             yield markdown(rows.drop(columns="model").rename(columns=OPTIMIZER_COLUMNS))

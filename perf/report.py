@@ -65,7 +65,7 @@ def _sections(out: Path) -> Iterator[str]:
         yield "## Steps and state of optimizers\n\n" + _environment(optimizers)
         columns = ["p50_ms", "times AdamW", "per parameter", "of parameters"]
         table = timed(optimizers)[["model", "optimizer", "settings", *columns]].fillna({"settings": ""})
-        table["of parameters"] *= 100
+        table["of parameters"] = (100 * table["of parameters"]).round(3)
         for name, rows in table.groupby("model", sort=False):
             yield f"{name}:"
             yield markdown(rows.drop(columns="model").rename(columns=OPTIMIZER_COLUMNS))

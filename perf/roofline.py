@@ -133,9 +133,7 @@ def _operation(
     operation: str, case: Case, gpu: Product, kernels: pd.DataFrame, traffic: pd.DataFrame
 ) -> dict[str, Any]:
     moved = case.floors[operation] * _times_floor(operation, case, traffic)
-    # norm_is_finite knows no blocks: the report lists it once, with some block size.
-    case_name = kernels["case"].str.replace(r"^B=\d+", "B=4096", regex=True)
-    reported = (case_name if operation == "norm_is_finite" else kernels["case"]) == REPORTED
+    reported = kernels["case"] == REPORTED
     with_momentum = kernels["configuration"].str.contains("MOMENTUM", na=False)
     own = kernels[(kernels["operation"] == operation) & reported & ~with_momentum]
     columns = ["kernel", "configuration", "warps", "KB in flight", "instructions"]
@@ -167,8 +165,6 @@ def _operation(
 
 
 def _times_floor(operation: str, case: Case, traffic: pd.DataFrame) -> float:
-    if operation == "norm_is_finite":  # not counted
-        return 1.0
     rows = traffic[(traffic["operation"] == operation) & (traffic["launch"] == "all")]
     rows = rows[(rows["density"] == case.density) & (rows["support"] != "trained") & (rows["error"] != "bfloat16")]
     rows = rows[rows["m"].notna() & rows["times floor"].notna()]

@@ -244,7 +244,7 @@ def check_compress_without_gradients(operation, case: Case, allow: Allow = None)
 
 
 def check_undo(operation, case: Case, allow: Allow = None) -> None:
-    """An implementation of `undo_compress_` gives the bits of the definition, and changes nothing after finite steps."""
+    """An implementation of `undo_compress_` gives the bits of the definition, and nothing changes if finite."""
     for finite in (False, True):
         results = []
         for undo_compress_ in (reference.undo_compress_, operation):

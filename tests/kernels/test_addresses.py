@@ -530,13 +530,16 @@ def test_operations_touch_nothing_beside_their_tensors(sizes, block_size, grad, 
             for r in make_rows(block_size=block_size, sizes=sizes)
         ]
         grads, errors, targets, momenta = ([place(torch.randn(n).to(grad)) for n in sizes] for _ in range(4))
-        slot, finite, weights = place(torch.tensor([1]), 99), torch.tensor(True), place(torch.randn(WINDOW))
+        slot, weights = place(torch.tensor([1]), 99), place(torch.randn(WINDOW))
         numbers = [place(torch.tensor(x)) for x in (0.9, -0.1, 0.5)]
         assert kernels.norm_is_finite(grads)
         few = [[kernels.allocate_lowbit(r.blocks.numel, bits, CPU, r.blocks.size) for r in rows] for bits in (8, 4)]
         few = [[kernels.LowBit(place(x.codes, 77), place(x.scales)) for x in some] for some in few]
         for some in (*few, errors):
-            kernels.compress_(grads, some, rows, slot, [place(torch.tensor([5]), 99) for _ in sizes])
+            keys = [place(torch.tensor([5]), 99) for _ in sizes]
+            kernels.compress_(grads, some, rows, slot, keys)
+            if some is not errors:  # the row is there once more
+                kernels.undo_compress_(grads, some, rows, slot, torch.tensor(False), keys)
         dots = kernels.window_dots(rows, slot)
         kernels.window_apply_(targets, momenta, rows, Update(weights, *numbers))
         lowbit = [tensor for some in few for numbers in some for tensor in numbers]

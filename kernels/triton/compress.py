@@ -271,7 +271,10 @@ def _compress_kernel(parameters, owners, slot, squares, window_size,
         tl.store(squares + program, 0.0)
         return
     grad = address.to(tl.pointer_type(GRAD)) + block * SIZE
-    error, scales, key = _error_of(row, block, ERROR, SIZE, BITS)
+    error = None
+    if ERROR is not None:  # computed here: what a function returns takes no hints
+        error = tl.load(row + 1).to(tl.pointer_type(ERROR)) + block * (SIZE if BITS == 0 else (SIZE * BITS + 7) // 8)
+    scales, key = _scales_and_key(row, block, SIZE, BITS)
     if (length == CHUNKS * CHUNK) & aligned:
         grad = tl.multiple_of(grad, 16)
         if BITS != 0:  # a thread reads the codes of its elements, and no more at a time
@@ -287,18 +290,15 @@ def _compress_kernel(parameters, owners, slot, squares, window_size,
 
 
 @triton.jit
-def _error_of(row, block, ERROR: tl.constexpr, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """Where a block's error begins, its scales, and its key; None for what it has not."""
-    error, scales, key = None, None, None
+def _scales_and_key(row, block, SIZE: tl.constexpr, BITS: tl.constexpr):
+    """Where the scales of a block's error begin, and the key of its random numbers; None for what it has not."""
+    scales, key = None, None
     if BITS != 0:  # each block by itself: no byte and no scale belongs to two
-        error = tl.load(row + 1).to(tl.pointer_type(ERROR)) + block * ((SIZE * BITS + 7) // 8)
         PER_SCALE: tl.constexpr = 64 * 8 // BITS
         scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + block * ((SIZE + PER_SCALE - 1) // PER_SCALE)
         if BITS == 4:
             key = tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int64)))
-    elif ERROR is not None:
-        error = tl.load(row + 1).to(tl.pointer_type(ERROR)) + block * SIZE
-    return error, scales, key
+    return scales, key
 
 
 @triton.jit
@@ -324,7 +324,8 @@ def _undo_kernel(parameters, owners, slot, finite, window_size,
     indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
     grad = address.to(tl.pointer_type(GRAD)) + block * SIZE
     if ERROR is not None:
-        error, scales, key = _error_of(row, block, ERROR, SIZE, BITS)
+        error = tl.load(row + 1).to(tl.pointer_type(ERROR)) + block * (SIZE if BITS == 0 else (SIZE * BITS + 7) // 8)
+        scales, key = _scales_and_key(row, block, SIZE, BITS)
         squares = tl.zeros((CHUNK,), DTYPE)
         for chunk in range(CHUNKS):
             g = _gradient(grad, chunk, length, CHUNK, True, DTYPE)

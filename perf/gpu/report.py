@@ -93,8 +93,8 @@ DTYPES: list[tuple[torch.dtype, torch.dtype | None, torch.dtype]] = [  # of grad
     (FP32, None, BF16),
 ]
 FEW_BITS = [(grad, error) for grad in (FP32, BF16) for error in (BITS8, BITS4)]
-# The fallbacks of portable.py read rows that begin anywhere, entry by entry.
-EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel"})
+# The fallbacks of portable.py read rows that begin anywhere, entry by entry. Undoing a step need not be fast.
+EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel", "_undo_kernel"})
 STREAM_BITS = 128
 KB_IN_FLIGHT = 32  # the least, on these targets:
 BUSY = (80, 90)

@@ -47,12 +47,12 @@ def configurations(size: int, bytes: int, width: int, warp: int) -> list[Configu
     read again in every pass.
     """
     size = max(warp * width, triton.next_power_of_2(size))
+    # Without the limits of registers the assembler spills some to raise occupancy, which is of no use here.
     if size * bytes > 512 * 128:
-        # Without the option the assembler spills registers to raise occupancy, which is of no use here.
         return [_configuration(size, bytes, width, warp, 256) | at_most_registers(255)]
     default = max(warp, min(512, size // (4 * width)))
     return [
-        _configuration(size, bytes, width, warp, threads)
+        _configuration(size, bytes, width, warp, threads) | at_most_registers(128)
         for threads in (default, 2 * default, default // 2)
         if warp <= threads <= 512 and threads * 128 >= size * bytes and threads * width <= size
     ]
@@ -86,9 +86,9 @@ def _decoded(error, scales, chunk, length, CHUNK: tl.constexpr, BITS: tl.constex
 
 
 @triton.jit
-def _encode(rest, error, scales, key, first, chunk, length,
+def _encode(rest, error, scales, key, first, chunk, length, where,
             CHUNK: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Writes the error of a chunk in few bits. `first` is the position of the block."""
+    """Writes the error of a chunk in few bits, if `where` is true. `first` is the position of the block."""
     PER_ROW: tl.constexpr = 64 * 8 // BITS
     row, byte = _bytes(chunk, CHUNK, BITS)
     if MASKED:
@@ -100,11 +100,11 @@ def _encode(rest, error, scales, key, first, chunk, length,
     else:
         code, scale = to_4_bits(x, key, first + chunk * CHUNK, CHUNK // PER_ROW)
     if MASKED:
-        tl.store(error + byte, code, mask=byte * (8 // BITS) < length)
-        tl.store(scales + row, scale, mask=row * PER_ROW < length)
+        tl.store(error + byte, code, mask=(byte * (8 // BITS) < length) & where)
+        tl.store(scales + row, scale, mask=(row * PER_ROW < length) & where)
     else:
-        tl.store(error + byte, code)
-        tl.store(scales + row, scale)
+        tl.store(error + byte, code, mask=where)
+        tl.store(scales + row, scale, mask=where)
 
 
 @triton.jit
@@ -131,17 +131,23 @@ def _error(error, scales, chunk, length,
 @triton.jit
 def _sum(g, error, scales, chunk, length,
          CHUNK: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """a = e + g for one chunk of a block. Beyond the block's end it is NaN, for which every comparison is false."""
-    a = g
-    if error is not None:
-        a = _error(error, scales, chunk, length, CHUNK, BITS, MASKED, DTYPE) + g
+    """a = e + g for one chunk of a block."""
+    if error is None:
+        return g
+    return _error(error, scales, chunk, length, CHUNK, BITS, MASKED, DTYPE) + g
+
+
+@triton.jit
+def _compared(a, finite, chunk, length, CHUNK: tl.constexpr, MASKED: tl.constexpr):
+    """Zeros where not finite. Beyond the block's end NaN, for which every comparison is false."""
+    a = tl.where(finite, a, 0.0)
     if MASKED:
         a = tl.where(chunk * CHUNK + tl.arange(0, CHUNK) < length, a, float("nan"))
     return a
 
 
 @triton.jit
-def _reaching(a, number, grad, error, scales, length,
+def _reaching(a, number, grad, error, scales, finite, length,
               CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr,
               DTYPE: tl.constexpr):  # fmt: skip
     """How many elements reach a magnitude, the bits of `number`. `a` holds the first chunks; others are read again."""
@@ -154,14 +160,15 @@ def _reaching(a, number, grad, error, scales, length,
     ):  # for enough reads in flight
         g = _gradient(grad, chunk, length, CHUNK, MASKED, DTYPE)
         other = _sum(g, error, scales, chunk, length, CHUNK, BITS, MASKED, DTYPE)
+        other = _compared(other, finite, chunk, length, CHUNK, MASKED)
         count += (tl.abs(other) >= threshold).to(tl.int32)
     return tl.sum(count, 0)
 
 
 @triton.jit
-def _write(a, threshold, ties, before, chunk, length, error, scales, key, first, values, indices,
+def _write(a, threshold, ties, before, chunk, length, error, scales, key, first, values, indices, finite,
            CHUNK: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    """Writes a chunk's error, and those of its elements that are selected.
+    """Writes a chunk's error, where finite, and those of its elements that are selected.
 
     `before` counts elements of earlier chunks: in its lower 16 bits those above the threshold, in its upper 16 bits
     those equal to it. Of the latter, only the first `ties` are selected. Returns `before` for the next chunk.
@@ -182,13 +189,13 @@ def _write(a, threshold, ties, before, chunk, length, error, scales, key, first,
     tl.store(place, position.to(indices.dtype.element_ty), mask=chosen)
     if BITS != 0:
         rest = tl.where(chosen, a - stored.to(a.dtype), a)
-        _encode(rest, error, scales, key, first, chunk, length, CHUNK, BITS, MASKED)
+        _encode(rest, error, scales, key, first, chunk, length, finite, CHUNK, BITS, MASKED)
     elif error is not None:
         rest = tl.where(chosen, a - stored.to(a.dtype), a).to(error.dtype.element_ty)
         if MASKED:
-            tl.store(error + position, rest, mask=position < length)
+            tl.store(error + position, rest, mask=(position < length) & finite)
         else:
-            tl.store(error + position, rest)  # stream
+            tl.store(error + position, rest, mask=finite)  # stream
     return before + tl.sum(flags, 0)
 
 
@@ -196,61 +203,46 @@ def _write(a, threshold, ties, before, chunk, length, error, scales, key, first,
 def _compress_block(grad, error, scales, key, first, values, indices, length, kept,
                     CHUNKS: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr,
                     BITS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Compresses a block, unless the squares of its gradient have no finite sum. Returns that sum."""
-    a = ()
+    """Compresses a block. Returns the sum of the squares of its gradient; if it is not finite, the row becomes zero."""
+    sums = ()
     squares = tl.zeros((CHUNK,), DTYPE)
     for chunk in tl.static_range(RESIDENT):
         g = _gradient(grad, chunk, length, CHUNK, MASKED, DTYPE)
         squares += g * g
-        a = a + (_sum(g, error, scales, chunk, length, CHUNK, BITS, MASKED, DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
-    for chunk in range(RESIDENT, CHUNKS):
+        sums = sums + (_sum(g, error, scales, chunk, length, CHUNK, BITS, MASKED, DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
+    for chunk in tl.range(RESIDENT, CHUNKS, loop_unroll_factor=1 if MASKED else 8):
         g = _gradient(grad, chunk, length, CHUNK, MASKED, DTYPE)
         squares += g * g
     square = tl.sum(squares, 0)
-    if square < float("inf"):
-        _select(a, grad, error, scales, key, first, values, indices, length, kept,
-                CHUNKS, CHUNK, RESIDENT, WIDTH, BITS, MASKED, DTYPE)  # fmt: skip
-    else:
-        _clear(values, indices, kept, CHUNK)
-    return square
+    finite = square < float("inf")
+    a = ()  # no branch: the compiler would read the error only after it
+    for chunk in tl.static_range(RESIDENT):
+        a = a + (_compared(sums[chunk], finite, chunk, length, CHUNK, MASKED),)  # type: ignore[assignment]  # noqa: RUF005
 
-
-@triton.jit
-def _clear(values, indices, kept, CHUNK: tl.constexpr):
-    """Makes a row of a block zero, with the first positions."""
-    for first in range(0, kept, CHUNK):
-        column = first + tl.arange(0, CHUNK)
-        tl.store(values + column, tl.zeros((CHUNK,), values.dtype.element_ty), mask=column < kept)
-        tl.store(indices + column, column.to(indices.dtype.element_ty), mask=column < kept)
-
-
-@triton.jit
-def _select(a, grad, error, scales, key, first, values, indices, length, kept,
-            CHUNKS: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr, WIDTH: tl.constexpr,
-            BITS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """Writes the largest elements of a block, and the error that they leave. `a` holds the first chunks."""
     INT: tl.constexpr = tl.int64 if DTYPE == tl.float64 else tl.int32
     threshold = tl.full((), 0, INT)
     bit = tl.full((), 1, INT) << (INT.primitive_bitwidth - 2)
     count = length
     while (bit > 0) & (count != kept):
-        reached = _reaching(a, threshold | bit, grad, error, scales, length, CHUNKS, CHUNK, BITS, MASKED, DTYPE)
+        reached = _reaching(a, threshold | bit, grad, error, scales, finite, length, CHUNKS, CHUNK, BITS, MASKED, DTYPE)
         if reached >= kept:
             threshold |= bit
             count = reached
         bit = bit >> 1
-    above = _reaching(a, threshold + 1, grad, error, scales, length, CHUNKS, CHUNK, BITS, MASKED, DTYPE)
+    above = _reaching(a, threshold + 1, grad, error, scales, finite, length, CHUNKS, CHUNK, BITS, MASKED, DTYPE)
 
     least, ties = threshold.to(DTYPE, bitcast=True), (kept - above).to(tl.uint32)
     before = tl.full((), 0, tl.uint32)
     for chunk in tl.static_range(RESIDENT):
         before = _write(a[chunk], least, ties, before, chunk, length, error, scales, key, first, values, indices,
-                        CHUNK, WIDTH, BITS, MASKED)  # fmt: skip
+                        finite, CHUNK, WIDTH, BITS, MASKED)  # fmt: skip
     for chunk in range(RESIDENT, CHUNKS):
         g = _gradient(grad, chunk, length, CHUNK, MASKED, DTYPE)
         other = _sum(g, error, scales, chunk, length, CHUNK, BITS, MASKED, DTYPE)
+        other = _compared(other, finite, chunk, length, CHUNK, MASKED)
         before = _write(other, least, ties, before, chunk, length, error, scales, key, first, values, indices,
-                        CHUNK, WIDTH, BITS, MASKED)  # fmt: skip
+                        finite, CHUNK, WIDTH, BITS, MASKED)  # fmt: skip
+    return square
 
 
 @triton.jit
@@ -342,11 +334,14 @@ def _undo_kernel(parameters, owners, slot, finite, window_size,
                     index = _index(indices, entry, kept)
                 a -= _gradient(grad, chunk, length, CHUNK, True, DTYPE)
                 if BITS != 0:
-                    _encode(a, error, scales, key, block * SIZE, chunk, length, CHUNK, BITS, True)
+                    _encode(a, error, scales, key, block * SIZE, chunk, length, True, CHUNK, BITS, True)
                 else:
                     tl.store(error + position, a.to(ERROR), mask=position < length)
         tl.debug_barrier()  # all threads have read the row
-    _clear(values, indices, kept, CHUNK)
+    for first in range(0, kept, CHUNK):
+        column = first + tl.arange(0, CHUNK)
+        tl.store(values + column, tl.zeros((CHUNK,), VALUES), mask=column < kept)
+        tl.store(indices + column, column.to(INDICES), mask=column < kept)
 
 
 def _dtypes(grads: Sequence[Tensor | None], errors: Errors) -> tuple[torch.dtype, torch.dtype | None, int]:

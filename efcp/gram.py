@@ -85,14 +85,13 @@ class Gram:
         """How many steps each row is older than that of a slot, (1,) int64: (m,) int64."""
         return (slot - torch.arange(len(self.matrix), device=slot.device)) % len(self.matrix)
 
-    def next_slot(self, finite: Tensor) -> Tensor:
-        """Counts a step, and returns the slot of its gradient: (1,) int64."""
-        slot, state = self.following_slot, self.state
+    def count_step(self, finite: Tensor) -> None:
+        """Counts a step, or a skipped one where not finite, () bool."""
+        state = self.state
         state["step"] += 1
         state["skipped_steps"] += ~finite
         in_a_row = state["skipped_in_a_row"]
         in_a_row.copy_((in_a_row + 1) * ~finite)  # at once: never more than skipped_steps, wherever a step breaks off
-        return slot
 
     def replace(self, slot: Tensor, dots: Tensor) -> None:
         """Writes row and column `slot`.

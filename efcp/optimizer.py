@@ -59,7 +59,8 @@ class EFCP(Optimizer):
 
     A step leaves `p.grad` as it is. A parameter whose grad is None stays as it is, and contributes a zero row to the
     window. A step with an Inf or NaN in a gradient, or one whose squared norm overflows, leaves parameters, momentum
-    and error as they are, contributes a zero row, and counts in `skipped_steps`.
+    and error as they are (errors of sparse windows up to one rounding), contributes a zero row, and counts in
+    `skipped_steps`.
 
     Args:
         params: parameters, named parameters, or param groups; floating point, on any devices.
@@ -171,10 +172,11 @@ class EFCP(Optimizer):
         if changed or gram.state["pending"]:
             self._mend(gram, sets, adopted)
 
-        flags = [*(s.norm_is_finite() for s in sets), *(other.norm_is_finite() for other in by_adamw)]
-        finite = reduce(torch.logical_and, gram.on_its_device(flags))
         gram.state["pending"] = True
-        slot = gram.next_slot(finite)
+        slot = gram.following_slot
+        flags = [*(s.look_at_gradients(slot) for s in sets), *(other.norm_is_finite() for other in by_adamw)]
+        finite = reduce(torch.logical_and, gram.on_its_device(flags))
+        gram.count_step(finite)
         for s in sets:
             s.push(slot, finite)
         combination = self._combination(preconditioner, gram, sets, slot, finite)

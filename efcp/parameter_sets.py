@@ -102,6 +102,7 @@ class ParameterSet:
     ) -> None:
         self.group, self.params, self.states, self.device = group, params, states, params[0].device
         self.compressor = compressor
+        self._norm_is_finite: Tensor | None = None  # where the window has found out itself
         self.window = compressor.bind(states, params)
         require(len(self.window) == group["window"], "window", f"stay what it was, {len(self.window)}", group["window"])
 
@@ -140,8 +141,16 @@ class ParameterSet:
         """The gradients, (n,) each and contiguous."""
         return [None if p.grad is None else flat(p.grad) for p in self.params]
 
-    def norm_is_finite(self) -> Tensor:
-        """() bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow."""
+    def look_at_gradients(self, slot: Tensor) -> Tensor:
+        """Begins a push into row `slot`, (1,) int64, which `push` ends.
+
+        Returns:
+            () bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow.
+        """
+        if not self.group["beta1"]:
+            self._norm_is_finite = self.window.push_unchecked(self.grads, slot.to(self.device, non_blocking=True))
+        if self._norm_is_finite is not None:
+            return self._norm_is_finite
         grads = [grad for grad in self.grads if grad is not None]
         return kernels.norm_is_finite(grads) if grads else torch.ones((), dtype=torch.bool, device=self.device)
 
@@ -149,11 +158,14 @@ class ParameterSet:
         """Takes the gradients into row `slot` of the window; without a gradient the row becomes zero.
 
         Args:
-            slot: (1,) int64.
-            finite: () bool.
+            slot: (1,) int64, as in `look_at_gradients` before.
+            finite: () bool: whether the gradients of all parameters are. Where false, the row becomes zero, too.
         """
         slot, finite = slot.to(self.device, non_blocking=True), finite.to(self.device, non_blocking=True)
-        self.window.push(self._averaged(finite), slot, finite)
+        if self._norm_is_finite is None:
+            self.window.push(self._averaged(finite), slot, finite)
+        else:
+            self.window.settle(self.grads, slot, finite)
 
     def dots(self, slot: Tensor, with_momenta: bool = False) -> Tensor:
         """The inner products of all rows with row `slot`, (1,) int64: (m,) float64; or (2, m), with momenta second."""

@@ -48,6 +48,7 @@ __all__ = [
     "is_fake",
     "norm_is_finite",
     "store_lowbit_",
+    "undo_compress_",
     "update_inverse_root_",
     "use_backend",
     "window_apply_",
@@ -74,14 +75,13 @@ def compress_(
     errors: Errors,
     rows: Sequence[SparseRows],
     slot: Tensor,
-    finite: Tensor,
     keys: Sequence[Tensor] = (),
-) -> None:
+) -> Tensor:
     """Blockwise Top-k with error feedback: a = e + g, the newest row c = Top-k(a), e = a − c.
 
     In each block, the k elements of largest magnitude are kept; among equal ones, those at lower positions. The row is
-    rounded to the window's dtype, and the error keeps what this rounding leaves. Where `finite` is false, the row
-    becomes zero and the error stays as it was. (EFCP, arXiv 2306.06098, algorithm 1.)
+    rounded to the window's dtype, and the error keeps what this rounding leaves. (EFCP, arXiv 2306.06098, algorithm 1.)
+    In a block whose gradient has no finite norm, the row becomes zero and the error stays as it was.
 
     An error in few bits is rounded as `efcp.kernels.lowbit` says, each block by itself; what that leaves is lost.
 
@@ -95,15 +95,43 @@ def compress_(
             in place. Empty where there is no error feedback: then a = g.
         rows: the window of each parameter: (blocks, m, k). Row `slot` is overwritten.
         slot: (1,) int64, the row to write, on the same device.
-        finite: () bool, on the same device.
         keys: of each parameter (1,) int64, of the random numbers for errors in 4 bits: another one for each call.
             Empty for others.
+
+    Returns:
+        () bool: whether the norm of all gradients is finite, as `norm_is_finite` says. Where it, or that of gradients
+        of other groups, is not, `undo_compress_` has to follow.
     """
     if torch.compiler.is_compiling():
         own, scales = operators.unpacked_numbers(errors)
-        operators.compress_(grads, own, scales, *operators.unpacked(rows), slot, finite, keys)
+        return operators.compress_(grads, own, scales, *operators.unpacked(rows), slot, keys)
+    return dispatch.run("compress_", slot, grads, errors, rows, slot, keys)
+
+
+def undo_compress_(
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    finite: Tensor,
+    keys: Sequence[Tensor] = (),
+) -> None:
+    """Undoes `compress_` where `finite` is false: the newest row becomes zero, and the error e + c − g.
+
+    That is the error of before up to one rounding. In blocks that `compress_` has left out, it is the error itself.
+    Where `finite` is true, nothing is read or changed.
+
+    Args:
+        finite: () bool, on the same device.
+        keys: of each parameter (1,) int64, of the random numbers for errors in 4 bits. Empty for others.
+
+    The other arguments are those of `compress_`, after it.
+    """
+    if torch.compiler.is_compiling():
+        own, scales = operators.unpacked_numbers(errors)
+        operators.undo_compress_(grads, own, scales, *operators.unpacked(rows), slot, finite, keys)
     else:
-        dispatch.run("compress_", slot, grads, errors, rows, slot, finite, keys)
+        dispatch.run("undo_compress_", slot, grads, errors, rows, slot, finite, keys)
 
 
 def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, finite: Tensor) -> Tensor:

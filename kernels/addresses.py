@@ -244,15 +244,14 @@ def check_compress(
     grads: Sequence[Tensor | None],
     errors: Errors,
     rows: Sequence[SparseRows],
-    slot: Tensor,
-    finite: Tensor,
     keys: Sequence[Tensor],
+    **numbers: Tensor,
 ) -> None:
     """Raises what `group_addresses`, `error_addresses` and `check_numbers` raise of the arguments of `compress_`."""
     check_group(rows, grads=grads)
     values = rows[0].values
     error_addresses(errors, keys, rows, values.device, is_fake(values))
-    check_numbers(values, slot=slot, finite=finite)
+    check_numbers(values, **numbers)
 
 
 def average_addresses(momenta: Momenta, grads: Sequence[Tensor | None], finite: Tensor) -> tuple[list[int], ...]:

@@ -50,9 +50,32 @@ def _packed_numbers(numbers: Sequence[Tensor], scales: Sequence[Tensor]) -> Mome
     "efcp::compress_",
     mutates_args=("errors", "scales", "values", "indices"),
     schema="(Tensor?[] grads, Tensor(a!)[] errors, Tensor(b!)[] scales, Tensor(c!)[] values, Tensor(d!)[] indices, "
-    "SymInt[] numels, SymInt block_size, float density, Tensor slot, Tensor finite, Tensor[] keys) -> ()",
+    "SymInt[] numels, SymInt block_size, float density, Tensor slot, Tensor[] keys) -> Tensor",
 )
 def compress_(
+    grads: Sequence[Tensor | None],
+    errors: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    numels: Sequence[int],
+    block_size: int,
+    density: float,
+    slot: Tensor,
+    keys: Sequence[Tensor],
+) -> Tensor:
+    rows = _packed(values, indices, numels, block_size, density)
+    finite: Tensor = dispatch.run("compress_", slot, grads, _packed_numbers(errors, scales), rows, slot, keys)
+    return finite
+
+
+@custom_op(
+    "efcp::undo_compress_",
+    mutates_args=("errors", "scales", "values", "indices"),
+    schema="(Tensor?[] grads, Tensor(a!)[] errors, Tensor(b!)[] scales, Tensor(c!)[] values, Tensor(d!)[] indices, "
+    "SymInt[] numels, SymInt block_size, float density, Tensor slot, Tensor finite, Tensor[] keys) -> ()",
+)
+def undo_compress_(
     grads: Sequence[Tensor | None],
     errors: Sequence[Tensor],
     scales: Sequence[Tensor],
@@ -66,7 +89,7 @@ def compress_(
     keys: Sequence[Tensor],
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    dispatch.run("compress_", slot, grads, _packed_numbers(errors, scales), rows, slot, finite, keys)
+    dispatch.run("undo_compress_", slot, grads, _packed_numbers(errors, scales), rows, slot, finite, keys)
 
 
 @custom_op(
@@ -170,6 +193,11 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
 
 
 @compress_.register_fake
+def _(grads, errors, scales, values, indices, numels, block_size, density, slot, keys):  # type: ignore[no-untyped-def]
+    return slot.new_empty((), dtype=torch.bool)
+
+
+@undo_compress_.register_fake
 def _(grads, errors, scales, values, indices, numels, block_size, density, slot, finite, keys):  # type: ignore[no-untyped-def]
     pass
 

@@ -35,8 +35,26 @@ class Window(ABC):
         Args:
             grads: of each parameter (n,) contiguous, never changed; None makes its part of the row zero.
             slot: (1,) int64, on the gradients' device.
-            finite: () bool, on the gradients' device; where false, the row becomes zero and all else stays as it was.
+            finite: () bool, on the gradients' device; where false, the row becomes zero and all else stays as it was,
+                up to one rounding of errors.
         """
+
+    def push_unchecked(self, grads: Sequence[Tensor | None], slot: Tensor) -> Tensor | None:
+        """Compresses gradients before it is known whether they are finite, for windows that can take it back.
+
+        Args:
+            grads: as in `push`.
+            slot: as in `push`.
+
+        Returns:
+            () bool: whether the norm of these gradients is finite. `settle` has to follow. None where the window has
+            done nothing and `push` has to follow.
+        """
+        return None
+
+    def settle(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
+        """Takes back what `push_unchecked` has done where not finite, () bool, as `push` leaves it there."""
+        raise NotImplementedError(f"{type(self).__name__} cannot take a push back")
 
     @abstractmethod
     def dots(self, slot: Tensor, momenta: Momenta = ()) -> Tensor:

@@ -124,9 +124,17 @@ class SparseWindow(Window):
         return self.rows[0].values.shape[1]
 
     def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
-        kernels.compress_(grads, self.errors, self.rows, slot, finite, self.draws)
+        self.push_unchecked(grads, slot)
+        self.settle(grads, slot, finite)
+
+    def push_unchecked(self, grads: Sequence[Tensor | None], slot: Tensor) -> Tensor:
+        finite = kernels.compress_(grads, self.errors, self.rows, slot, self.draws)
         if self.draws:
             torch._foreach_add_(self.draws, 1)
+        return finite
+
+    def settle(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
+        kernels.undo_compress_(grads, self.errors, self.rows, slot, finite, self.draws)
 
     def dots(self, slot: Tensor, momenta: Momenta = ()) -> Tensor:
         return kernels.window_dots(self.rows, slot, momenta)

@@ -4,6 +4,8 @@ The key of a number is its bits without the sign, an integer: keys have the same
 largest magnitudes means finding the k-th largest key. The search starts from the key found in the previous block.
 """
 
+import ctypes
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -12,12 +14,23 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from efcp.kernels import reference
 from efcp.kernels.addresses import Errors
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.cpu.bits import bits_set, trailing_zeros
 from efcp.kernels.cpu.convert import add_block, read_block, store_index, store_value, write_block
 from efcp.kernels.cpu.dtypes import CODES, FLOAT32, FLOAT64, INT4, INT8, NONE, SIZES
-from efcp.kernels.cpu.launch import error_code_of, launch_of, run, scalar_address, slot_address, table_row, take_share
+from efcp.kernels.cpu.finite import sum_of_squares
+from efcp.kernels.cpu.launch import (
+    CPU,
+    error_code_of,
+    launch_of,
+    run,
+    scalar_address,
+    slot_address,
+    table_row,
+    take_share,
+)
 from efcp.kernels.cpu.llvm import (
     LANES,
     add_and_mask,
@@ -28,7 +41,8 @@ from efcp.kernels.cpu.llvm import (
 )
 from efcp.kernels.cpu.lowbit import BLOCK4, BLOCK8, add_few_bits, encode4, encode8
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
-from efcp.kernels.cpu.memory import load_i64, load_u8
+from efcp.kernels.cpu.memory import load_i64, store_f64
+from efcp.kernels.reference import accumulation_dtype
 
 Ahead = tuple[int, int, int, int]  # of the next block: address of its gradient, bytes an element; the same of its error
 
@@ -210,7 +224,7 @@ def _compress_kernel(wide: bool, few_bits: bool = False) -> Kernel:
     @cached_kernel(wide, few_bits)
     def compress(call: int) -> None:
         (
-            _, table, parameters, largest, grad_code, error_code, value_code, index_size, slot, finite, window_size,
+            _, table, parameters, largest, grad_code, error_code, value_code, index_size, slot, sums, window_size,
         ) = pieces_and_arguments(call, 10)  # fmt: skip
         row = load_i64(slot, 0)
         most = integer(np.iinfo(integer).max)
@@ -238,7 +252,9 @@ def _compress_kernel(wide: bool, few_bits: bool = False) -> Kernel:
                         for j in range(chosen):
                             store_value(value_code, values, entry + j, np.float32(0))
                         continue
-                    if load_u8(finite, 0) == 0:
+                    squares = sum_of_squares(grad_code, grad, start, start + length)
+                    store_f64(sums, begin + block, squares)
+                    if not math.isfinite(squares):
                         for j in range(chosen):
                             store_value(value_code, values, entry + j, np.float32(0))
                             store_index(index_size, indices, entry + j, j)
@@ -289,16 +305,29 @@ def compress_(
     errors: Errors,
     rows: Sequence[SparseRows],
     slot: Tensor,
-    finite: Tensor,
     keys: Sequence[Tensor] = (),
-) -> None:
+) -> Tensor:
     launch = launch_of(rows, grads=grads, errors=errors, keys=keys)
     dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
     values, indices, _ = rows[0]
-    code = error_code_of(errors)
+    code, sums = error_code_of(errors), np.zeros(launch.blocks)
     arguments = (
         *launch.arguments, CODES[dtype], code, CODES[values.dtype], indices.itemsize,
-        slot_address(slot, values.shape[1]), scalar_address("finite", finite, torch.bool), values.shape[1],
+        slot_address(slot, values.shape[1]), sums.ctypes.data, values.shape[1],
     )  # fmt: skip
     kernel = _compress_kernel(dtype is torch.float64, code in (INT8, INT4))
     run(kernel, arguments, launch.blocks, launch.elements)
+    return torch.full((), float(sums.sum()) <= torch.finfo(accumulation_dtype(dtype)).max, device=CPU)
+
+
+def undo_compress_(
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    finite: Tensor,
+    keys: Sequence[Tensor] = (),
+) -> None:
+    if not ctypes.c_bool.from_address(scalar_address("finite", finite, torch.bool)).value:
+        # So rarely that the definition will do.
+        reference.undo_compress_(grads, errors, rows, slot, finite, keys)

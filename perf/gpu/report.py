@@ -70,6 +70,7 @@ TARGETS += [GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")]
 OPERATIONS = (
     "norm_is_finite",
     "compress_",
+    "undo_compress_",
     "average_",
     "store_lowbit_",
     "add_lowbit_",
@@ -93,8 +94,8 @@ DTYPES: list[tuple[torch.dtype, torch.dtype | None, torch.dtype]] = [  # of grad
     (FP32, None, BF16),
 ]
 FEW_BITS = [(grad, error) for grad in (FP32, BF16) for error in (BITS8, BITS4)]
-# The fallbacks of portable.py read rows that begin anywhere, entry by entry.
-EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel"})
+# The fallbacks of portable.py read rows that begin anywhere, entry by entry. Undoing a step need not be fast.
+EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel", "_undo_kernel"})
 STREAM_BITS = 128
 KB_IN_FLIGHT = 32  # the least, on these targets:
 BUSY = (80, 90)
@@ -341,7 +342,10 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
         calls: dict[tuple[object, ...], Callable[[], object]] = {
             ("norm_is_finite", case.grad): partial(triton_ops.norm_is_finite, grads),
             ("compress_", window, case.grad, case.error): partial(
-                triton_ops.compress_, grads, errors, rows, slot, finite, keys
+                triton_ops.compress_, grads, errors, rows, slot, keys
+            ),
+            ("undo_compress_", window[:2], case.values, case.grad, case.error): partial(
+                triton_ops.undo_compress_, grads, errors, rows, slot, finite, keys
             ),
             ("average_", case.grad): partial(triton_ops.average_, grads, grads, 0.9, finite),
             ("average_", case.grad, 8): partial(triton_ops.average_, momenta, grads, 0.9, finite),

@@ -11,7 +11,7 @@ from efcp import MicroAdam, SparseMFAC, kernels
 from efcp.kernels import Blocks, SparseRows, operators
 from tests.contract.optimizers import Regression, SparseGGT4, SparseMFAC8, assert_same, small
 
-OPERATORS = ["compress_", "window_dots", "update_inverse_root_", "window_apply_"]  # in the order of a step
+OPERATORS = ["compress_", "undo_compress_", "window_dots", "update_inverse_root_", "window_apply_"]  # in order
 LAYOUTS = [(1, 4096, 0.01), (63, 16, 0.1), (1000, 256, 0.05), (4097, 4096, 0.01)]
 
 
@@ -37,7 +37,7 @@ def arguments(layout, *, window=3, error_dtype=torch.float32):
     finite = torch.tensor(True)
     for row in range(window):
         grads = [torch.randn(b.numel) for b in layouts]
-        kernels.compress_(grads, errors, rows, torch.tensor([row]), finite, keys)
+        kernels.compress_(grads, errors, rows, torch.tensor([row]), keys)
     return [torch.randn(b.numel) for b in layouts], errors, rows, torch.tensor([1]), finite, keys
 
 
@@ -48,7 +48,9 @@ def test_compress_is_a_lawful_operator(layout, error_dtype, all_gradients):
     if not all_gradients:
         grads[1] = None
     own = operators.unpacked_numbers(errors)
-    opcheck(operators.compress_, (grads, *own, *operators.unpacked(rows), slot, finite, keys))
+    opcheck(operators.compress_, (grads, *own, *operators.unpacked(rows), slot, keys))
+    for flag in (finite, ~finite):
+        opcheck(operators.undo_compress_, (grads, *own, *operators.unpacked(rows), slot, flag, keys))
 
 
 def lowbit(vectors, bits):
@@ -109,7 +111,7 @@ def test_update_inverse_root_is_a_lawful_operator(window):
 
 
 def operations(grads, errors, rows, slot, finite, keys):
-    kernels.compress_(grads, errors, rows, slot, finite, keys)
+    kernels.undo_compress_(grads, errors, rows, slot, kernels.compress_(grads, errors, rows, slot, keys), keys)
     dots = kernels.window_dots(rows, slot)
     step = torch.tensor(0.5)
     gram = torch.outer(dots, dots)

@@ -287,9 +287,10 @@ def test_autograd_notices_a_step_between_forward_and_backward():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e200], ids=str)
-@pytest.mark.parametrize("step", [0, 1, 6])
-def test_step_with_a_non_finite_gradient_changes_nothing_but_the_row(bad, step, compressor, preconditioner):
-    options = {"momentum": 0.5, "beta1": 0.5, "weight_decay": 0.1, "window": 4}
+@pytest.mark.parametrize(("step", "beta1"), [(0, 0.0), (1, 0.5), (6, 0.0), (6, 0.5)])
+def test_step_with_a_non_finite_gradient_changes_nothing_but_the_row(bad, step, beta1, compressor, preconditioner):
+    """Errors of sparse windows are those of before up to one rounding of the largest number that was in them."""
+    options = {"momentum": 0.5, "beta1": beta1, "weight_decay": 0.1, "window": 4}
     problem = Problem(compressor=compressor, preconditioner=preconditioner, **options)
     problem.step(step)
     problem.set_gradients()
@@ -305,7 +306,12 @@ def test_step_with_a_non_finite_gradient_changes_nothing_but_the_row(bad, step, 
     assert torch.equal(problem.flat(), before)
     assert problem.optimizer.skipped_steps == 1
     for (i, name), value in kept.items():
-        assert torch.equal(problem.optimizer.state[problem.params[i]][name], value)
+        now, grad = problem.optimizer.state[problem.params[i]][name], problem.params[i].grad
+        if name == "error" and isinstance(compressor, TopK) and grad is not None:
+            largest = max(float(t[t.isfinite()].abs().max()) for t in (value, grad.clamp(-1e6, 1e6)))
+            torch.testing.assert_close(now, value, rtol=0, atol=2 * torch.finfo(value.dtype).eps * largest)
+        else:
+            assert torch.equal(now, value)
     for p in problem.params:
         assert not window_rows(problem.optimizer, p)[step % 4].any()
         for value in problem.optimizer.state[p].values():

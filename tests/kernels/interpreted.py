@@ -27,6 +27,7 @@ from tests.kernels.kernel_cases import (
     check_dots,
     check_lowbit,
     check_norm_is_finite,
+    check_undo,
 )
 
 CASES = [
@@ -73,6 +74,7 @@ if __name__ == "__main__":
         print(case)
         check_norm_is_finite(triton_ops.norm_is_finite, case)
         check_compress(triton_ops.compress_, case)
+        check_undo(triton_ops.undo_compress_, case)
         check_average(triton_ops.average_, case)
         check_lowbit((triton_ops.store_lowbit_, triton_ops.add_lowbit_), case)
         check_dots(triton_ops.window_dots, case)
@@ -80,3 +82,4 @@ if __name__ == "__main__":
     for case in FEW_BITS:
         print(case)
         check_compress(triton_ops.compress_, case)
+        check_undo(triton_ops.undo_compress_, case)

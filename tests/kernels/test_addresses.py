@@ -220,7 +220,11 @@ def all_arguments():
         "norm_is_finite": {"grads": vectors()},
         "compress_": {
             "grads": vectors(), "errors": vectors(), "rows": make_rows(),
-            "slot": torch.tensor([1]), "finite": torch.tensor(True),
+            "slot": torch.tensor([1]),
+        },
+        "undo_compress_": {
+            "grads": vectors(), "errors": vectors(), "rows": make_rows(),
+            "slot": torch.tensor([1]), "finite": torch.tensor(False),
         },
         "window_dots": {"rows": make_rows(), "slot": torch.tensor([1])},
         "window_apply_": {
@@ -254,7 +258,8 @@ SPOILT = {
 }
 SPOILABLE = {
     "norm_is_finite": ["grads"],
-    "compress_": ["grads", "errors", "values", "indices", "slot", "finite"],
+    "compress_": ["grads", "errors", "values", "indices", "slot"],
+    "undo_compress_": ["grads", "errors", "values", "indices", "slot", "finite"],
     "window_dots": ["values", "indices", "slot"],
     "window_apply_": ["targets", "momenta", "values", "indices", "weights", "square_weights", *FACTORS],
     "update_inverse_root_": ["R", "column", "S", "slot"],
@@ -403,8 +408,8 @@ def operations_on_numbers():
         "store_lowbit_ of 4 bits": [lowbit(4), vectors(), finite, keys],
         "window_dots": [make_rows(), slot, vectors()],
         "window_dots in 8 bits": [make_rows(), slot, lowbit(8)],
-        "compress_ with errors in 8 bits": [vectors(), errors(8), make_rows(), slot, finite],
-        "compress_ with errors in 4 bits": [vectors(), errors(4), make_rows(), slot, finite, keys],
+        "compress_ with errors in 8 bits": [vectors(), errors(8), make_rows(), slot],
+        "compress_ with errors in 4 bits": [vectors(), errors(4), make_rows(), slot, keys],
     }
 
 
@@ -466,7 +471,7 @@ def test_operation_on_numbers_refuses_any_tensor_that_is_spoilt(operation, spoil
         ("add_lowbit_ of 8 bits", lambda a: a[1].pop(), "numbers must hold 2 tensors, got 1"),
         ("window_dots", lambda a: a[2].pop(), "momenta must hold 2 tensors, got 1"),
         ("compress_ with errors in 8 bits", lambda a: a[1].pop(), "errors must hold 2 tensors, got 1"),
-        ("compress_ with errors in 4 bits", lambda a: a[5].clear(), "keys must hold 2 tensors, got 0"),
+        ("compress_ with errors in 4 bits", lambda a: a[4].clear(), "keys must hold 2 tensors, got 0"),
     ],
     ids=[
         *("no momenta", "too few gradients", "too few keys", "too few values", "too few numbers", "too few momenta"),
@@ -481,12 +486,12 @@ def test_operation_on_numbers_refuses_another_number_of_them(operation, change, 
 
 
 def test_errors_are_all_of_one_kind(refusing_backend):
-    grads, (few, _), rows, slot, finite = operations_on_numbers()["compress_ with errors in 8 bits"]
+    grads, (few, _), rows, slot = operations_on_numbers()["compress_ with errors in 8 bits"]
     mixed = [kernels.LowBit(*few), torch.zeros(SIZES[1])]
     with pytest.raises(TypeError, match=r"^errors\[1\] must be a LowBit, as others are, got a Tensor$"):
-        kernels.compress_(grads, mixed, rows, slot, finite)
+        kernels.compress_(grads, mixed, rows, slot)
     with pytest.raises(TypeError, match=r"^errors\[1\] must be a tensor, got a LowBit$"):
-        kernels.compress_(grads[::-1], mixed[::-1], rows[::-1], slot, finite)
+        kernels.compress_(grads[::-1], mixed[::-1], rows[::-1], slot)
 
 
 @pytest.mark.parametrize("name", ["square_weights", "eps"])
@@ -536,13 +541,16 @@ def test_operations_touch_nothing_beside_their_tensors(sizes, block_size, grad, 
             for r in make_rows(block_size=block_size, sizes=sizes)
         ]
         grads, errors, targets, momenta = ([place(torch.randn(n).to(grad)) for n in sizes] for _ in range(4))
-        slot, finite, weights = place(torch.tensor([1]), 99), torch.tensor(True), place(torch.randn(WINDOW))
+        slot, weights = place(torch.tensor([1]), 99), place(torch.randn(WINDOW))
         numbers = [place(torch.tensor(x)) for x in (0.9, -0.1, 0.5)]
         assert kernels.norm_is_finite(grads)
         few = [[kernels.allocate_lowbit(r.blocks.numel, bits, CPU, r.blocks.size) for r in rows] for bits in (8, 4)]
         few = [[kernels.LowBit(place(x.codes, 77), place(x.scales)) for x in some] for some in few]
         for some in (*few, errors):
-            kernels.compress_(grads, some, rows, slot, finite, [place(torch.tensor([5]), 99) for _ in sizes])
+            keys = [place(torch.tensor([5]), 99) for _ in sizes]
+            kernels.compress_(grads, some, rows, slot, keys)
+            if some is not errors:  # the row is there once more
+                kernels.undo_compress_(grads, some, rows, slot, torch.tensor(False), keys)
         dots = kernels.window_dots(rows, slot)
         kernels.window_apply_(targets, momenta, rows, Update(weights, *numbers))
         lowbit = [tensor for some in few for numbers in some for tensor in numbers]

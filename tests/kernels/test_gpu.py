@@ -20,6 +20,7 @@ from tests.kernels.kernel_cases import (
     check_dots,
     check_lowbit,
     check_norm_is_finite,
+    check_undo,
 )
 
 if not torch.cuda.is_available():
@@ -54,6 +55,7 @@ def on_gpu(operation, *arguments):
 def test_definition_and_gpu_agree(case):
     check_norm_is_finite(partial(on_gpu, triton_ops.norm_is_finite), case)
     check_compress(partial(on_gpu, triton_ops.compress_), case)
+    check_undo(partial(on_gpu, triton_ops.undo_compress_), case)
     check_average(partial(on_gpu, triton_ops.average_), case)
     check_lowbit([partial(on_gpu, operation) for operation in (triton_ops.store_lowbit_, triton_ops.add_lowbit_)], case)
     check_dots(partial(on_gpu, triton_ops.window_dots), case)

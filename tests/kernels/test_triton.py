@@ -35,6 +35,7 @@ from tests.kernels.kernel_cases import (
     check_dots,
     check_lowbit,
     check_norm_is_finite,
+    check_undo,
     momenta_of,
     parts_of,
     tensors_of,
@@ -96,6 +97,7 @@ PORTABLE = [case for case in CASES if case.kind == "random" and case.finite]
 def test_compress_gives_the_bits_of_the_definition(case):
     with simulate(case.arch, check_races=True) as simulator:
         check_compress(triton_ops.compress_, case, simulator.allow)
+        check_undo(triton_ops.undo_compress_, case, simulator.allow)
 
 
 @pytest.mark.parametrize("error", [FLOAT32, BITS8, BITS4], ids=["floats", "8 bits", "4 bits"])
@@ -193,7 +195,7 @@ def test_the_order_of_warps_and_programs_does_not_matter(operations, seed):
         with simulated(*tensors_of([rows]), target, momentum, error, grad, schedule=schedule):
             products = operations.window_dots([rows], torch.tensor([2]), [momentum])
             operations.window_apply_([target], [momentum], [rows], update)
-            triton_ops.compress_([grad], [error], [rows], torch.tensor([case.slot]), torch.tensor(True))
+            triton_ops.compress_([grad], [error], [rows], torch.tensor([case.slot]))
         return products, target, momentum, error, rows.values, rows.indices
 
     assert_all_same_bits(run(seed), run(None), "output")
@@ -351,9 +353,11 @@ def test_addresses_are_computed_in_64_bits(monkeypatch, operators):
             products = [operations.window_dots(rows, slot, *own) for own in ((), (momenta,), (small,))]
             operations.window_apply_(targets, momenta, rows, update)
             operations.window_apply_(targets, small, rows, update._replace(writes_momenta=False))
-            compress_ = (triton_ops if there else reference).compress_
+            operations = triton_ops if there else reference
             for some in (*few, errors):
-                compress_(grads, some, rows, slot, torch.tensor(True), keys)
+                operations.compress_(grads, some, rows, slot, keys)
+            for some in (*few, errors):
+                operations.undo_compress_(grads, some, rows, slot, torch.tensor(False), keys)
         results.append([*products, *tensors, *tensors_of(rows)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5, equal_nan=True)
 

@@ -15,7 +15,7 @@ Vectors and scalars, and matrices so small that their factors would be no smalle
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from efcp.checks import require, require_integer
 from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, store_lowbit_
-from efcp.windows.base import Compressor, Separate, SingleWindow, Window, allocate_error, choose_dtypes, error_of
+from efcp.windows.base import Compressor, Window, allocate_error, choose_dtypes, error_of
+from efcp.windows.batched import Batched, BatchableWindow, replace_rows
 from efcp.windows.dense import DenseWindow, Identity, check_rows
 
 PART = 1 << 22  # entries of factors in a temporary
@@ -94,9 +95,9 @@ class LowRank(Compressor):
             )
 
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
-        return Separate([self._bind(state, param) for state, param in zip(states, params, strict=True)])
+        return Batched([self._bind(state, param) for state, param in zip(states, params, strict=True)])
 
-    def _bind(self, state: dict[str, Tensor], param: Tensor) -> SingleWindow:
+    def _bind(self, state: dict[str, Tensor], param: Tensor) -> BatchableWindow:
         if not self._factors(param):
             require("left" not in state, "rank", "stay what it was", self.rank)
             return DenseWindow(check_rows(state["rows"], param))
@@ -120,7 +121,7 @@ def _matrix_shape(param: Tensor) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class LowRankWindow(SingleWindow):
+class LowRankWindow(BatchableWindow):
     left: Tensor
     right: Tensor
     basis: Tensor
@@ -201,3 +202,81 @@ class LowRankWindow(SingleWindow):
         window_size, rank, rows = self.left.shape
         step = max(1, PART // (rank * (rows + self.right.shape[2])))
         return (slice(first, first + step) for first in range(0, window_size, step))
+
+    # ---- several of the same shape, stacked: p matrices A are (p, R, C)
+
+    @property
+    def kind(self) -> Hashable:
+        """Other options are the same for all parameters of a set."""
+        shapes = self.left.shape, self.right.shape[2], self.left.dtype, self.basis.dtype
+        return LowRankWindow, *shapes, type(self.error), self.power_iterations
+
+    @property
+    def numel(self) -> int:
+        return self.left.shape[2] * self.right.shape[2]
+
+    @property
+    def row_numel(self) -> int:
+        return self.left.shape[1] * (self.left.shape[2] + self.right.shape[2])
+
+    @classmethod
+    def push_all(
+        cls, windows: Sequence["LowRankWindow"], grads: Sequence[Tensor], slot: Tensor, finite: Tensor
+    ) -> None:
+        first = windows[0]
+        buffer = torch.cat(list(grads)).to(first.basis.dtype).masked_fill_(~finite, 0.0)
+        parts = buffer.split(first.numel)
+        lowbit = [w.error for w in windows if isinstance(w.error, LowBit)]
+        errors = [w.error for w in windows if isinstance(w.error, Tensor)]
+        if lowbit:
+            add_lowbit_(parts, lowbit)
+        elif errors:
+            torch._foreach_add_(list(parts), errors)
+        A, bases = buffer.view(len(windows), first.left.shape[2], -1), [w.basis for w in windows]
+        old = Q = torch.stack(bases)  # (p, C, r)
+        for _ in range(first.power_iterations):
+            P = torch.linalg.qr(A @ Q).Q  # (p, R, r)
+            Q = A.mT @ P  # (p, C, r)
+        longest = Q.abs().amax(1, keepdim=True)
+        torch._foreach_copy_(bases, torch.where(finite & (longest > 0), Q / longest, old).unbind())
+
+        left, right = P.to(first.left.dtype), torch.where(finite, Q, 0.0).to(first.right.dtype)
+        replace_rows([w.left for w in windows], slot, left.mT.unbind())
+        replace_rows([w.right for w in windows], slot, right.mT.unbind())
+        if lowbit or errors:
+            A.baddbmm_(left.to(A.dtype), right.to(A.dtype).mT, alpha=-1)
+        if errors:
+            torch._foreach_copy_(errors, parts)
+        if lowbit:
+            draws = [w.draws for w in windows if w.draws is not None]
+            store_lowbit_(lowbit, parts, finite, draws)
+            if draws:
+                torch._foreach_add_(draws, 1)
+
+    @classmethod
+    def dots_all(cls, windows: Sequence["LowRankWindow"], slot: Tensor) -> Tensor:
+        window_size, rank, _ = windows[0].left.shape
+        products = []
+        for factors in cls._stacked(windows, torch.float64):
+            newest = factors.unflatten(1, (window_size, rank)).index_select(1, slot).squeeze(1)  # (p, r, ·)
+            products.append(factors @ newest.mT)  # (p, m r, r)
+        return (products[0] * products[1]).sum((0, 2)).view(window_size, rank).sum(1)
+
+    @classmethod
+    def products_all(cls, windows: Sequence["LowRankWindow"], vectors: Tensor) -> Tensor:
+        window_size, rank, rows = windows[0].left.shape
+        left, right = cls._stacked(windows, torch.float64)
+        sums = (left @ vectors.view(len(windows), rows, -1)).mul_(right).sum((0, 2))
+        return sums.view(window_size, rank).sum(1)
+
+    @classmethod
+    def add_rows_(cls, windows: Sequence["LowRankWindow"], total: Tensor, weights: Tensor) -> None:
+        left, right = cls._stacked(windows, weights.dtype)
+        weighted = left.mul_(weights.repeat_interleave(windows[0].left.shape[1])[:, None])
+        total.view(len(windows), left.shape[2], -1).baddbmm_(weighted.mT, right)
+
+    @staticmethod
+    def _stacked(windows: Sequence["LowRankWindow"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All rows' factors: (p, m r, R) and (p, m r, C)."""
+        left, right = torch.stack([w.left for w in windows]), torch.stack([w.right for w in windows])
+        return left.flatten(1, 2).to(dtype), right.flatten(1, 2).to(dtype)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from efcp.gram import is_on_cpu
-from efcp.kernels import Momenta, Update, accumulation_dtype, add_lowbit_
+from efcp.kernels import LowBit, Momenta, Update, accumulation_dtype, add_lowbit_
+from efcp.kernels.lowbit import BLOCK
 from efcp.windows.base import Separate, SingleWindow
 
 BATCH = 1 << 18  # numbers of parameters, or of their windows, in a batch
@@ -54,13 +55,8 @@ class BatchableWindow(SingleWindow):
 
     @classmethod
     @abstractmethod
-    def dots_all(cls, windows: Sequence[Any], slot: Tensor) -> Tensor:
-        """The sum of `dots` over the windows."""
-
-    @classmethod
-    @abstractmethod
-    def products_all(cls, windows: Sequence[Any], vectors: Tensor) -> Tensor:
-        """The sum of `products` over the windows, with the vectors in a buffer of float64."""
+    def dots_all(cls, windows: Sequence[Any], slot: Tensor, vectors: Tensor | None) -> Tensor:
+        """The sum of `dots` over the windows, (1, m); with vectors, a buffer of float64, also of `products`, (2, m)."""
 
     @classmethod
     @abstractmethod
@@ -102,10 +98,9 @@ class Batched(Separate):
         total = torch.zeros(1 + bool(momenta), len(self), dtype=torch.float64, device=slot.device)
         for batch in batches:
             windows = self._chosen(batch)
-            total[0] += windows[0].dots_all(windows, slot)
-            if momenta:
-                vectors = _buffer([momenta[n] for n in batch], _numels(windows), torch.float64)
-                total[1] += windows[0].products_all(windows, vectors)
+            own = [momenta[n] for n in batch if momenta]
+            vectors = _buffer(own, _numels(windows), torch.float64) if own else None
+            total += windows[0].dots_all(windows, slot, vectors)
         if alone:
             own = [momenta[n] for n in alone if momenta]
             total += Separate(self._chosen(alone)).dots(slot, own).view_as(total)
@@ -161,8 +156,18 @@ def _buffer(numbers: Momenta, numels: Sequence[int], dtype: torch.dtype) -> Tens
         return torch.cat(floating).to(dtype)
     lowbit = [x for x in numbers if not isinstance(x, Tensor)]
     buffer = torch.zeros(sum(numels), dtype=dtype, device=lowbit[0].codes.device)
-    add_lowbit_(buffer.split(list(numels)), lowbit)
+    add_numbers_(buffer, lowbit, numels)
     return buffer
+
+
+def add_numbers_(buffer: Tensor, numbers: Sequence[LowBit], numels: Sequence[int]) -> None:
+    """Adds vectors of n numbers each in few bits to those of a buffer."""
+    block = BLOCK[numbers[0].codes.dtype]
+    if any(numel % block for numel in numels[:-1]):
+        add_lowbit_(buffer.split(list(numels)), numbers)
+    else:  # they are one vector
+        joined = LowBit(torch.cat([x.codes for x in numbers]), torch.cat([x.scales for x in numbers]))
+        add_lowbit_([buffer], [joined])
 
 
 def _apply_(windows: Sequence[Any], targets: Sequence[Tensor], momenta: Momenta, update: Update) -> None:

@@ -96,13 +96,10 @@ class DenseWindow(BatchableWindow):
         replace_rows([w.rows for w in windows], slot, newest.split([w.numel for w in windows]))
 
     @classmethod
-    def dots_all(cls, windows: Sequence["DenseWindow"], slot: Tensor) -> Tensor:
+    def dots_all(cls, windows: Sequence["DenseWindow"], slot: Tensor, vectors: Tensor | None) -> Tensor:
         rows = cls._side_by_side(windows, torch.float64)
-        return rows @ rows.index_select(0, slot).squeeze(0)
-
-    @classmethod
-    def products_all(cls, windows: Sequence["DenseWindow"], vectors: Tensor) -> Tensor:
-        return cls._side_by_side(windows, torch.float64) @ vectors
+        newest = rows.index_select(0, slot).squeeze(0)
+        return torch.stack([rows @ vector for vector in (newest, vectors) if vector is not None])
 
     @classmethod
     def add_rows_(cls, windows: Sequence["DenseWindow"], total: Tensor, weights: Tensor) -> None:

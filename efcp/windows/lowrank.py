@@ -17,6 +17,7 @@ Vectors and scalars, and matrices so small that their factors would be no smalle
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from efcp.checks import require, require_integer
 from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, store_lowbit_
 from efcp.windows.base import Compressor, Window, allocate_error, choose_dtypes, error_of
-from efcp.windows.batched import Batched, BatchableWindow, replace_rows
+from efcp.windows.batched import Batched, BatchableWindow, add_numbers_, replace_rows
 from efcp.windows.dense import DenseWindow, Identity, check_rows
 
 PART = 1 << 22  # entries of factors in a temporary
@@ -113,7 +114,12 @@ class LowRank(Compressor):
 
     def _factors(self, param: Tensor) -> bool:
         """Whether factors are kept of a parameter, not whole rows."""
-        return param.dim() >= 2 and self.rank * sum(_matrix_shape(param)) < param.numel()
+        return _are_fewer(self.rank, param.shape)
+
+
+@lru_cache(maxsize=4096)  # most parameters have the same shape in every step
+def _are_fewer(rank: int, shape: torch.Size) -> bool:
+    return len(shape) >= 2 and rank * (shape[0] + math.prod(shape[1:])) < shape.numel()
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:
@@ -141,8 +147,9 @@ class LowRankWindow(BatchableWindow):
         A = A.view(self.left.shape[2], self.right.shape[2])
         Q = self.basis
         for _ in range(self.power_iterations):
-            P = torch.linalg.qr(A @ Q).Q  # (R, r); Householder's is orthonormal whatever the rank of A @ Q
-            Q = A.t() @ P  # (C, r)
+            # Products of few rows are several times as fast as those of few columns.
+            P = torch.linalg.qr((Q.t() @ A.t()).t()).Q  # (R, r); Householder's is orthonormal whatever the rank of AQ
+            Q = (P.t() @ A).t()  # (C, r)
         longest = Q.abs().amax(0)  # a column of zeros, or of a size that overflows when squared, would be a bad start
         self.basis.copy_(torch.where(finite & (longest > 0), Q / longest, self.basis))
 
@@ -174,13 +181,13 @@ class LowRankWindow(BatchableWindow):
 
     def dots(self, slot: Tensor) -> Tensor:
         """⟨Pᵢ Qᵢᵀ, P Qᵀ⟩ = Σ (PᵢᵀP) ∘ (QᵢᵀQ) for all rows i, with the factors P (R, r) and Q (C, r) of row `slot`."""
-        left, right = (factors.index_select(0, slot)[0].t().double() for factors in (self.left, self.right))
-        return torch.cat(
-            [
-                ((self.left[rows].double() @ left) * (self.right[rows].double() @ right)).sum((1, 2))
-                for rows in self._parts()
-            ]
-        )
+        left, right = (factors.index_select(0, slot)[0].double() for factors in (self.left, self.right))
+        dots = []
+        for rows in self._parts():
+            own = self.left[rows].double().flatten(0, 1), self.right[rows].double().flatten(0, 1)  # (rows r, ·)
+            both = (left @ own[0].t()) * (right @ own[1].t())  # (r, rows r)
+            dots.append(both.sum(0).view(-1, len(left)).sum(1))
+        return torch.cat(dots)
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All rows' factors: (m r, R) and (m r, C)."""
@@ -229,14 +236,14 @@ class LowRankWindow(BatchableWindow):
         lowbit = [w.error for w in windows if isinstance(w.error, LowBit)]
         errors = [w.error for w in windows if isinstance(w.error, Tensor)]
         if lowbit:
-            add_lowbit_(parts, lowbit)
+            add_numbers_(buffer, lowbit, [first.numel] * len(windows))
         elif errors:
             torch._foreach_add_(list(parts), errors)
         A, bases = buffer.view(len(windows), first.left.shape[2], -1), [w.basis for w in windows]
         old = Q = torch.stack(bases)  # (p, C, r)
         for _ in range(first.power_iterations):
-            P = torch.linalg.qr(A @ Q).Q  # (p, R, r)
-            Q = A.mT @ P  # (p, C, r)
+            P = torch.linalg.qr((Q.mT @ A.mT).mT).Q  # (p, R, r)
+            Q = (P.mT @ A).mT  # (p, C, r)
         longest = Q.abs().amax(1, keepdim=True)
         torch._foreach_copy_(bases, torch.where(finite & (longest > 0), Q / longest, old).unbind())
 
@@ -254,20 +261,17 @@ class LowRankWindow(BatchableWindow):
                 torch._foreach_add_(draws, 1)
 
     @classmethod
-    def dots_all(cls, windows: Sequence["LowRankWindow"], slot: Tensor) -> Tensor:
-        window_size, rank, _ = windows[0].left.shape
-        products = []
-        for factors in cls._stacked(windows, torch.float64):
-            newest = factors.unflatten(1, (window_size, rank)).index_select(1, slot).squeeze(1)  # (p, r, ·)
-            products.append(factors @ newest.mT)  # (p, m r, r)
-        return (products[0] * products[1]).sum((0, 2)).view(window_size, rank).sum(1)
-
-    @classmethod
-    def products_all(cls, windows: Sequence["LowRankWindow"], vectors: Tensor) -> Tensor:
+    def dots_all(cls, windows: Sequence["LowRankWindow"], slot: Tensor, vectors: Tensor | None) -> Tensor:
         window_size, rank, rows = windows[0].left.shape
         left, right = cls._stacked(windows, torch.float64)
-        sums = (left @ vectors.view(len(windows), rows, -1)).mul_(right).sum((0, 2))
-        return sums.view(window_size, rank).sum(1)
+        both = []
+        for factors in (left, right):
+            newest = factors.unflatten(1, (window_size, rank)).index_select(1, slot).squeeze(1)  # (p, r, ·)
+            both.append(newest @ factors.mT)  # (p, r, m r)
+        dots = [both[0].mul_(both[1]).sum((0, 1))]
+        if vectors is not None:
+            dots.append((left @ vectors.view(len(windows), rows, -1)).mul_(right).sum((0, 2)))
+        return torch.stack([x.view(window_size, rank).sum(1) for x in dots])
 
     @classmethod
     def add_rows_(cls, windows: Sequence["LowRankWindow"], total: Tensor, weights: Tensor) -> None:

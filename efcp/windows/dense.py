@@ -11,7 +11,7 @@ from efcp.checks import require
 from efcp.gram import is_on_cpu
 from efcp.kernels import accumulation_dtype
 from efcp.windows.base import Compressor, Window
-from efcp.windows.batched import Batched, BatchableWindow, replace_rows
+from efcp.windows.batched import BatchableWindow, Batched, replace_rows
 
 PART = 1 << 22  # entries of the window in a temporary
 
@@ -43,11 +43,6 @@ class DenseWindow(BatchableWindow):
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def numel(self) -> int:
-        """n."""
-        return self.rows.shape[1]
 
     def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> None:
         newest = torch.where(finite, grad, 0.0)

@@ -26,7 +26,7 @@ from torch import Tensor
 from efcp.checks import require, require_integer
 from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, store_lowbit_
 from efcp.windows.base import Compressor, Window, allocate_error, choose_dtypes, error_of
-from efcp.windows.batched import Batched, BatchableWindow, add_numbers_, replace_rows
+from efcp.windows.batched import BatchableWindow, Batched, add_numbers_, replace_rows
 from efcp.windows.dense import DenseWindow, Identity, check_rows
 
 PART = 1 << 22  # entries of factors in a temporary

@@ -99,7 +99,7 @@ class Batched(Separate):
         for batch in batches:
             windows = self._chosen(batch)
             own = [momenta[n] for n in batch if momenta]
-            vectors = _buffer(own, _numels(windows), torch.float64) if own else None
+            vectors = buffer_of(own, numels_of(windows), torch.float64) if own else None
             total += windows[0].dots_all(windows, slot, vectors)
         if alone:
             own = [momenta[n] for n in alone if momenta]
@@ -119,23 +119,31 @@ class Batched(Separate):
 
     @cached_property
     def _by_numel(self) -> Plan:
-        return _plan(self.windows, _numels(self.windows))
+        return _plan([w.kind for w in self.windows], numels_of(self.windows))
 
     @cached_property
     def _by_rows(self) -> Plan:
-        return _plan(self.windows, [max(w.numel, w.row_numel * len(w)) for w in self.windows])
+        return _plan([w.kind for w in self.windows], self._costs)
+
+    @cached_property
+    def by_shape(self) -> Plan:
+        """Windows of one kind and size together."""
+        return _plan([(w.kind, w.numel) for w in self.windows], self._costs)
+
+    @property
+    def _costs(self) -> list[int]:
+        return [max(w.numel, w.row_numel * len(w)) for w in self.windows]
 
 
-def _plan(windows: Sequence[BatchableWindow], costs: Sequence[int]) -> Plan:
+def _plan(kinds: Sequence[Hashable], costs: Sequence[int]) -> Plan:
     """Those of a kind in batches, in order.
 
     Args:
-        costs: of how many numbers of a batch a window takes the place.
+        costs: of how many numbers of a batch each takes the place.
     """
     batches: dict[Hashable, list[list[int]]] = {}
     space: dict[Hashable, int] = {}
-    for number, (window, cost) in enumerate(zip(windows, costs, strict=True)):
-        kind = window.kind
+    for number, (kind, cost) in enumerate(zip(kinds, costs, strict=True)):
         if cost > space.get(kind, -1):
             batches.setdefault(kind, []).append([])
             space[kind] = BATCH
@@ -145,11 +153,11 @@ def _plan(windows: Sequence[BatchableWindow], costs: Sequence[int]) -> Plan:
     return Plan([b for b in found if len(b) > 1], [n for b in found if len(b) == 1 for n in b])
 
 
-def _numels(windows: Sequence[BatchableWindow]) -> list[int]:
+def numels_of(windows: Sequence[BatchableWindow]) -> list[int]:
     return [window.numel for window in windows]
 
 
-def _buffer(numbers: Momenta, numels: Sequence[int], dtype: torch.dtype) -> Tensor:
+def buffer_of(numbers: Momenta, numels: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Vectors of n numbers each, one behind the other: a new tensor, (N,)."""
     floating = [x for x in numbers if isinstance(x, Tensor)]
     if floating:
@@ -171,15 +179,15 @@ def add_numbers_(buffer: Tensor, numbers: Sequence[LowBit], numels: Sequence[int
 
 
 def _apply_(windows: Sequence[Any], targets: Sequence[Tensor], momenta: Momenta, update: Update) -> None:
-    numels = _numels(windows)
+    numels = numels_of(windows)
     written = [x for x in momenta if isinstance(x, Tensor)] if update.writes_momenta else []
     dtype = accumulation_dtype((written or targets)[0].dtype)
     if update.momentum_factor is None:
-        total = _buffer(targets, numels, dtype).mul_(update.target_factor)
+        total = buffer_of(targets, numels, dtype).mul_(update.target_factor)
         windows[0].add_rows_(windows, total, (update.update_factor * update.weights).to(dtype))
         torch._foreach_copy_(list(targets), total.split(numels))
         return
-    total = _buffer(momenta, numels, dtype).mul_(update.momentum_factor)
+    total = buffer_of(momenta, numels, dtype).mul_(update.momentum_factor)
     windows[0].add_rows_(windows, total, update.weights.to(dtype))
     if written:
         torch._foreach_copy_(written, total.split(numels))

@@ -189,10 +189,6 @@ class LowRankWindow(BatchableWindow):
             dots.append(both.sum(0).view(-1, len(left)).sum(1))
         return torch.cat(dots)
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All rows' factors: (m r, R) and (m r, C)."""
-        return self.left.flatten(0, 1).to(dtype), self.right.flatten(0, 1).to(dtype)
-
     def products(self, vector: Tensor) -> Tensor:
         """⟨Pᵢ Qᵢᵀ, A⟩ = Σ (PᵢᵀA) ∘ Qᵢᵀ for all rows i, of a matrix A."""
         (window_size, rank, rows), columns = self.left.shape, self.right.shape[2]
@@ -263,7 +259,7 @@ class LowRankWindow(BatchableWindow):
     @classmethod
     def dots_all(cls, windows: Sequence["LowRankWindow"], slot: Tensor, vectors: Tensor | None) -> Tensor:
         window_size, rank, rows = windows[0].left.shape
-        left, right = cls._stacked(windows, torch.float64)
+        left, right = cls.stacked(windows, torch.float64)
         both = []
         for factors in (left, right):
             newest = factors.unflatten(1, (window_size, rank)).index_select(1, slot).squeeze(1)  # (p, r, ·)
@@ -275,12 +271,12 @@ class LowRankWindow(BatchableWindow):
 
     @classmethod
     def add_rows_(cls, windows: Sequence["LowRankWindow"], total: Tensor, weights: Tensor) -> None:
-        left, right = cls._stacked(windows, weights.dtype)
+        left, right = cls.stacked(windows, weights.dtype)
         weighted = left.mul_(weights.repeat_interleave(windows[0].left.shape[1])[:, None])
         total.view(len(windows), left.shape[2], -1).baddbmm_(weighted.mT, right)
 
     @staticmethod
-    def _stacked(windows: Sequence["LowRankWindow"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def stacked(windows: Sequence["LowRankWindow"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """All rows' factors: (p, m r, R) and (p, m r, C)."""
         left, right = torch.stack([w.left for w in windows]), torch.stack([w.right for w in windows])
         return left.flatten(1, 2).to(dtype), right.flatten(1, 2).to(dtype)

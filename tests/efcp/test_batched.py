@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efcp import EFCP, MFAC, DenseMFAC, Identity, LowRank, LowRankMFAC
+from efcp import EFCP, MFAC, DenseMFAC, Identity, Kronecker, LowRank, LowRankMFAC
 from efcp.windows import batched
 from efcp.windows.batched import Batched
 from efcp.windows.dense import DenseWindow
@@ -42,9 +42,9 @@ def zero_or_none(kind, gradient):
     return {"zero": torch.zeros_like(gradient), "none": None}.get(kind, gradient)
 
 
-def run(shapes, kinds, compressor, dtype=torch.float64, damping=0.1, **options):
+def run(shapes, kinds, compressor, dtype=torch.float64, damping=0.1, preconditioner=None, **options):
     """Parameters and optimizer after as many steps as there are lists of kinds of gradients."""
-    generator, preconditioner = torch.Generator().manual_seed(0), MFAC(damping, relative=True)
+    generator, preconditioner = torch.Generator().manual_seed(0), preconditioner or MFAC(damping, relative=True)
     params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
     optimizer = EFCP(params, 0.1, compressor, preconditioner, window=WINDOW, **options)
     for step in kinds:
@@ -120,6 +120,21 @@ def test_batches_give_the_same_in_every_dtype(compressor, dtype, direction, batc
         batch_of(size)
         results.append(run(shapes, kinds, compressor, dtype, **DIRECTIONS[direction]))
     assert_same(*results, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("refresh_every", [1, 2])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_kronecker_metric_in_batches_is_that_of_each_parameter_by_itself(sides, refresh_every, batch_of):
+    shapes = [(8, 9)] * 4 + [(9, 8), (4, 30), (30, 4), (4, 30), (7,), (5,), (7,)]
+    kinds = [["random"] * 8 + ["none", "zero", "random"], ["none", *["random"] * 10], ["random"] * 11, ["random"] * 11]
+    results = []
+    for size in (1 << 18, 500, -1):
+        batch_of(size)
+        metric = Kronecker(0.1, sides, refresh_every)
+        options = {"direction": "momentum", "update_rms": 0.2, "momentum_dtype": torch.int8}
+        results.append(run(shapes, kinds, LowRank(2), preconditioner=metric, **options))
+    for result in results[:2]:
+        assert_same(result, results[2], 1e-6 if refresh_every > 1 else TOLERANCE[torch.float64])
 
 
 def low_rank(gradient):

@@ -20,6 +20,7 @@ from efcp.checks import from_plain, require
 from efcp.preconditioners import LocalPreconditioner, Preconditioner
 from efcp.shared_state import check_state_names
 from efcp.windows import Compressor, Separate
+from efcp.windows.base import floats
 from efcp.windows.batched import Batched, Plan, buffer_of
 
 MOMENTUM = ("momentum", "momentum_scales", "average")
@@ -200,7 +201,8 @@ class ParameterSet:
         for batch in (*batches, *([number] for number in alone)):
             params, own = [self.params[n] for n in batch], [windows[n] for n in batch]
             numels = [p.numel() for p in params]
-            vectors = buffer_of([momenta[n] for n in batch], numels, kernels.accumulation_dtype(params[0].dtype))
+            dtype, numbers = kernels.accumulation_dtype(params[0].dtype), [momenta[n] for n in batch]
+            vectors = buffer_of(numbers, numels, dtype) if len(batch) > 1 else floats(numbers[0], dtype=dtype)
             u = preconditioner.update_all(own, [metrics[n] for n in batch], vectors.view(len(batch), -1))  # (p, n)
             norm, length = torch.linalg.vector_norm(u, dim=1), self.group["update_rms"] * numels[0] ** 0.5
             scale = torch.where(finite & (norm > 0), update_factor * length / norm, 0.0)

@@ -6,9 +6,12 @@ non-zero eigenvalues s of the m r × m r matrix K = √B PᵀP √B = V diag(s) 
 
     (L + δ)^p = δ^p (I + P M Pᵀ),   M = √B V diag(((1 + s/δ)^p − 1) / s) Vᵀ √B
 
-so no matrix of the parameter's size is decomposed. Where m r is more than the side of the matrix, L itself is: it has
-the same eigenvalues s, and V = √B Pᵀ U diag(s)^(−1/2) with its eigenvectors U. R is the same with P and Q exchanged.
-State of a parameter, only where the metric is not computed anew in each step:
+so no matrix of the parameter's size is decomposed. Where m r is more than the side of the matrix, L = U diag(s) Uᵀ is
+decomposed instead: V = √B Pᵀ U diag(s)^(−1/2), and the other eigenvalues of K are 0, so that
+
+    M = (p/δ) B + √B V diag(((1 + s/δ)^p − 1) / s − p/δ) Vᵀ √B
+
+R is the same with P and Q exchanged. State of a parameter, only where the metric is not computed anew in each step:
 
     metrics     (sides, m r, m r)  float32  M of each side that is used; of a parameter that is kept whole (1, m, m)
     metric_age  int                steps since they were computed
@@ -147,20 +150,20 @@ class Kronecker(LocalPreconditioner):
         """
         X = (roots @ own).flatten(1, 2)  # (p, m r, dimension): K = XXᵀ, L = XᵀX
         size, dimension = X.shape[1:]
-        if size <= dimension:
-            s, V = torch.linalg.eigh(X @ X.mT)
-        else:  # L has the same eigenvalues; K's vectors are V = XU/√s
-            s, U = torch.linalg.eigh(X.mT @ X)
-            V = X @ U
+        s, V = torch.linalg.eigh(X @ X.mT if size <= dimension else X.mT @ X)
         s = s.clamp(min=0)
         delta = self.damping * s.sum(1, keepdim=True) / dimension
-        ratio = torch.where(delta > 0, s / delta, 0.0)
+        ratio, least = torch.where(delta > 0, s / delta, 0.0), power / delta
         # ((1 + s/δ)^p − 1) / s, whose limit at 0 is p/δ
-        change = torch.where(ratio > 1e-12, torch.expm1(power * ratio.log1p()) / s, power / delta)
+        change = torch.where(ratio > 1e-12, torch.expm1(power * ratio.log1p()) / s, least)
         if size > dimension:
-            change = torch.where(s > SMALLEST * s.amax(1, keepdim=True), change / s, 0.0)
+            V, change = X @ V, torch.where(s > SMALLEST * s.amax(1, keepdim=True), (change - least) / s, 0.0)
         half = (roots @ V.unflatten(1, own.shape[1:3])).flatten(1, 2)
-        return torch.where(delta[..., None] > 0, (half * change[:, None, :]) @ half.mT, 0.0)
+        M = (half * change[:, None, :]) @ half.mT
+        if size > dimension:
+            blocks = M.view(-1, *own.shape[1:3], *own.shape[1:3]).diagonal(dim1=1, dim2=3)  # (p, r, r, m)
+            blocks += (roots @ roots.mT).movedim(-3, -1) * least[..., None, None]
+        return torch.where(delta[..., None] > 0, M, 0.0)
 
     def _kept(self, window_size: int, slot: Tensor) -> Tensor:
         """Which rows count, (m,) float64: not those that the next refresh_every − 1 steps replace."""

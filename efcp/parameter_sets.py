@@ -53,15 +53,19 @@ def fill(
         if "error_draws" in rows:
             rows["error_draws"] += number << 32
         state.update({**rows, **own, "numel": param.numel()})  # all or nothing
+    lacks_momentum = keeps_momentum(group) and "momentum" not in state
+    lacks_average = group["beta1"] > 0 and "average" not in state
+    if not (lacks_momentum or lacks_average):
+        return
     with torch.inference_mode(False):
-        if keeps_momentum(group) and "momentum" not in state:
+        if lacks_momentum:
             dtype = from_plain(group["momentum_dtype"]) or param.dtype
             if dtype == torch.int8:
                 numbers = kernels.allocate_lowbit(param.numel(), 8, param.device)
                 state.update(momentum=numbers.codes, momentum_scales=numbers.scales)
             else:
                 state["momentum"] = torch.zeros(param.numel(), dtype=dtype, device=param.device)
-        if group["beta1"] > 0 and "average" not in state:
+        if lacks_average:
             state["average"] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
 
 

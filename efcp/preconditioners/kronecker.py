@@ -86,6 +86,10 @@ class Kronecker(LocalPreconditioner):
         return [state["metrics"] for state in states]
 
     def update(self, window: SingleWindow, metrics: Tensor, vector: Tensor) -> Tensor:
+        if isinstance(window, DenseWindow):  # in parts, whatever its size
+            update, weights = vector.clone(), metrics[0].double() @ window.products(vector)
+            window.apply_(update, weights, torch.ones_like(weights[0]))
+            return update
         return self.update_all([window], [metrics], vector[None])[0]
 
     def update_all(self, windows: Sequence[Any], metrics: Sequence[Tensor], vectors: Tensor) -> Tensor:
@@ -117,9 +121,10 @@ class Kronecker(LocalPreconditioner):
             alike.setdefault((window.kind, window.numel, _device(window)), []).append(number)
         found: list[Tensor] = [torch.empty(0)] * len(windows)
         for (_, _, device), numbers in alike.items():
-            first, kept = windows[numbers[0]], self._kept(len(windows[numbers[0]]), slot.to(device))
-            size = len(first) if isinstance(first, DenseWindow) else math.prod(first.left.shape[:2])  # type: ignore[attr-defined]
-            step = max(1, batched.BATCH // size**2)
+            first: Any = windows[numbers[0]]
+            kept = self._kept(len(first), slot.to(device))
+            size = len(first) if isinstance(first, DenseWindow) else math.prod(first.left.shape[:2])
+            step = max(1, batched.BATCH // max(size**2, len(first) * first.row_numel))
             for start in range(0, len(numbers), step):
                 batch = numbers[start : start + step]
                 for number, metrics in zip(batch, self._of_batch([windows[n] for n in batch], kept), strict=True):
@@ -150,17 +155,18 @@ class Kronecker(LocalPreconditioner):
         """
         X = (roots @ own).flatten(1, 2)  # (p, m r, dimension): K = XXᵀ, L = XᵀX
         size, dimension = X.shape[1:]
-        s, V = torch.linalg.eigh(X @ X.mT if size <= dimension else X.mT @ X)
+        by_side = 0 < dimension < size
+        s, V = torch.linalg.eigh(X.mT @ X if by_side else X @ X.mT)
         s = s.clamp(min=0)
         delta = self.damping * s.sum(1, keepdim=True) / dimension
         ratio, least = torch.where(delta > 0, s / delta, 0.0), power / delta
         # ((1 + s/δ)^p − 1) / s, whose limit at 0 is p/δ
         change = torch.where(ratio > 1e-12, torch.expm1(power * ratio.log1p()) / s, least)
-        if size > dimension:
+        if by_side:
             V, change = X @ V, torch.where(s > SMALLEST * s.amax(1, keepdim=True), (change - least) / s, 0.0)
         half = (roots @ V.unflatten(1, own.shape[1:3])).flatten(1, 2)
         M = (half * change[:, None, :]) @ half.mT
-        if size > dimension:
+        if by_side:
             blocks = M.view(-1, *own.shape[1:3], *own.shape[1:3]).diagonal(dim1=1, dim2=3)  # (p, r, r, m)
             blocks += (roots @ roots.mT).movedim(-3, -1) * least[..., None, None]
         return torch.where(delta[..., None] > 0, M, 0.0)

@@ -202,15 +202,15 @@ class ParameterSet:
         everyone = self.window.by_shape if isinstance(self.window, Batched) else Plan([], list(range(len(windows))))
         batches, alone = everyone.of(self.grads)
         momenta = self.momenta
-        for batch in (*batches, *([number] for number in alone)):
+        for batch, together in [*((b, True) for b in batches), *(([n], False) for n in alone)]:
             params, own = [self.params[n] for n in batch], [windows[n] for n in batch]
             numels = [p.numel() for p in params]
             dtype, numbers = kernels.accumulation_dtype(params[0].dtype), [momenta[n] for n in batch]
-            if len(batch) == 1:
-                u = preconditioner.update(own[0], metrics[batch[0]], floats(numbers[0], dtype=dtype))[None]  # (1, n)
-            else:
+            if together:
                 vectors = buffer_of(numbers, numels, dtype).view(len(batch), numels[0])  # (p, n)
                 u = preconditioner.update_all(own, [metrics[n] for n in batch], vectors)
+            else:
+                u = preconditioner.update(own[0], metrics[batch[0]], floats(numbers[0], dtype=dtype))[None]
             norm, length = torch.linalg.vector_norm(u, dim=1), self.group["update_rms"] * numels[0] ** 0.5
             scale = torch.where(finite & (norm > 0), update_factor * length / norm, 0.0)
             step = torch.where(finite, u, 0.0).mul_(scale[:, None])

@@ -75,8 +75,7 @@ class Plan(NamedTuple):
         if all(x is not None for x in present):
             return self
         batches = [[n for n in batch if present[n] is not None] for batch in self.batches]
-        alone = [n for n in self.alone if present[n] is not None]
-        return Plan([b for b in batches if len(b) > 1], alone + [n for b in batches if len(b) == 1 for n in b])
+        return Plan([batch for batch in batches if batch], [n for n in self.alone if present[n] is not None])
 
 
 @dataclass(frozen=True)
@@ -136,21 +135,24 @@ class Batched(Separate):
 
 
 def _plan(kinds: Sequence[Hashable], costs: Sequence[int]) -> Plan:
-    """Those of a kind in batches, in order.
+    """Those of a kind in batches, in order. Only the size decides what is alone, so that results depend on no others.
 
     Args:
         costs: of how many numbers of a batch each takes the place.
     """
     batches: dict[Hashable, list[list[int]]] = {}
     space: dict[Hashable, int] = {}
+    alone: list[int] = []
     for number, (kind, cost) in enumerate(zip(kinds, costs, strict=True)):
+        if cost > BATCH:
+            alone.append(number)
+            continue
         if cost > space.get(kind, -1):
             batches.setdefault(kind, []).append([])
             space[kind] = BATCH
         batches[kind][-1].append(number)
         space[kind] -= cost
-    found = [batch for of_kind in batches.values() for batch in of_kind]
-    return Plan([b for b in found if len(b) > 1], [n for b in found if len(b) == 1 for n in b])
+    return Plan([batch for of_kind in batches.values() for batch in of_kind], alone)
 
 
 def numels_of(windows: Sequence[BatchableWindow]) -> list[int]:

@@ -145,6 +145,15 @@ class LocalPreconditioner(Preconditioner):
             vector: (n,), never changed.
         """
 
+    def update_all(self, windows: Sequence[Any], metrics: Sequence[Tensor], vectors: Tensor) -> Tensor:
+        """The updates of p parameters whose windows are of one kind and size: (p, n).
+
+        Args:
+            metrics: of each parameter, from `metrics`.
+            vectors: (p, n), never changed.
+        """
+        return torch.stack([self.update(*own) for own in zip(windows, metrics, vectors, strict=True)])
+
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ from efcp import EFCP, GGT, MFAC, DenseGGT, DenseMFAC, Identity, SparseGGT, Spar
 from efcp.kernels import reference
 from efcp.lookout import Lookout
 from efcp.preconditioners import mfac
-from efcp.windows import dense
+from efcp.windows import batched, dense
 from tests.efcp.problems import Problem, window_rows
 
 ALL = [SparseMFAC, DenseMFAC, SparseGGT, DenseGGT]
@@ -449,7 +449,7 @@ SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "e
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 def test_step_never_waits_for_a_value(options, preconditioner, lr, compressor, monkeypatch):
     """No operation whose result the host must know before it goes on: a number, or a shape."""
-    for module in (mfac, dense):
+    for module in (mfac, dense, batched):
         monkeypatch.setattr(module, "is_on_cpu", lambda tensor: False)  # as on an accelerator
     monkeypatch.setattr(Lookout, "_read", lambda *_: None)  # it copies, and waits for nothing
     problem = Problem(compressor=compressor, preconditioner=preconditioner, lr=lr, window=3, **options)

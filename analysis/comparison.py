@@ -48,7 +48,7 @@ def comparison_figures(
 
 
 def overview_figure(finished: Finished, title: str) -> Figure:
-    """Draws what the final runs reached in validation against seconds of computing, a panel for each data set."""
+    """Draws what the final runs reached in validation against seconds of computing, a panel for each experiment."""
     labels = list(dict.fromkeys(label for _, summary, _ in finished.values() for label in summary.index))
     columns = min(4, len(finished))
     rows = -(-len(finished) // columns)

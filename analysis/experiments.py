@@ -19,8 +19,8 @@
     density = [0.1, 0.01]
     map = { lr = [0.001], damping = [1e-4] }        # more points that are run, but never chosen
 
-A method that several tables make is run once. A list of data sets makes an experiment of each, with a folder of its own
-inside that of the file.
+A method that several tables make is run once. A list of data sets, or of batch sizes, makes an experiment of each, with
+a folder of its own inside that of the file.
 """
 
 import importlib
@@ -40,6 +40,7 @@ from efcp.analysis.training import Run
 
 FOLDER = Path(__file__).parent / "experiments"
 _TASK = tuple(f.name for f in fields(Task) if f.name != "input_shape")
+_LISTED = {"data_set": str, "batch_size": int}  # fields of the task that may be lists, one of them in a file
 _SETTINGS = ("batch_size", "epochs")  # fields of the task that a method may replace
 _KINDS = {int: "integers", str: "texts"}
 _KEYS = {"title": str, "task": dict, "seeds": dict, "grids": dict, "methods": list}
@@ -63,7 +64,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The content of a configuration file."""
+    """The content of a configuration file, or its part for one data set or batch size."""
 
     name: str
     title: str
@@ -74,7 +75,7 @@ class Experiment:
 
     @property
     def group(self) -> str:
-        """The name of the file, if it holds an experiment for each of several data sets; else empty."""
+        """The name of the file, if it holds several experiments; else empty."""
         return self.name.rpartition("/")[0]
 
     def plans(self, data: DataSet) -> list[Plan]:
@@ -115,7 +116,7 @@ def names() -> list[str]:
 
 
 def read_experiments(path: Path) -> list[Experiment]:
-    """Reads and checks the file of an experiment, or of one for each of its data sets.
+    """Reads and checks the file of an experiment, or of one for each of its data sets or batch sizes.
 
     Raises:
         ValueError: for what cannot be run; it names file, place and value, and what is allowed.
@@ -123,19 +124,24 @@ def read_experiments(path: Path) -> list[Experiment]:
     try:
         toml = importlib.import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
         content = toml.loads(path.read_text(encoding="utf-8"))
-        task = content.get("task")
-        if not isinstance(task, dict) or not isinstance(sets := task.get("data_set"), list):
+        task, title = content.get("task"), content.get("title")
+        key = next((key for key in _LISTED if isinstance(task, dict) and isinstance(task.get(key), list)), None)
+        if key is None:
             return [_experiment(path.stem, content)]
-        _check_list("task.data_set", sets, str)
-        title = content.get("title")
+        _check_list(f"task.{key}", task[key], _LISTED[key])
         return [
             _experiment(
-                f"{path.stem}/{name}", {**content, "title": f"{title}: {name}", "task": {**task, "data_set": name}}
+                f"{path.stem}/{_called(key, value)}",
+                {**content, "title": f"{title}: {_called(key, value, ' ')}", "task": {**task, key: value}},
             )
-            for name in sets
+            for value in task[key]
         ]
     except ValueError as error:
         raise ValueError(f"{path.name}: {error}") from error
+
+
+def _called(key: str, value: Any, space: str = "-") -> str:
+    return f"batch{space}{value}" if key == "batch_size" else str(value)
 
 
 def _experiment(name: str, content: dict[str, Any]) -> Experiment:

@@ -141,7 +141,7 @@ def report(experiment: Experiment, folder: Path) -> None:
 
 
 def report_group(name: str, experiments: Sequence[Experiment], out: Path) -> None:
-    """Writes a table and a plot of all the data sets of a file of experiments, as far as they are finished.
+    """Writes a table and a plot of all the experiments of a file, as far as they are finished.
 
     Raises:
         ValueError: if a file is damaged.
@@ -150,7 +150,7 @@ def report_group(name: str, experiments: Sequence[Experiment], out: Path) -> Non
     for experiment in experiments:
         try:
             results = ExperimentFiles(out / experiment.name, experiment.title)
-            finished[experiment.task["data_set"]] = results.runs, results.summary, results.curves
+            finished[experiment.name.rpartition("/")[2]] = results.runs, results.summary, results.curves
         except (FileNotFoundError, UnfinishedError):
             continue
     if not finished:

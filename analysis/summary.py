@@ -170,16 +170,16 @@ def markdown(summary: pd.DataFrame, columns: Mapping[str, Callable[[pd.Series], 
 
 
 Finished = Mapping[str, tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]]
-"""For each data set its runs, their summary and the learning curves of the final runs."""
+"""For each experiment of a file its runs, their summary and the learning curves of the final runs."""
 
 
 def overview(finished: Finished) -> str:
-    """Mean and standard deviation of the test loss or error, a row for each method, a column for each data set."""
+    """Mean and standard deviation of the test loss or error, a row for each method, a column for each experiment."""
     labels = list(dict.fromkeys(label for _, summary, _ in finished.values() for label in summary.index))
     rows = []
     for label in labels:
         own = [summary.loc[label] if label in summary.index else None for _, summary, _ in finished.values()]
-        rows.append((label, *("" if row is None else _loss(row, 2) for row in own)))
+        rows.append((label, *("" if row is None else _loss(row, 3) for row in own)))
     return table([("method", *finished), *rows], aligned=True)
 
 

@@ -159,7 +159,7 @@ def test_a_bad_configuration_is_refused_before_anything_runs(
 def test_an_unknown_experiment_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["cnm"])
-    assert "one of autoencoder, cnn, cnn-ablations" in capsys.readouterr().err
+    assert "one of autoencoder, batch-size, cnn, cnn-ablations" in capsys.readouterr().err
 
 
 def test_a_method_of_several_tables_is_run_once(config: Path) -> None:

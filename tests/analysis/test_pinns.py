@@ -17,7 +17,7 @@ from efcp.analysis.equations import (
     kdv_solution,
     reaction_solution,
 )
-from efcp.analysis.experiments import read_experiments
+from efcp.analysis.experiments import find_experiment, read_experiments
 from efcp.analysis.methods import LineSearchLBFGS, Method, named_method
 from efcp.analysis.paper import main
 from efcp.analysis.pinns import SINGLE, load_points, pinn, relative_error
@@ -225,3 +225,13 @@ grid = "some"
     overview = (tmp_path / "pair" / "overview.md").read_text()
     assert all(word in overview for word in ("convection-5", "poisson", "AdamW", "L-BFGS"))
     assert (tmp_path / "pair" / "overview.png").stat().st_size > 10_000
+
+
+def test_an_experiment_of_several_batch_sizes():
+    experiments = read_experiments(find_experiment("batch-size"))
+    assert [(e.name, e.task["batch_size"]) for e in experiments] == [
+        ("batch-size/batch-512", 512),
+        ("batch-size/batch-128", 128),
+        ("batch-size/batch-32", 32),
+    ]
+    assert all(e.title.endswith(f"batch {e.task['batch_size']}") and e.group == "batch-size" for e in experiments)

@@ -124,6 +124,7 @@ OPTIMIZERS: dict[str, Entry] = {
     "SparseMFAC, int4": Entry(
         TOP_K, f"{SPARSE}, error int4", _ours(efcp.SparseMFAC, window=32, error_dtype=INT4), fill=32
     ),
+    "MicroAdam": Entry(TOP_K, "m = 10, density 1%, error int4", _ours(efcp.MicroAdam), fill=10),
     "SparseGGT": Entry(TOP_K, "m = 100, density 1%, error float32", _ours(efcp.SparseGGT), fill=100),
     "LowRankMFAC": Entry(
         LOW_RANK, "m = 32, rank 4, error float32", _ours(efcp.LowRankMFAC, window=32), fill=32, matrices=True

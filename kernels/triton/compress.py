@@ -132,9 +132,9 @@ def _error(error, scales, chunk, length,
 def _sum(g, error, scales, chunk, length,
          CHUNK: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """a = e + g for one chunk of a block."""
-    if error is None:
-        return g
-    return _error(error, scales, chunk, length, CHUNK, BITS, MASKED, DTYPE) + g
+    if error is not None:
+        g = _error(error, scales, chunk, length, CHUNK, BITS, MASKED, DTYPE) + g
+    return g
 
 
 @triton.jit

@@ -214,7 +214,7 @@ def _compress_block(grad, error, scales, key, first, values, indices, length, ke
         g = _gradient(grad, chunk, length, CHUNK, MASKED, DTYPE)
         squares += g * g
     square = tl.sum(squares, 0)
-    finite = square < float("inf")
+    finite = tl.where(square < float("inf"), 1, 0) != 0  # of integers: Triton's interpreter makes others floats
     a = ()  # no branch: the compiler would read the error only after it
     for chunk in tl.static_range(RESIDENT):
         a = a + (_compared(sums[chunk], finite, chunk, length, CHUNK, MASKED),)  # type: ignore[assignment]  # noqa: RUF005

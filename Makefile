@@ -43,10 +43,10 @@ lint: $(DEVELOPED) build/types  ## check style, formatting and types
 check-kernels: $(DEVELOPED)  ## compile Triton kernels for absent GPUs; fails on spills, narrow accesses, too little in flight
 	$(BIN)/python -m efcp.perf.gpu.report --quick --check
 
-bench: $(DEVELOPED)  ## measure operations, steps and memory, into results/bench (about 10 minutes on a quiet machine)
+bench: $(DEVELOPED)  ## measure operations, steps and memory, into results/bench (about 15 minutes on a quiet machine)
 	$(BIN)/python -m efcp.perf.bench
 
-bench-quick: $(DEVELOPED)  ## the same on small sizes, into results/quick (a minute)
+bench-quick: $(DEVELOPED)  ## the same on small sizes, into results/quick (two minutes)
 	$(BIN)/python -m efcp.perf.bench --quick
 
 compile-report: $(DEVELOPED)  ## compile all configurations, into perf/results/compile-report.md (about 10 minutes)

@@ -398,7 +398,7 @@ def _look(optimizer: Optimizer, before: Tensor, gradients: float) -> dict[str, f
     if isinstance(optimizer, EFCP):
         known = optimizer.diagnostics(quantiles=True)
         quantiles = [known[f"scaling_q{q}"] for q in (25, 50, 75)]
-        if any("error" in state for state in optimizer.state.values()):
+        if any(state.keys() & {"error", "error_codes"} for state in optimizer.state.values()):
             error = (known["error_norm"] or 0.0) / max(gradients, 1e-30)
     else:
         ratios = (update / grad)[grad != 0].abs().sort().values

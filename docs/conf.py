@@ -21,6 +21,7 @@ GROUPS = {  # of the API's pages; names that are in none go to the last one
     "Optimizers": (
         "MFACW",
         "KroneckerW",
+        "MicroAdam",
         "SparseMFAC",
         "DenseMFAC",
         "LowRankMFAC",
@@ -30,7 +31,7 @@ GROUPS = {  # of the API's pages; names that are in none go to the last one
         "EFCP",
     ),
     "Compressors": ("TopK", "LowRank", "Identity"),
-    "Preconditioners": ("MFAC", "GGT", "Kronecker"),
+    "Preconditioners": ("MFAC", "GGT", "Kronecker", "AdamStats"),
     "Param groups": ("param_groups",),
     "Memory": ("estimate_memory", "memory_report", "MemoryReport"),
     "For parts of your own": (

@@ -9,7 +9,7 @@ if not (Path(__file__).parent / "kernels").is_dir():
 from efcp.groups import param_groups
 from efcp.memory import MemoryReport, estimate_memory, memory_report
 from efcp.optimizer import EFCP
-from efcp.preconditioners import GGT, MFAC, Kronecker, LocalPreconditioner, Preconditioner
+from efcp.preconditioners import GGT, MFAC, AdamStats, Kronecker, LocalPreconditioner, Preconditioner
 from efcp.ready_made import (
     MFACW,
     DenseGGT,
@@ -17,6 +17,7 @@ from efcp.ready_made import (
     KroneckerW,
     LowRankGGT,
     LowRankMFAC,
+    MicroAdam,
     SparseGGT,
     SparseMFAC,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "GGT",
     "MFAC",
     "MFACW",
+    "AdamStats",
     "Compressor",
     "DenseGGT",
     "DenseMFAC",
@@ -40,6 +42,7 @@ __all__ = [
     "LowRankGGT",
     "LowRankMFAC",
     "MemoryReport",
+    "MicroAdam",
     "Preconditioner",
     "Separate",
     "SingleWindow",

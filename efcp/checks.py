@@ -33,6 +33,13 @@ def require_integer(name: str, value: Any, low: int, high: int | None = None) ->
     require(inside, name, f"be an integer ≥ {low}" if high is None else f"be an integer from {low} to {high}", value)
 
 
+def require_betas(value: Any) -> None:
+    """Raises ValueError unless value is a pair of numbers in [0, 1)."""
+    pair = isinstance(value, (tuple, list)) and len(value) == 2
+    inside = pair and all(is_number(beta) and 0 <= beta < 1 for beta in value)
+    require(inside, "betas", "be two numbers in [0, 1)", value)
+
+
 def require_dtype(name: str, value: Any, allowed: tuple[torch.dtype, ...]) -> torch.dtype:
     """The dtype that value is or names, as in "float32". Raises ValueError unless it is one of those allowed."""
     dtype = next((d for d in allowed if value in (d, plain(d))), None)
@@ -42,7 +49,9 @@ def require_dtype(name: str, value: Any, allowed: tuple[torch.dtype, ...]) -> to
 
 
 def plain(value: Any) -> Any:
-    """A dtype's name, as in "float32"; any other value as it is."""
+    """A dtype's name, as in "float32"; a list for a tuple, as checkpoints give it back; any other value as it is."""
+    if isinstance(value, tuple):
+        return list(value)
     return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
 
 

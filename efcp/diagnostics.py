@@ -1,8 +1,9 @@
 """What a step did: how long its vectors are, how far it turned the gradient, and how it scaled the entries.
 
 The length of the newest row c is in the Gram matrix. `efcp.directions` says how those of the update u and ⟨c, u⟩ come
-from it, so only the norms of g and e cost more than m² operations. The quantiles of |u/g| (EFCP, arXiv 2306.06098,
-section 6.3) need u itself. It is recomputed from the windows, one parameter at a time.
+from it, so only the norms of g and e cost more than m² operations. Preconditioners that do without the Gram matrix, or
+divide by second moments, and the quantiles of |u/g| (EFCP, arXiv 2306.06098, section 6.3) need c and u themselves. They
+are recomputed from the windows, one parameter at a time.
 """
 
 import math
@@ -14,20 +15,28 @@ from torch import Tensor
 from efcp.gram import Gram
 from efcp.kernels import Update, accumulation_dtype
 from efcp.parameter_sets import ParameterSet
-from efcp.windows.base import error_of, floats
+from efcp.preconditioners import LocalPreconditioner, Preconditioner
 
 QUANTILES = {"scaling_q25": 0.25, "scaling_q50": 0.5, "scaling_q75": 0.75}
 
 
-def norms_and_rotation(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, float | None]:
+def norms_and_rotation(
+    gram: Gram, sets: Sequence[ParameterSet], preconditioner: Preconditioner
+) -> dict[str, float | None]:
     """The norms of g, c, e and u, and cos(c, u). `EFCP.diagnostics` says what each key means.
 
     Args:
         gram: the Gram matrix, with the weights of the newest update.
-        sets: all parameters that have a window.
+        sets: each parameter that has a window by itself.
+        preconditioner: that of the newest update.
     """
-    state, slot = gram.state, (gram.state["step"] - 1) % len(gram.matrix)
-    known = [gram.matrix.diagonal()[slot].sqrt(), state["update_norm"], state["inner_product"]]
+    local = isinstance(preconditioner, LocalPreconditioner)  # its updates are not recomputed
+    state, slot = gram.state, _newest(gram)
+    known = [gram.matrix.diagonal()[slot].squeeze(0).sqrt(), state["update_norm"], state["inner_product"]]
+    if not preconditioner.gives_length:
+        known = _recomputed(gram, sets, preconditioner)
+    if local:
+        known[1] = state["update_norm"]
     compressed, update, inner = torch.stack(known).tolist()
     lengths = compressed * update
     return {
@@ -35,11 +44,13 @@ def norms_and_rotation(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, fl
         "compressed_norm": compressed,
         "error_norm": _norm(_errors(sets)) or 0.0,
         "update_norm": update,
-        "cosine": max(-1.0, min(1.0, inner / lengths)) if lengths > 0 else None,
+        "cosine": max(-1.0, min(1.0, inner / lengths)) if lengths > 0 and not local else None,
     }
 
 
-def scaling_quantiles(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, float | None]:
+def scaling_quantiles(
+    gram: Gram, sets: Sequence[ParameterSet], preconditioner: Preconditioner
+) -> dict[str, float | None]:
     """Quantiles of |u/g| over the entries with g ≠ 0. `EFCP.diagnostics` says what each key means.
 
     They are exact, and only the ratios of one parameter are in memory at a time. Non-negative float32 numbers have the
@@ -49,9 +60,10 @@ def scaling_quantiles(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, flo
     Args:
         gram: the Gram matrix, with the weights of the newest update.
         sets: each parameter that has a window by itself. Those without a gradient are left out.
+        preconditioner: that of the newest update.
     """
     sets = [s for s in sets if s.params[0].grad is not None]
-    upper = _count(keys >> 16 for keys in _ratio_bits(sets, gram))
+    upper = _count(keys >> 16 for keys in _ratio_bits(sets, gram, preconditioner))
     total = int(upper.sum())
     if total == 0:
         return dict.fromkeys(QUANTILES)
@@ -60,7 +72,7 @@ def scaling_quantiles(gram: Gram, sets: Sequence[ParameterSet]) -> dict[str, flo
     bins = torch.searchsorted(ends, wanted, right=True)
     wanted -= ends[bins] - upper[bins]  # ranks within the bins
     lower = [torch.zeros(1 << 16, dtype=torch.int64, device="cpu") for _ in QUANTILES]
-    for keys in _ratio_bits(sets, gram):
+    for keys in _ratio_bits(sets, gram, preconditioner):
         for counts, chosen in zip(lower, bins.tolist(), strict=True):
             counts += _count([keys[keys >> 16 == chosen] & 0xFFFF])
     low = torch.stack([torch.searchsorted(c.cumsum(0), w, right=True) for c, w in zip(lower, wanted, strict=True)])
@@ -71,9 +83,9 @@ def _errors(sets: Sequence[ParameterSet]) -> Iterator[Tensor]:
     """All errors as floating point, one at a time where they are in few bits."""
     for s in sets:
         for state in s.states:
-            error = error_of(state)
+            error = s.compressor.error(state)
             if error is not None:
-                yield floats(error, numel=state["numel"])
+                yield error
 
 
 def _norm(tensors: Iterable[Tensor]) -> float | None:
@@ -84,17 +96,49 @@ def _norm(tensors: Iterable[Tensor]) -> float | None:
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
 
 
-def _ratio_bits(sets: Sequence[ParameterSet], gram: Gram) -> Iterator[Tensor]:
+def _newest(gram: Gram) -> Tensor:
+    """The slot of the newest row: (1,) int64."""
+    return ((gram.state["step"] - 1) % len(gram.matrix)).view(1)
+
+
+def _recomputed(gram: Gram, sets: Sequence[ParameterSet], preconditioner: Preconditioner) -> list[Tensor]:
+    """‖c‖, ‖u‖ and ⟨c, u⟩, () float64 each, on the device of the Gram matrix."""
+    squares = preconditioner.square_weights(gram, _newest(gram))
+    first = torch.zeros_like(gram.state["weights"]).index_fill_(0, _newest(gram), 1.0)
+    products = torch.zeros(3, dtype=torch.float64, device=first.device)
+    for single in sets:
+        c = _sum_of_rows(single, first).double()
+        u = _sum_of_rows(single, gram.state["weights"], squares).double()
+        products += torch.stack([torch.dot(c, c), torch.dot(u, u), torch.dot(c, u)]).to(first.device)
+    return [products[0].sqrt(), products[1].sqrt(), products[2]]
+
+
+def _sum_of_rows(
+    single: ParameterSet, weights: Tensor, squares: tuple[Tensor, Tensor] | None = None, factor: Tensor | None = None
+) -> Tensor:
+    """The weighted sum of a parameter's rows, divided by its second moments where there are `squares`: (n,).
+
+    Args:
+        factor: of the dense momentum, which is added; None for none.
+    """
+    (param,) = single.params
+    one = torch.ones((), dtype=torch.float64, device=param.device)
+    own = [None if x is None else x.to(param.device) for x in (weights, factor, *(squares or (None, None)))]
+    total = torch.zeros(param.numel(), dtype=accumulation_dtype(param.dtype), device=param.device)
+    update = Update(own[0], one, one, own[1], False, *own[2:])  # type: ignore[arg-type]
+    single.window.apply_([total], [] if factor is None else single.momenta, update)
+    return total
+
+
+def _ratio_bits(sets: Sequence[ParameterSet], gram: Gram, preconditioner: Preconditioner) -> Iterator[Tensor]:
     """The bits of |u/g| as float32, parameter by parameter: (entries with g ≠ 0,) int32."""
+    squares = preconditioner.square_weights(gram, _newest(gram))
     for single in sets:
         (param,) = single.params
         assert param.grad is not None
         grad = param.grad.reshape(-1).to(accumulation_dtype(param.dtype))
-        update, one = torch.zeros_like(grad), torch.ones((), dtype=torch.float64, device=param.device)
-        weights, factor = (gram.state[name].to(param.device) for name in ("weights", "factor"))
-        dense = single.group["direction"] == "momentum"
-        own = Update(weights, one, one, factor if dense else None)
-        single.window.apply_([update], single.momenta if dense else [], own)
+        factor = gram.state["factor"] if single.group["direction"] == "momentum" else None
+        update = _sum_of_rows(single, gram.state["weights"], squares, factor)
         yield (update / grad)[grad != 0].abs().float().view(torch.int32)
 
 

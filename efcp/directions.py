@@ -47,8 +47,7 @@ def row_update(preconditioner: Preconditioner, gram: Gram, slot: Tensor) -> Comb
 
 def average_update(preconditioner: Preconditioner, gram: Gram, slot: Tensor, beta: float) -> Combination:
     """The update along the average of the rows held."""
-    size = len(gram.matrix)
-    age = (slot - torch.arange(size, device=slot.device)) % size
+    age = gram.ages(slot)
     average = torch.where(age < gram.state["step"], beta ** age.double(), 0.0)
     return _of_rows(gram, slot, preconditioner.weights_of_rows(gram, slot, average / average.sum()))
 

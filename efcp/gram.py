@@ -6,11 +6,11 @@ row of the window, hence one row and column of S. State:
     step               ()      int64    gradients taken in so far
     skipped_steps      ()      int64    how many of these had an Inf or NaN
     skipped_in_a_row   ()      int64    how many in a row, up to the latest
-    gram               (m, m)  float64  S
+    gram               (m, m)  float64  S; zero where the preconditioner does not use it
     weights            (m,)    float64  w of the newest update, Gᵀw + factor · momentum; zero after a skipped step
     factor             ()      float64  see `efcp.directions`
-    update_norm        ()      float64  the length ‖u‖ of that update
-    inner_product      ()      float64  ⟨c, u⟩, with c the newest row
+    update_norm        ()      float64  the length ‖u‖ of that update, where S gives it
+    inner_product      ()      float64  ⟨c, u⟩, with c the newest row, where S gives it
     pending            bool             from when a step starts to change windows until it ends; S is unknown meanwhile
 """
 
@@ -81,14 +81,17 @@ class Gram:
         """The slot that the next step will write: (1,) int64."""
         return (self.state["step"] % len(self.matrix)).view(1)
 
-    def next_slot(self, finite: Tensor) -> Tensor:
-        """Counts a step, and returns the slot of its gradient: (1,) int64."""
-        slot, state = self.following_slot, self.state
+    def ages(self, slot: Tensor) -> Tensor:
+        """How many steps each row is older than that of a slot, (1,) int64: (m,) int64."""
+        return (slot - torch.arange(len(self.matrix), device=slot.device)) % len(self.matrix)
+
+    def count_step(self, finite: Tensor) -> None:
+        """Counts a step, or a skipped one where not finite, () bool."""
+        state = self.state
         state["step"] += 1
         state["skipped_steps"] += ~finite
         in_a_row = state["skipped_in_a_row"]
         in_a_row.copy_((in_a_row + 1) * ~finite)  # at once: never more than skipped_steps, wherever a step breaks off
-        return slot
 
     def replace(self, slot: Tensor, dots: Tensor) -> None:
         """Writes row and column `slot`.

@@ -59,13 +59,14 @@ class EFCP(Optimizer):
 
     A step leaves `p.grad` as it is. A parameter whose grad is None stays as it is, and contributes a zero row to the
     window. A step with an Inf or NaN in a gradient, or one whose squared norm overflows, leaves parameters, momentum
-    and error as they are, contributes a zero row, and counts in `skipped_steps`.
+    and error as they are (errors of sparse windows up to one rounding), contributes a zero row, and counts in
+    `skipped_steps`.
 
     Args:
         params: parameters, named parameters, or param groups; floating point, on any devices.
         lr: learning rate ≥ 0, a float or a tensor of one element.
         compressor: how gradients are kept: `TopK`, `LowRank`, `Identity`, or any `Compressor`.
-        preconditioner: how the window becomes an update: `MFAC`, `GGT`, or any `Preconditioner`.
+        preconditioner: how the window becomes an update: `MFAC`, `GGT`, `AdamStats`, or any `Preconditioner`.
         window: m, how many gradients are kept, ≥ 1.
         direction: what is preconditioned: "row", the newest row, as in the papers; "average", an average of the rows
             held; "momentum", a dense momentum (`efcp.directions`). Fixed from the first step on.
@@ -171,13 +172,15 @@ class EFCP(Optimizer):
         if changed or gram.state["pending"]:
             self._mend(gram, sets, adopted)
 
-        flags = [*(s.norm_is_finite() for s in sets), *(other.norm_is_finite() for other in by_adamw)]
-        finite = reduce(torch.logical_and, gram.on_its_device(flags))
         gram.state["pending"] = True
-        slot = gram.next_slot(finite)
+        slot = gram.following_slot
+        flags = [*(s.look_at_gradients(slot) for s in sets), *(other.norm_is_finite() for other in by_adamw)]
+        finite = reduce(torch.logical_and, gram.on_its_device(flags))
+        gram.count_step(finite)
         for s in sets:
             s.push(slot, finite)
         combination = self._combination(preconditioner, gram, sets, slot, finite)
+        squares = preconditioner.square_weights(gram, slot)
         gram.state["pending"] = False
         if sum(len(s.params) for s in sets) > len(windows):  # some are new
             windows = self._windows()
@@ -188,7 +191,7 @@ class EFCP(Optimizer):
             if isinstance(preconditioner, LocalPreconditioner):
                 s.update_locally_(preconditioner, slot, finite)
             else:
-                s.update_(combination.weights, combination.factor, finite)
+                s.update_(combination.weights, combination.factor, finite, squares)
         for other in by_adamw:
             other.update_(finite)
         self._lookout.look(gram.state, self._non_finite)
@@ -214,8 +217,9 @@ class EFCP(Optimizer):
     def diagnostics(self, quantiles: bool = False) -> dict[str, float | None]:
         """What the last step did, for logs. Waits for the device.
 
-        u is the update before momentum and lr. g is read from `p.grad`: call this before `zero_grad()`, and after the
-        `unscale_` of a gradient scaler.
+        u is the update before momentum and lr. Where its length does not follow from the Gram matrix, as with
+        `AdamStats`, c and u are computed again, one parameter at a time. g is read from `p.grad`: call this before
+        `zero_grad()`, and after the `unscale_` of a gradient scaler.
 
         Args:
             quantiles: also those of |u/g|, for which u is computed again, one parameter at a time: about as much work
@@ -233,10 +237,13 @@ class EFCP(Optimizer):
         """
         own = self.shared or allocate_gram(agreed(self.param_groups, "window"), torch.device("cpu"))
         gram, sets = Gram(own), self._sets(alone=True)
-        result = norms_and_rotation(gram, sets)
-        if isinstance(self.preconditioner, LocalPreconditioner):  # of whose updates the Gram matrix knows the length
-            return {**result, "cosine": None, **(dict.fromkeys(QUANTILES) if quantiles else {})}
-        return {**result, **scaling_quantiles(gram, sets)} if quantiles else result
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
+        result = norms_and_rotation(gram, sets, preconditioner)
+        if not quantiles:
+            return result
+        if isinstance(preconditioner, LocalPreconditioner):
+            return {**result, **dict.fromkeys(QUANTILES)}
+        return {**result, **scaling_quantiles(gram, sets, preconditioner)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -396,13 +403,13 @@ class EFCP(Optimizer):
         if direction == "momentum":
             square = reduce(torch.add, gram.on_its_device(s.average_momenta(finite) for s in sets))
             if isinstance(preconditioner, LocalPreconditioner):
-                gram.replace(slot, _dots(gram, sets, slot))
                 return local_update(gram, length).where(finite)
             dots, products = _dots(gram, sets, slot, with_momenta=True)
             gram.replace(slot, dots)
             combination = momentum_update(preconditioner, gram, slot, products, square)
         else:
-            gram.replace(slot, _dots(gram, sets, slot))
+            if preconditioner.uses_gram:
+                gram.replace(slot, _dots(gram, sets, slot))
             if direction == "average":
                 beta = agreed(self.param_groups, "momentum")
                 combination = average_update(preconditioner, gram, slot, beta)
@@ -467,13 +474,16 @@ class EFCP(Optimizer):
 
         Where a matrix has been adopted with these windows it stays, bit for bit, unless it is of other windows.
         """
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
+        if not preconditioner.uses_gram:
+            return
         shown = gram.matrix.clone() if adopted and not gram.state["pending"] else None
         gram.state["pending"] = True
         gram.recompute(lambda slot: _dots(gram, sets, slot))
         if shown is not None and gram.agrees_with(shown):
             gram.matrix.copy_(shown)
         else:
-            agreed_preconditioner(self.param_groups, self.preconditioner).refresh(gram)
+            preconditioner.refresh(gram)
 
     def _show_shared(self, windows: list[tuple[Tensor, list[Tensor]]]) -> None:
         home = windows[0][0] if windows else next(self._windowed(), None)

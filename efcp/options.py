@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from efcp.checks import from_plain, is_number, require, require_dtype, require_integer, require_number
+from efcp.checks import from_plain, plain, require, require_betas, require_dtype, require_integer, require_number
 from efcp.directions import DIRECTIONS
 from efcp.preconditioners import LocalPreconditioner, Preconditioner
 from efcp.windows import Compressor
@@ -43,14 +43,15 @@ def agreed(groups: Sequence[dict[str, Any]], name: str) -> Any:
     Raises:
         ValueError: where param groups do not agree on it.
     """
-    values = [group[name] for group in groups]
+    values = [plain(group[name]) for group in groups]  # schedulers write tuples
     require(all(v == values[0] for v in values), name, "be the same in all param groups", values)
     return values[0]
 
 
 def agreed_preconditioner(groups: Sequence[dict[str, Any]], kind: Preconditioner) -> Preconditioner:
-    """The preconditioner with the options on which all param groups must agree."""
-    return made_from(kind, {name: agreed(groups, name) for name in kind.options})
+    """The preconditioner with the options on which all param groups must agree, but for those that AdamW steps."""
+    windowed = [group for group in groups if not group["adamw"]] or groups[:1]
+    return made_from(kind, {name: agreed(windowed, name) for name in kind.options})
 
 
 def check_options(groups: Sequence[dict[str, Any]], compressor: Compressor, preconditioner: Preconditioner) -> None:
@@ -86,20 +87,21 @@ def check_options(groups: Sequence[dict[str, Any]], compressor: Compressor, prec
             require(dtype != torch.int8 or direction == "momentum", "momentum_dtype", allowed, dtype)
         require(isinstance(group["adamw"], bool), "adamw", "be True or False", group["adamw"])
         if group["adamw"]:
-            betas = group["betas"]
-            pair = isinstance(betas, (tuple, list)) and len(betas) == 2
-            inside = pair and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
-            require(inside, "betas", "be two numbers in [0, 1)", betas)
+            require_betas(group["betas"])
         made_from(compressor, group)
     for name in AGREED:
         agreed(groups, name)
     if groups[0]["direction"] == "average":
         agreed(groups, "momentum")
     agreed_preconditioner(groups, preconditioner).check_direction(groups[0]["direction"])
+    preconditioner.check_compressor(compressor)
+    kind = type(preconditioner).__name__
     if isinstance(preconditioner, LocalPreconditioner):
-        preconditioner.check_compressor(compressor)
-        allowed = f"be a number with {type(preconditioner).__name__}"
-        require(groups[0]["update_rms"] is not None, "update_rms", allowed, None)
+        require(groups[0]["update_rms"] is not None, "update_rms", f"be a number with {kind}", None)
+    elif not preconditioner.gives_length:
+        for name in ("update_rms", "max_update_norm"):
+            allowed = f"be None with {kind}, which does not know the length of an update before it is taken"
+            require(groups[0][name] is None, name, allowed, groups[0][name])
 
 
 def check_parts(compressor: Compressor, preconditioner: Preconditioner) -> None:

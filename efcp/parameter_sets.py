@@ -8,7 +8,7 @@ Of a parameter of n elements, beside its window:
     average          (n,)     of gradients, where beta1 > 0
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from efcp.preconditioners import LocalPreconditioner, Preconditioner
 from efcp.shared_state import check_state_names
 from efcp.windows import Compressor, Separate
 from efcp.windows.base import floats
+from efcp.windows.batched import Batched, Plan, buffer_of
 
 MOMENTUM = ("momentum", "momentum_scales", "average")
 
@@ -52,15 +53,19 @@ def fill(
         if "error_draws" in rows:
             rows["error_draws"] += number << 32
         state.update({**rows, **own, "numel": param.numel()})  # all or nothing
+    lacks_momentum = keeps_momentum(group) and "momentum" not in state
+    lacks_average = group["beta1"] > 0 and "average" not in state
+    if not (lacks_momentum or lacks_average):
+        return
     with torch.inference_mode(False):
-        if keeps_momentum(group) and "momentum" not in state:
+        if lacks_momentum:
             dtype = from_plain(group["momentum_dtype"]) or param.dtype
             if dtype == torch.int8:
                 numbers = kernels.allocate_lowbit(param.numel(), 8, param.device)
                 state.update(momentum=numbers.codes, momentum_scales=numbers.scales)
             else:
                 state["momentum"] = torch.zeros(param.numel(), dtype=dtype, device=param.device)
-        if group["beta1"] > 0 and "average" not in state:
+        if lacks_average:
             state["average"] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
 
 
@@ -71,7 +76,7 @@ def keeps_momentum(group: dict[str, Any]) -> bool:
 
 def dtypes(param: Tensor, state: dict[str, Any]) -> tuple[torch.dtype | None, ...]:
     """The dtypes of gradient, error, momentum and average. They may differ from the parameter's."""
-    own = (state[name].dtype for name in ("error", "momentum", "average") if name in state)
+    own = (state[name].dtype for name in ("error", "error_codes", "momentum", "average") if name in state)
     return (None if param.grad is None else param.grad.dtype), *own
 
 
@@ -101,6 +106,8 @@ class ParameterSet:
         self, group: dict[str, Any], compressor: Compressor, params: list[Tensor], states: list[dict[str, Any]]
     ) -> None:
         self.group, self.params, self.states, self.device = group, params, states, params[0].device
+        self.compressor = compressor
+        self._norm_is_finite: Tensor | None = None  # where the window has found out itself
         self.window = compressor.bind(states, params)
         require(len(self.window) == group["window"], "window", f"stay what it was, {len(self.window)}", group["window"])
 
@@ -139,8 +146,16 @@ class ParameterSet:
         """The gradients, (n,) each and contiguous."""
         return [None if p.grad is None else flat(p.grad) for p in self.params]
 
-    def norm_is_finite(self) -> Tensor:
-        """() bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow."""
+    def look_at_gradients(self, slot: Tensor) -> Tensor:
+        """Begins a push into row `slot`, (1,) int64, which `push` ends.
+
+        Returns:
+            () bool: whether no gradient holds an Inf or NaN, or is so long that inner products would overflow.
+        """
+        if not self.group["beta1"]:
+            self._norm_is_finite = self.window.push_unchecked(self.grads, slot.to(self.device, non_blocking=True))
+        if self._norm_is_finite is not None:
+            return self._norm_is_finite
         grads = [grad for grad in self.grads if grad is not None]
         return kernels.norm_is_finite(grads) if grads else torch.ones((), dtype=torch.bool, device=self.device)
 
@@ -148,17 +163,22 @@ class ParameterSet:
         """Takes the gradients into row `slot` of the window; without a gradient the row becomes zero.
 
         Args:
-            slot: (1,) int64.
-            finite: () bool.
+            slot: (1,) int64, as in `look_at_gradients` before.
+            finite: () bool: whether the gradients of all parameters are. Where false, the row becomes zero, too.
         """
         slot, finite = slot.to(self.device, non_blocking=True), finite.to(self.device, non_blocking=True)
-        self.window.push(self._averaged(finite), slot, finite)
+        if self._norm_is_finite is None:
+            self.window.push(self._averaged(finite), slot, finite)
+        else:
+            self.window.settle(self.grads, slot, finite)
 
     def dots(self, slot: Tensor, with_momenta: bool = False) -> Tensor:
         """The inner products of all rows with row `slot`, (1,) int64: (m,) float64; or (2, m), with momenta second."""
         return self.window.dots(slot.to(self.device, non_blocking=True), self.momenta if with_momenta else [])
 
-    def update_(self, weights: Tensor, factor: Tensor, finite: Tensor) -> None:
+    def update_(
+        self, weights: Tensor, factor: Tensor, finite: Tensor, squares: tuple[Tensor, Tensor] | None = None
+    ) -> None:
         """θ ← (1 − lr·wd) θ − lr (Σᵢ wᵢ Gᵢ + factor · a); all as it was where not finite.
 
         With the direction "row" and momentum the step goes along that of the update: heavy ball.
@@ -167,10 +187,14 @@ class ParameterSet:
             weights: (m,) float64, zero where not finite.
             factor: () float64, of dense momenta a.
             finite: () bool.
+            squares: of second moments, by which the sum of the rows is divided: see `Preconditioner.square_weights`.
         """
         weights, factor, finite = (x.to(self.device, non_blocking=True) for x in (weights, factor, finite))
         update_factor, target_factor = self._factors(finite)
         update, momenta = kernels.Update(weights, target_factor, update_factor), self.momenta
+        if squares is not None:
+            square_weights, eps = (x.to(self.device, non_blocking=True) for x in squares)
+            update = update._replace(square_weights=square_weights, eps=eps)
         if self.group["direction"] == "momentum":
             update = update._replace(momentum_factor=factor)
         elif momenta:
@@ -180,36 +204,38 @@ class ParameterSet:
         self.window.apply_(targets, momenta, update)
         write_back(self.params, targets)
 
-    def local_updates(self, preconditioner: LocalPreconditioner, slot: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The updates of a metric that each parameter has by itself, up to a factor: (number, (n,)) of each with a
-        gradient.
-
-        Args:
-            slot: (1,) int64, the newest row.
-        """
-        assert isinstance(self.window, Separate)
-        windows = self.window.windows
-        metrics = preconditioner.metrics(windows, self.states, slot.to(self.device, non_blocking=True))
-        for number, (param, momentum) in enumerate(zip(self.params, self.momenta, strict=True)):
-            if param.grad is not None:
-                vector = floats(momentum, dtype=kernels.accumulation_dtype(param.dtype))
-                yield number, preconditioner.update(windows[number], metrics[number], vector)
-
     def update_locally_(self, preconditioner: LocalPreconditioner, slot: Tensor, finite: Tensor) -> None:
         """θ ← (1 − lr·wd) θ − lr u, with the update u of each parameter of root mean square `update_rms`.
+
+        The update is that of a metric which each parameter has by itself, up to a factor.
 
         Args:
             slot: (1,) int64, the newest row.
             finite: () bool; where false, all stays as it is.
         """
-        finite = finite.to(self.device, non_blocking=True)
+        assert isinstance(self.window, Separate)
+        windows, finite = self.window.windows, finite.to(self.device, non_blocking=True)
+        metrics = preconditioner.metrics(windows, self.states, slot.to(self.device, non_blocking=True))
         update_factor, target_factor = self._factors(finite)
-        for number, u in self.local_updates(preconditioner, slot):
-            norm, length = torch.linalg.vector_norm(u), self.group["update_rms"] * u.numel() ** 0.5
+        everyone = self.window.by_shape if isinstance(self.window, Batched) else Plan([], list(range(len(windows))))
+        batches, alone = everyone.of(self.grads)
+        momenta = self.momenta
+        for batch, together in [*((b, True) for b in batches), *(([n], False) for n in alone)]:
+            params, own = [self.params[n] for n in batch], [windows[n] for n in batch]
+            numels = [p.numel() for p in params]
+            dtype, numbers = kernels.accumulation_dtype(params[0].dtype), [momenta[n] for n in batch]
+            if together:
+                vectors = buffer_of(numbers, numels, dtype).view(len(batch), numels[0])  # (p, n)
+                u = preconditioner.update_all(own, [metrics[n] for n in batch], vectors)
+            else:
+                u = preconditioner.update(own[0], metrics[batch[0]], floats(numbers[0], dtype=dtype))[None]
+            norm, length = torch.linalg.vector_norm(u, dim=1), self.group["update_rms"] * numels[0] ** 0.5
             scale = torch.where(finite & (norm > 0), update_factor * length / norm, 0.0)
-            target = flat(self.params[number])
-            target.mul_(target_factor).addcmul_(torch.where(finite, u, 0.0), scale)
-            write_back([self.params[number]], [target])
+            step = torch.where(finite, u, 0.0).mul_(scale[:, None])
+            targets = [flat(p) for p in params]
+            torch._foreach_mul_(targets, target_factor)
+            torch._foreach_add_(targets, step.unbind())
+            write_back(params, targets)
 
     def _factors(self, finite: Tensor) -> tuple[Tensor, Tensor]:
         """Factors of update and target, () float64."""

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from efcp.optimizer import EFCP
-from efcp.preconditioners import GGT, MFAC, Kronecker
+from efcp.preconditioners import GGT, MFAC, AdamStats, Kronecker
 from efcp.windows import Identity, LowRank, TopK
 
 
@@ -49,8 +49,8 @@ class SparseMFAC(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept entries: torch.bfloat16 or torch.float32.
-        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
-            parameters, and float32 for all others.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, 1.06 or
+            0.53 bytes an entry. None takes float64 for float64 parameters, and float32 for all others.
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
@@ -137,8 +137,8 @@ class LowRankMFAC(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept factors: torch.bfloat16 or torch.float32.
-        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
-            parameters, and float32 for all others.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, 1.06 or
+            0.53 bytes an entry. None takes float64 for float64 parameters, and float32 for all others.
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
@@ -303,8 +303,8 @@ class SparseGGT(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept entries: torch.bfloat16 or torch.float32.
-        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
-            parameters, and float32 for all others.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, 1.06 or
+            0.53 bytes an entry. None takes float64 for float64 parameters, and float32 for all others.
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
@@ -397,8 +397,8 @@ class LowRankGGT(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         value_dtype: of the kept factors: torch.bfloat16 or torch.float32.
-        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for float64
-            parameters, and float32 for all others.
+        error_dtype: of the error e: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, 1.06 or
+            0.53 bytes an entry. None takes float64 for float64 parameters, and float32 for all others.
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
@@ -527,6 +527,75 @@ class DenseGGT(EFCP):
             update_rms=update_rms,
             max_update_norm=max_update_norm,
             momentum_dtype=momentum_dtype,
+            maximize=maximize,
+        )
+
+
+class MicroAdam(EFCP):
+    """Adam whose moments are sums over a short window of sparse gradients (MicroAdam, arXiv 2405.15593).
+
+    A step, with the gradient g:
+
+        c = Top-k(e + g),  e ← e + g − c    keeps the largest entries in each block of the gradient g
+        M = c₁ Σ β₁^age V,  W = c₂ Σ β₂^age V²   over the last m of these, V; the newest has age 0
+        u = M / (√W + ε)                    entry by entry; 0 for entries that are in none of them
+        θ ← (1 − lr · weight_decay) θ − lr · u
+
+    State, with the default options: 0.40 bytes for the window and 0.53 for the error e, per parameter; AdamW's is 8 in
+    float32. `efcp.estimate_memory(model, MicroAdam)` says what it comes to.
+
+    Args:
+        params: what to optimise: parameters, named parameters, or param groups. Real floating point, on any devices.
+        lr: learning rate, ≥ 0: a float or a tensor of one element. Start from AdamW's.
+        window: m, how many gradients are kept, ≥ 1. Memory grows with window · density. Fixed from the first step on.
+        density: the share of entries kept of each gradient, in (0, 1]: ceil(density · L) of a block of L entries. Fixed
+            from the first step on.
+        betas: β₁ and β₂ of the two moments, each in [0, 1).
+        eps: ε, added to the root of the second moment; at least 1.2e-38.
+        weight_decay: ≥ 0, decoupled from the gradient as in AdamW: parameters shrink by the factor 1 − lr ·
+            weight_decay.
+        block_size: entries of a block, an integer from 1 to 32768. Positions take one byte up to 256, two above. Fixed
+            from the first step on.
+        error_dtype: of the error e: torch.int4 or torch.int8, 0.53 or 1.06 bytes an entry; torch.bfloat16,
+            torch.float32 or torch.float64. None takes float64 for float64 parameters, and float32 for all others. Fixed
+            from the first step on.
+        correction: cₖ = (1 − βₖ) / (1 − βₖⁿ). "window": n is the number of rows held, which gives updates Adam's size.
+            "step": n is the number of steps, as published; with the default window and betas updates are then up to
+            6.5 times as large.
+        value_dtype: of the kept entries: torch.bfloat16 or torch.float32. Fixed from the first step on.
+        error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
+            keep. Fixed from the first step on.
+        maximize: climb the objective instead of descending it.
+
+    Raises:
+        ValueError: for values that are not allowed.
+        TypeError: for parameters that are not real floating point.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        *,
+        window: int = 10,
+        density: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        block_size: int = 4096,
+        error_dtype: torch.dtype | None = torch.int4,  # type: ignore[attr-defined]
+        correction: str = "window",
+        value_dtype: torch.dtype = torch.bfloat16,
+        error_feedback: bool = True,
+        maximize: bool = False,
+    ) -> None:
+        super().__init__(
+            params,
+            lr,
+            TopK(density, block_size, value_dtype, error_dtype, error_feedback),
+            AdamStats(betas, eps, correction),
+            window=window,
+            weight_decay=weight_decay,
             maximize=maximize,
         )
 

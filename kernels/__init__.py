@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from efcp.kernels import dispatch, operators, reference
-from efcp.kernels.addresses import Momenta, has_plain_storage, is_fake
+from efcp.kernels.addresses import Errors, Momenta, has_plain_storage, is_fake
 from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks, SparseRows
 from efcp.kernels.dispatch import BACKENDS, BackendError, backend_name, use_backend
-from efcp.kernels.lowbit import LowBit, allocate_lowbit
+from efcp.kernels.lowbit import LowBit, allocate_lowbit, decoded_blocks
 from efcp.kernels.reference import accumulation_dtype
 from efcp.kernels.update import Update
 
@@ -42,11 +42,13 @@ __all__ = [
     "average_",
     "backend_name",
     "compress_",
+    "decoded_blocks",
     "dense_dots",
     "has_plain_storage",
     "is_fake",
     "norm_is_finite",
     "store_lowbit_",
+    "undo_compress_",
     "update_inverse_root_",
     "use_backend",
     "window_apply_",
@@ -69,13 +71,19 @@ def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
 
 
 def compress_(
-    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[SparseRows], slot: Tensor, finite: Tensor
-) -> None:
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    keys: Sequence[Tensor] = (),
+) -> Tensor:
     """Blockwise Top-k with error feedback: a = e + g, the newest row c = Top-k(a), e = a − c.
 
     In each block, the k elements of largest magnitude are kept; among equal ones, those at lower positions. The row is
-    rounded to the window's dtype, and the error keeps what this rounding leaves. Where `finite` is false, the row
-    becomes zero and the error stays as it was. (EFCP, arXiv 2306.06098, algorithm 1.)
+    rounded to the window's dtype, and the error keeps what this rounding leaves. (EFCP, arXiv 2306.06098, algorithm 1.)
+    In a block whose gradient has no finite norm, the row becomes zero and the error stays as it was.
+
+    An error in few bits is rounded as `efcp.kernels.lowbit` says, each block by itself; what that leaves is lost.
 
     One call handles all parameters of a group, at least one. They share dtypes, block size, density, window and device.
     This holds for the other operations on windows as well.
@@ -83,16 +91,47 @@ def compress_(
     Args:
         grads: the gradient of each parameter: (n,) contiguous, floating point, never changed. Where one is None, only
             the values of its row are set to zero; its indices and its error stay as they were.
-        errors: the error of each parameter: (n,) contiguous, floating point, updated in place. Empty where there is no
-            error feedback: then a = g.
+        errors: the error of each parameter: (n,) contiguous, all floating point, or all in 8 or all in 4 bits, updated
+            in place. Empty where there is no error feedback: then a = g.
         rows: the window of each parameter: (blocks, m, k). Row `slot` is overwritten.
         slot: (1,) int64, the row to write, on the same device.
-        finite: () bool, on the same device.
+        keys: of each parameter (1,) int64, of the random numbers for errors in 4 bits: another one for each call.
+            Empty for others.
+
+    Returns:
+        () bool: whether the norm of all gradients is finite, as `norm_is_finite` says. Where it, or that of gradients
+        of other groups, is not, `undo_compress_` has to follow.
     """
     if torch.compiler.is_compiling():
-        operators.compress_(grads, errors, *operators.unpacked(rows), slot, finite)
+        own, scales = operators.unpacked_numbers(errors)
+        return operators.compress_(grads, own, scales, *operators.unpacked(rows), slot, keys)
+    return dispatch.run("compress_", slot, grads, errors, rows, slot, keys)
+
+
+def undo_compress_(
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    finite: Tensor,
+    keys: Sequence[Tensor] = (),
+) -> None:
+    """Undoes `compress_` where `finite` is false: the newest row becomes zero, and the error e + c − g.
+
+    That is the error of before up to one rounding. In blocks that `compress_` has left out, it is the error itself.
+    Where `finite` is true, nothing is read or changed.
+
+    Args:
+        finite: () bool, on the same device.
+        keys: of each parameter (1,) int64, of the random numbers for errors in 4 bits. Empty for others.
+
+    The other arguments are those of `compress_`, after it.
+    """
+    if torch.compiler.is_compiling():
+        own, scales = operators.unpacked_numbers(errors)
+        operators.undo_compress_(grads, own, scales, *operators.unpacked(rows), slot, finite, keys)
     else:
-        dispatch.run("compress_", slot, grads, errors, rows, slot, finite)
+        dispatch.run("undo_compress_", slot, grads, errors, rows, slot, finite, keys)
 
 
 def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, finite: Tensor) -> Tensor:
@@ -111,7 +150,7 @@ def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, fini
         () float64: the sum of the squares of all momenta.
     """
     if torch.compiler.is_compiling():
-        return operators.average_(*operators.unpacked_momenta(momenta), grads, beta, finite)
+        return operators.average_(*operators.unpacked_numbers(momenta), grads, beta, finite)
     return dispatch.run("average_", finite, momenta, grads, beta, finite)
 
 
@@ -159,7 +198,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
         (m,) float64, summed over the parameters; with momenta (2, m), those with the momenta second.
     """
     if torch.compiler.is_compiling():
-        return operators.window_dots(*operators.unpacked(rows), slot, *operators.unpacked_momenta(momenta))
+        return operators.window_dots(*operators.unpacked(rows), slot, *operators.unpacked_numbers(momenta))
     return dispatch.run("window_dots", slot, rows, slot, momenta)
 
 
@@ -190,7 +229,7 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
         update: the weights of the rows, and the factors.
     """
     if torch.compiler.is_compiling():
-        own, scales = operators.unpacked_momenta(momenta)
+        own, scales = operators.unpacked_numbers(momenta)
         operators.window_apply_(targets, own, scales, *operators.unpacked(rows), *update)
     else:
         dispatch.run("window_apply_", update.weights, targets, momenta, rows, update)

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Parameter
 
 from efcp.kernels.blocks import SparseRows
-from efcp.kernels.lowbit import BLOCK, LowBit
+from efcp.kernels.lowbit import BLOCK, LowBit, lengths_in_pieces
 from efcp.kernels.update import Update
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -136,6 +136,10 @@ Momenta = Sequence[Tensor | LowBit]
 """The momenta of parameters: all floating point, or all of 8 bits."""
 
 
+Errors = Sequence[Tensor | LowBit]
+"""The errors of parameters: all floating point, or all of 8 or all of 4 bits; or none."""
+
+
 def momentum_addresses(
     momenta: Momenta, device: torch.device, numels: Sequence[int], fake: bool = False
 ) -> tuple[list[int], list[int]]:
@@ -167,23 +171,87 @@ def lowbit_addresses(
     numels: Sequence[int],
     *,
     fake: bool = False,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Addresses of codes and of scales; otherwise as `addresses`.
 
     Args:
         dtype: of the codes: torch.int8 for 8 bits, torch.uint8 for 4.
+        sizes: of each vector, numbers of the pieces that are stored each by itself; None for vectors of one piece.
     """
     own = []
     for number, x in enumerate(numbers):
         if not isinstance(x, LowBit):
             raise TypeError(f"{name}[{number}] must be a LowBit, as others are, got a {type(x).__name__}")
         own.append(x)
-    sizes = [numel if dtype is torch.int8 else (numel + 1) // 2 for numel in numels]
-    blocks = [-(-numel // BLOCK[dtype]) for numel in numels]
+    pairs = zip(numels, sizes or [max(1, numel) for numel in numels], strict=True)
+    counts = [lengths_in_pieces(numel, size, dtype) for numel, size in pairs]
+    codes, scales = [count[0] for count in counts], [count[1] for count in counts]
     return (
-        addresses(name, [x.codes for x in own], dtype, device, sizes, fake=fake),
-        addresses(f"scales of {name}", [x.scales for x in own], torch.float32, device, blocks, fake=fake),
+        addresses(name, [x.codes for x in own], dtype, device, codes, fake=fake),
+        addresses(f"scales of {name}", [x.scales for x in own], torch.float32, device, scales, fake=fake),
     )
+
+
+def _key_addresses(
+    keys: Sequence[Tensor], dtype: torch.dtype, device: torch.device, count: int, fake: bool
+) -> list[int]:
+    """Addresses of the keys of random numbers, one for each vector where codes are of the dtype for 4 bits; else 0."""
+    if dtype is not torch.uint8:
+        return [0] * count
+    if len(keys) != count:
+        raise ValueError(f"keys must hold {count} tensors, got {len(keys)}")
+    return [addresses("keys", [key], torch.int64, device, [1], fake=fake)[0] for key in keys]
+
+
+def error_addresses(
+    errors: Errors, keys: Sequence[Tensor], rows: Sequence[SparseRows], device: torch.device, fake: bool = False
+) -> tuple[list[int], list[int], list[int]]:
+    """Addresses of errors, of their scales, and of keys; 0 for what is not there.
+
+    Args:
+        errors: of each parameter (n,), contiguous, floating point; or in few bits, each block of the window by itself.
+        keys: of each parameter (1,) int64, where errors are in 4 bits.
+        rows: the window of each parameter.
+        device, fake: as in `addresses`.
+
+    Raises:
+        TypeError, ValueError: as `addresses`.
+    """
+    numels, none = [r.blocks.numel for r in rows], [0] * len(rows)
+    if len(errors) == 0:
+        return none, none, none
+    first = errors[0]
+    if not isinstance(first, LowBit):
+        dtype = floating("errors", first)
+        return addresses("errors", errors, dtype, device, numels, fake=fake), none, none  # type: ignore[arg-type]
+    dtype = _code_dtype(first)
+    sizes = [r.blocks.size for r in rows]
+    return (
+        *lowbit_addresses("errors", errors, dtype, device, numels, fake=fake, sizes=sizes),
+        _key_addresses(keys, dtype, device, len(rows), fake),
+    )
+
+
+def _code_dtype(numbers: LowBit) -> torch.dtype:
+    dtype = numbers.codes.dtype
+    if dtype not in BLOCK:
+        raise TypeError(f"codes must be of dtype int8 or uint8, got {dtype}")
+    return dtype
+
+
+def check_compress(
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    keys: Sequence[Tensor],
+    **numbers: Tensor,
+) -> None:
+    """Raises what `group_addresses`, `error_addresses` and `check_numbers` raise of the arguments of `compress_`."""
+    check_group(rows, grads=grads)
+    values = rows[0].values
+    error_addresses(errors, keys, rows, values.device, is_fake(values))
+    check_numbers(values, **numbers)
 
 
 def average_addresses(momenta: Momenta, grads: Sequence[Tensor | None], finite: Tensor) -> tuple[list[int], ...]:
@@ -219,17 +287,13 @@ def check_lowbit(
     """Addresses of values, codes, scales and keys. Raises unless these are what the operations on them take."""
     if not numbers:
         raise ValueError("numbers must hold at least one vector, got none")
-    dtype, device, fake = numbers[0].codes.dtype, values[0].device, is_fake(values[0])
-    if dtype not in BLOCK:
-        raise TypeError(f"codes must be of dtype int8 or uint8, got {dtype}")
+    dtype, device, fake = _code_dtype(numbers[0]), values[0].device, is_fake(values[0])
     if finite is not None:
         check_numbers(values[0], finite=finite)
     numels = [value.numel() if isinstance(value, Tensor) else 0 for value in values]
     found_keys = [0] * len(numels)
-    if dtype is torch.uint8 and finite is not None:
-        if len(keys) != len(numels):
-            raise ValueError(f"keys must hold {len(numels)} tensors, got {len(keys)}")
-        found_keys = [addresses("keys", [key], torch.int64, device, [1], fake=fake)[0] for key in keys]
+    if finite is not None:
+        found_keys = _key_addresses(keys, dtype, device, len(numels), fake)
     return (
         addresses("values", values, floating("values", values[0]), device, numels, fake=fake),
         *lowbit_addresses("numbers", numbers, dtype, device, numels, fake=fake),
@@ -252,11 +316,20 @@ def check_numbers(like: Tensor, **tensors: Tensor) -> None:
         addresses(name, [tensor], dtype, like.device, [1], fake=is_fake(like))
 
 
-def check_weights(like: Tensor, weights: Tensor, window_size: int) -> Tensor:
-    """The weights, made contiguous. Checks, as `addresses` does, that they are (m,) and on the device of `like`."""
-    weights = weights.contiguous()
-    addresses("weights", [weights], floating("weights", weights), like.device, [window_size], fake=is_fake(like))
-    return weights
+def check_weights(like: Tensor, update: Update, window_size: int) -> tuple[Tensor, Tensor | None]:
+    """The weights and the square_weights, made contiguous.
+
+    Checks, as `addresses` does, that they are (m,) and on the device of `like`.
+    """
+    found = []
+    for name in ("weights", "square_weights"):
+        weights: Tensor | None = getattr(update, name)
+        if weights is not None:
+            weights = weights.contiguous()
+            addresses(name, [weights], floating(name, weights), like.device, [window_size], fake=is_fake(like))
+        found.append(weights)
+    assert found[0] is not None
+    return found[0], found[1]
 
 
 def gradient_addresses(grads: Sequence[Tensor], device: torch.device | None = None) -> list[int]:

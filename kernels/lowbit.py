@@ -10,9 +10,13 @@ number x / scale, with scale = M / 127 in 8 bits and M / 7 in 4 bits:
 
 with scales (blocks,) float32. Zero stays zero. A block whose scale would be no normal float32 becomes zero.
 
+The error of a sparse window is cut into the blocks of the window first (`efcp.kernels.blocks`), and each of these is
+stored as a vector by itself, one after the other. So no scale and no byte belongs to two blocks of the window, whatever
+their size. Where that is a multiple of 64 in 8 bits, or 128 in 4, the layout is that of one vector.
+
 Stochastic rounding of y = x / scale gives ⌊y⌋ + 1 with the probability y − ⌊y⌋, so that what is lost is zero on
-average. Its random numbers are a hash of a key and of the position (Chris Wellons's lowbias32, nested), so that every
-backend draws the same, and a run that is resumed goes on as it would have.
+average. Its random numbers are a hash of a key and of the position in the whole vector (Chris Wellons's lowbias32,
+nested), so that every backend draws the same, and a run that is resumed goes on as it would have.
 """
 
 from collections.abc import Iterator
@@ -20,6 +24,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from efcp.kernels.blocks import Blocks
 
 BLOCK = {torch.int8: 64, torch.uint8: 128}
 """Numbers of a block, by the dtype of codes."""
@@ -38,18 +44,47 @@ class LowBit(NamedTuple):
     scales: Tensor
 
 
-def allocate_lowbit(numel: int, bits: int, device: torch.device) -> LowBit:
+def lengths(numel: int, dtype: torch.dtype) -> tuple[int, int]:
+    """How many codes of a dtype, and how many scales, a vector of `numel` numbers has."""
+    return numel if dtype == torch.int8 else (numel + 1) // 2, -(-numel // BLOCK[dtype])
+
+
+def lengths_in_pieces(numel: int, size: int, dtype: torch.dtype) -> tuple[int, int]:
+    """The same of a vector that is cut into pieces of `size` numbers, the last one shorter, each stored by itself."""
+    codes, scales = lengths(size, dtype)
+    more_codes, more_scales = lengths(numel % size, dtype)
+    return numel // size * codes + more_codes, numel // size * scales + more_scales
+
+
+def allocate_lowbit(numel: int, bits: int, device: torch.device, size: int | None = None) -> LowBit:
     """Zeros.
 
     Args:
         numel: n.
         bits: 8 or 4.
+        size: numbers of the pieces that are stored each by itself; None for one piece.
     """
     dtype = torch.int8 if bits == 8 else torch.uint8
-    codes = torch.zeros(numel, dtype=dtype, device=device)
-    if bits == 4:
-        codes = torch.full(((numel + 1) // 2,), 0x88, dtype=dtype, device=device)
-    return LowBit(codes, torch.zeros(-(-numel // BLOCK[dtype]), dtype=torch.float32, device=device))
+    codes, scales = lengths_in_pieces(numel, size or max(1, numel), dtype)
+    zero = 0 if bits == 8 else 0x88
+    return LowBit(
+        torch.full((codes,), zero, dtype=dtype, device=device),
+        torch.zeros(scales, dtype=torch.float32, device=device),
+    )
+
+
+def pieces(numbers: LowBit, size: int, first: int, count: int, length: int) -> LowBit:
+    """Some consecutive pieces of the same length: views, codes (count, ·) and scales (count, ·).
+
+    Args:
+        size: numbers of each piece but the last of all.
+        first: the number of the first piece.
+        length: numbers of each of these pieces.
+    """
+    views = []
+    for own, before, here in zip(numbers, *(lengths(n, numbers.codes.dtype) for n in (size, length)), strict=True):
+        views.append(own[first * before :][: count * here].view(count, here))
+    return LowBit(*views)
 
 
 def parts(numel: int, block: int, max_elements: int) -> Iterator[tuple[slice, slice]]:
@@ -79,14 +114,27 @@ def uniform(key: Tensor, first: int, count: int) -> Tensor:
 
 def decoded(numbers: LowBit, elements: slice, blocks: slice) -> Tensor:
     """Some blocks as float32."""
-    codes, count = numbers.codes, elements.stop - elements.start
-    block = BLOCK[codes.dtype]
+    codes = numbers.codes[elements]
+    if codes.dtype == torch.uint8:
+        codes = numbers.codes[elements.start // 2 : (elements.stop + 1) // 2]
+    return decoded_pieces(LowBit(codes[None], numbers.scales[None, blocks]), elements.stop - elements.start)[0]
+
+
+def decoded_blocks(numbers: LowBit, blocks: Blocks) -> Iterator[Tensor]:
+    """The error in few bits of a parameter with a sparse window: its blocks as float32, those of a length together."""
+    for part in blocks.parts(max(1, blocks.numel)):
+        count = part.blocks.stop - part.blocks.start
+        yield decoded_pieces(pieces(numbers, blocks.size, part.blocks.start, count, part.length), part.length)
+
+
+def decoded_pieces(numbers: LowBit, length: int) -> Tensor:
+    """Pieces of `length` numbers each, of which `pieces` gives codes and scales: (pieces, length) float32."""
+    codes, scales = numbers
     if codes.dtype == torch.int8:
-        values = codes[elements].float()
+        values = codes.float()
     else:
-        pairs = codes[elements.start // 2 : (elements.stop + 1) // 2]
-        values = (torch.stack([pairs & 15, pairs >> 4], 1).flatten()[:count].float()) - 8
-    return values * numbers.scales[blocks].repeat_interleave(block)[:count]
+        values = torch.stack([codes & 15, codes >> 4], 2).flatten(1)[:, :length].float() - 8
+    return values * scales.repeat_interleave(BLOCK[codes.dtype], 1)[:, :length]
 
 
 def encoded(values: Tensor, dtype: torch.dtype, first: int = 0, key: Tensor | None = None) -> LowBit:
@@ -98,20 +146,33 @@ def encoded(values: Tensor, dtype: torch.dtype, first: int = 0, key: Tensor | No
         first: the position of the first number in its vector; even.
         key: (1,) int64, of the random numbers; needed for 4 bits.
     """
-    count, block, largest = len(values), BLOCK[dtype], LARGEST[dtype]
-    whole = torch.nn.functional.pad(values, (0, -count % block)).view(-1, block)
-    scales = whole.abs().amax(1) / largest
+    codes, scales = encoded_pieces(values[None], dtype, first, key)
+    return LowBit(codes[0], scales[0])
+
+
+def encoded_pieces(values: Tensor, dtype: torch.dtype, first: int = 0, key: Tensor | None = None) -> LowBit:
+    """Pieces of numbers, rounded: codes and scales as `pieces` gives them.
+
+    Args:
+        values: (pieces, length) float32.
+        dtype: of the codes.
+        first: the position of the first number in its vector.
+        key: (1,) int64, of the random numbers; needed for 4 bits.
+    """
+    (count, length), block, largest = values.shape, BLOCK[dtype], LARGEST[dtype]
+    whole = torch.nn.functional.pad(values, (0, -length % block)).view(count, -(-length // block), block)
+    scales = whole.abs().amax(2) / largest
     scales = torch.where(scales >= SMALLEST_SCALE, scales, 0.0)
     inverse = torch.where(scales > 0, 1 / scales, 0.0)
-    scaled = (whole * inverse[:, None]).flatten()[:count]
+    scaled = (whole * inverse[..., None]).flatten(1)[:, :length]
     if dtype == torch.int8:
         return LowBit(scaled.round().clamp(-largest, largest).to(torch.int8), scales)
     assert key is not None
     down = scaled.floor()
-    up = uniform(key, first, count) < scaled - down
+    up = uniform(key, first, count * length).view(count, length) < scaled - down
     code = (down + up).clamp(-largest, largest).to(torch.int16) + 8
-    pairs = torch.nn.functional.pad(code, (0, count % 2), value=8).view(-1, 2)
-    return LowBit((pairs[:, 0] | pairs[:, 1] << 4).to(torch.uint8), scales)
+    pairs = torch.nn.functional.pad(code, (0, length % 2), value=8).view(count, (length + 1) // 2, 2)
+    return LowBit((pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8), scales)
 
 
 def replace_(numbers: LowBit, new: LowBit, elements: slice, blocks: slice, finite: Tensor) -> None:

@@ -34,15 +34,51 @@ def _packed(
     return [SparseRows(v, i, Blocks(n, block_size, density)) for v, i, n in zip(values, indices, numels, strict=True)]
 
 
+def unpacked_numbers(numbers: Momenta) -> tuple[list[Tensor], list[Tensor]]:
+    """Momenta or errors and their scales, as operators take them: codes and scales, or floating point and no scales."""
+    return (
+        [x.codes if isinstance(x, LowBit) else x for x in numbers],
+        [x.scales for x in numbers if isinstance(x, LowBit)],
+    )
+
+
+def _packed_numbers(numbers: Sequence[Tensor], scales: Sequence[Tensor]) -> Momenta:
+    return [LowBit(*pair) for pair in zip(numbers, scales, strict=True)] if scales else numbers
+
+
 @custom_op(
     "efcp::compress_",
-    mutates_args=("errors", "values", "indices"),
-    schema="(Tensor?[] grads, Tensor(a!)[] errors, Tensor(b!)[] values, Tensor(c!)[] indices, SymInt[] numels, "
-    "SymInt block_size, float density, Tensor slot, Tensor finite) -> ()",
+    mutates_args=("errors", "scales", "values", "indices"),
+    schema="(Tensor?[] grads, Tensor(a!)[] errors, Tensor(b!)[] scales, Tensor(c!)[] values, Tensor(d!)[] indices, "
+    "SymInt[] numels, SymInt block_size, float density, Tensor slot, Tensor[] keys) -> Tensor",
 )
 def compress_(
     grads: Sequence[Tensor | None],
     errors: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    values: Sequence[Tensor],
+    indices: Sequence[Tensor],
+    numels: Sequence[int],
+    block_size: int,
+    density: float,
+    slot: Tensor,
+    keys: Sequence[Tensor],
+) -> Tensor:
+    rows = _packed(values, indices, numels, block_size, density)
+    finite: Tensor = dispatch.run("compress_", slot, grads, _packed_numbers(errors, scales), rows, slot, keys)
+    return finite
+
+
+@custom_op(
+    "efcp::undo_compress_",
+    mutates_args=("errors", "scales", "values", "indices"),
+    schema="(Tensor?[] grads, Tensor(a!)[] errors, Tensor(b!)[] scales, Tensor(c!)[] values, Tensor(d!)[] indices, "
+    "SymInt[] numels, SymInt block_size, float density, Tensor slot, Tensor finite, Tensor[] keys) -> ()",
+)
+def undo_compress_(
+    grads: Sequence[Tensor | None],
+    errors: Sequence[Tensor],
+    scales: Sequence[Tensor],
     values: Sequence[Tensor],
     indices: Sequence[Tensor],
     numels: Sequence[int],
@@ -50,21 +86,10 @@ def compress_(
     density: float,
     slot: Tensor,
     finite: Tensor,
+    keys: Sequence[Tensor],
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    dispatch.run("compress_", slot, grads, errors, rows, slot, finite)
-
-
-def unpacked_momenta(momenta: Momenta) -> tuple[list[Tensor], list[Tensor]]:
-    """(momenta, scales), as the operators take them: codes and their scales, or floating point and no scales."""
-    return (
-        [x.codes if isinstance(x, LowBit) else x for x in momenta],
-        [x.scales for x in momenta if isinstance(x, LowBit)],
-    )
-
-
-def _packed_momenta(momenta: Sequence[Tensor], scales: Sequence[Tensor]) -> Momenta:
-    return [LowBit(*pair) for pair in zip(momenta, scales, strict=True)] if scales else momenta
+    dispatch.run("undo_compress_", slot, grads, _packed_numbers(errors, scales), rows, slot, finite, keys)
 
 
 @custom_op(
@@ -75,7 +100,7 @@ def _packed_momenta(momenta: Sequence[Tensor], scales: Sequence[Tensor]) -> Mome
 def average_(
     momenta: Sequence[Tensor], scales: Sequence[Tensor], grads: Sequence[Tensor | None], beta: float, finite: Tensor
 ) -> Tensor:
-    result: Tensor = dispatch.run("average_", finite, _packed_momenta(momenta, scales), grads, beta, finite)
+    result: Tensor = dispatch.run("average_", finite, _packed_numbers(momenta, scales), grads, beta, finite)
     return result
 
 
@@ -85,7 +110,7 @@ def average_(
     schema="(Tensor(a!)[] targets, Tensor[] codes, Tensor[] scales) -> ()",
 )
 def add_lowbit_(targets: Sequence[Tensor], codes: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
-    dispatch.run("add_lowbit_", targets[0], targets, _packed_momenta(codes, scales))
+    dispatch.run("add_lowbit_", targets[0], targets, _packed_numbers(codes, scales))
 
 
 @custom_op(
@@ -100,7 +125,7 @@ def store_lowbit_(
     finite: Tensor,
     keys: Sequence[Tensor],
 ) -> None:
-    dispatch.run("store_lowbit_", finite, _packed_momenta(codes, scales), values, finite, keys)
+    dispatch.run("store_lowbit_", finite, _packed_numbers(codes, scales), values, finite, keys)
 
 
 @custom_op(
@@ -120,7 +145,7 @@ def window_dots(
     scales: Sequence[Tensor],
 ) -> Tensor:
     rows = _packed(values, indices, numels, block_size, density)
-    return dispatch.run("window_dots", slot, rows, slot, _packed_momenta(momenta, scales))
+    return dispatch.run("window_dots", slot, rows, slot, _packed_numbers(momenta, scales))
 
 
 @custom_op(
@@ -128,7 +153,7 @@ def window_dots(
     mutates_args=("targets", "momenta"),
     schema="(Tensor(a!)[] targets, Tensor(b!)[] momenta, Tensor[] scales, Tensor[] values, Tensor[] indices, "
     "SymInt[] numels, SymInt block_size, float density, Tensor weights, Tensor target_factor, Tensor update_factor, "
-    "Tensor? momentum_factor, bool writes_momenta) -> ()",
+    "Tensor? momentum_factor, bool writes_momenta, Tensor? square_weights, Tensor? eps) -> ()",
 )
 def window_apply_(
     targets: Sequence[Tensor],
@@ -144,10 +169,12 @@ def window_apply_(
     update_factor: Tensor,
     momentum_factor: Tensor | None,
     writes_momenta: bool,
+    square_weights: Tensor | None,
+    eps: Tensor | None,
 ) -> None:
     rows = _packed(values, indices, numels, block_size, density)
-    update = Update(weights, target_factor, update_factor, momentum_factor, writes_momenta)
-    dispatch.run("window_apply_", weights, targets, _packed_momenta(momenta, scales), rows, update)
+    update = Update(weights, target_factor, update_factor, momentum_factor, writes_momenta, square_weights, eps)
+    dispatch.run("window_apply_", weights, targets, _packed_numbers(momenta, scales), rows, update)
 
 
 @custom_op("efcp::dense_dots", mutates_args=(), schema="(Tensor rows, Tensor vector) -> Tensor")
@@ -166,7 +193,12 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
 
 
 @compress_.register_fake
-def _(grads, errors, values, indices, numels, block_size, density, slot, finite):  # type: ignore[no-untyped-def]
+def _(grads, errors, scales, values, indices, numels, block_size, density, slot, keys):  # type: ignore[no-untyped-def]
+    return slot.new_empty((), dtype=torch.bool)
+
+
+@undo_compress_.register_fake
+def _(grads, errors, scales, values, indices, numels, block_size, density, slot, finite, keys):  # type: ignore[no-untyped-def]
     pass
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from efcp.kernels.addresses import (
+    Errors,
     Momenta,
     check_average,
+    check_compress,
     check_group,
     check_inverse_root,
     check_lowbit,
@@ -24,8 +26,8 @@ from efcp.kernels.addresses import (
     is_fake,
     momentum_addresses,
 )
-from efcp.kernels.blocks import SparseRows
-from efcp.kernels.lowbit import BLOCK, LowBit, decoded, encoded, parts, replace_
+from efcp.kernels.blocks import Blocks, Part, SparseRows
+from efcp.kernels.lowbit import BLOCK, LowBit, decoded, decoded_pieces, encoded, encoded_pieces, parts, pieces, replace_
 from efcp.kernels.update import Update
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
@@ -62,29 +64,90 @@ def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
 
 
 def compress_(
-    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[SparseRows], slot: Tensor, finite: Tensor
-) -> None:
-    check_group(rows, grads=grads, errors=errors)
-    check_numbers(rows[0].values, slot=slot, finite=finite)
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    keys: Sequence[Tensor] = (),
+) -> Tensor:
+    check_compress(grads, errors, rows, keys, slot=slot)
+    squares = torch.zeros((), dtype=torch.float64, device=slot.device)
     for number, (grad, (values, indices, blocks)) in enumerate(zip(grads, rows, strict=True)):
+        error, key = errors[number] if errors else None, keys[number] if keys else None
         for part in blocks.parts(PART):
             if grad is None:
                 values[part.blocks, :, : part.kept].index_fill_(1, slot, 0.0)
                 continue
-            g = grad[part.elements].view(-1, part.length)
-            a = g.to(accumulation_dtype(grad.dtype))
-            if errors:
-                e = errors[number][part.elements].view(-1, part.length)
-                a = e.to(a.dtype) + a
-            a = torch.where(finite, a, 0.0)
+            a = _block_gradients(grad, part)
+            own = a.square().sum(1, keepdim=True)  # of each block
+            squares += own.sum(dtype=torch.float64)
+            if error is not None:
+                e = _block_errors(error, blocks, part)
+                a = _decoded(e, part.length).to(a.dtype) + a
+            a = torch.where(own.isfinite(), a, 0.0)
             index = largest(a, part.kept)  # (blocks, k)
             selected = a.gather(1, index)
             stored = selected.to(values.dtype)
             values[part.blocks, :, : part.kept].index_copy_(1, slot, stored.unsqueeze(1))
             indices[part.blocks, :, : part.kept].index_copy_(1, slot, index.to(indices.dtype).unsqueeze(1))
+            if error is not None:
+                _store(e, a.scatter_(1, index, selected - stored), own.isfinite(), part, key)
+    dtype = next((accumulation_dtype(grad.dtype) for grad in grads if grad is not None), torch.float32)
+    return squares <= torch.finfo(dtype).max
+
+
+def undo_compress_(
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    finite: Tensor,
+    keys: Sequence[Tensor] = (),
+) -> None:
+    check_compress(grads, errors, rows, keys, slot=slot, finite=finite)
+    if finite.device.type == "cpu" and not is_fake(finite) and finite:
+        return
+    for number, (grad, (values, indices, blocks)) in enumerate(zip(grads, rows, strict=True)):
+        if grad is None:
+            continue
+        for part in blocks.parts(PART):
+            row, at = (t[part.blocks, :, : part.kept].index_select(1, slot).squeeze(1) for t in (values, indices))
             if errors:
-                rest = a.scatter_(1, index, selected - stored)
-                e.copy_(torch.where(finite, rest.to(e.dtype), e))
+                g, e = _block_gradients(grad, part), _block_errors(errors[number], blocks, part)
+                compressed = g.square().sum(1, keepdim=True).isfinite()
+                a = _decoded(e, part.length).to(g.dtype)
+                a = a.scatter(1, at.long(), a.gather(1, at.long()) + row.to(g.dtype)) - g
+                _store(e, a, compressed & ~finite, part, keys[number] if keys else None)
+            first = torch.arange(part.kept, dtype=at.dtype, device=at.device).expand_as(at)
+            for tensor, old, new in ((values, row, 0.0), (indices, at, first)):
+                restored = torch.where(finite, old, new).to(tensor.dtype)
+                tensor[part.blocks, :, : part.kept].index_copy_(1, slot, restored.unsqueeze(1))
+
+
+def _block_gradients(grad: Tensor, part: Part) -> Tensor:
+    """The gradient of some blocks, in the dtype of arithmetic: (blocks, length)."""
+    return grad[part.elements].view(-1, part.length).to(accumulation_dtype(grad.dtype))
+
+
+def _block_errors(error: Tensor | LowBit, blocks: Blocks, part: Part) -> Tensor | LowBit:
+    """A view of the error of some blocks: (blocks, length), or as `pieces` gives it."""
+    if isinstance(error, LowBit):
+        return pieces(error, blocks.size, part.blocks.start, part.blocks.stop - part.blocks.start, part.length)
+    return error[part.elements].view(-1, part.length)
+
+
+def _decoded(error: Tensor | LowBit, length: int) -> Tensor:
+    return decoded_pieces(error, length) if isinstance(error, LowBit) else error
+
+
+def _store(error: Tensor | LowBit, new: Tensor, where: Tensor, part: Part, key: Tensor | None) -> None:
+    """Writes a new error of some blocks, (blocks, length), where a condition holds, (blocks, 1) bool."""
+    if not isinstance(error, LowBit):
+        error.copy_(torch.where(where, new.to(error.dtype), error))
+        return
+    encoded = encoded_pieces(new.float(), error.codes.dtype, part.elements.start, key)
+    for old, other in zip(error, encoded, strict=True):
+        old.copy_(torch.where(where, other, old))
 
 
 def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, finite: Tensor) -> Tensor:
@@ -166,17 +229,21 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
     check_group(rows, targets=targets)
     check_momenta(rows, momenta, update)
     values = rows[0].values
-    check_weights(values, update.weights, values.shape[1])
+    check_weights(values, update, values.shape[1])
     check_numbers(values, **update.factors(len(momenta) > 0))
     dtype = accumulation_dtype(targets[0].dtype)
     weights, target_factor, update_factor = (x.to(dtype) for x in update[:3])
+    square_weights, eps = (None if x is None else x.to(dtype) for x in (update.square_weights, update.eps))
     for number, (target, (values, indices, blocks)) in enumerate(zip(targets, rows, strict=True)):
         window_size = values.shape[1]
         for part in blocks.parts(min(PART, PART // (window_size * blocks.kept) * blocks.size)):
-            index = indices[part.blocks, :, : part.kept].long()  # (blocks, m, k)
-            terms = values[part.blocks, :, : part.kept].to(dtype) * weights[:, None]
-            u = torch.zeros(len(index), part.length, dtype=dtype, device=target.device)
-            u.scatter_add_(1, index.flatten(1), terms.flatten(1))
+            index = indices[part.blocks, :, : part.kept].long().flatten(1)  # (blocks, m · k)
+            value = values[part.blocks, :, : part.kept].to(dtype)  # (blocks, m, k)
+            zeros = torch.zeros(len(index), part.length, dtype=dtype, device=target.device)
+            u = zeros.scatter_add(1, index, (value * weights[:, None]).flatten(1))
+            if square_weights is not None and eps is not None:
+                W = zeros.scatter_add(1, index, (value * value * square_weights[:, None]).flatten(1))
+                u /= W.double().sqrt().to(dtype) + eps  # PyTorch's root of float32 may be off by a last bit
             u = u.flatten()
             if update.momentum_factor is not None:
                 momentum = momenta[number]

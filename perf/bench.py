@@ -5,6 +5,7 @@
 | sweep | bench.csv | each operation and the whole step, by density, block size, window, parameter size and dtype |
 | breakdown | breakdown.csv | where the time of a step goes, for three models (`breakdown.py`) |
 | memory | memory.csv | state and temporaries, measured beside the estimate (`memory.py`) |
+| optimizers | optimizers.csv | steps and state of all optimizers that a user could choose (`optimizers.py`) |
 
 From these it makes scaling.csv, prediction.csv, largest-model.csv, tables.md and the plots; `--plot-only` does only
 this, with the CSVs of an earlier run. Measurements are never overwritten: a folder that already holds the file of a
@@ -22,7 +23,7 @@ A row of bench.csv is one measurement:
 | bytes, GB/s | bytes that have to be moved, each once; the same divided by the median time |
 | bound, bandwidth GB/s | what it is compared with, "read" or "copy", and the GB/s of that, measured in turn with it |
 | of bandwidth | GB/s / bandwidth GB/s |
-| temporary bytes | the most that a run allocates beyond what was allocated before; on a GPU only |
+| temporary bytes | the most that a run allocates beyond what was allocated before |
 """
 
 if __name__ == "__main__":  # before the imports, since one may fail
@@ -32,12 +33,8 @@ if __name__ == "__main__":  # before the imports, since one may fail
 
 import argparse
 import gc
-import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +45,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from efcp.kernels import backend_name
-from efcp.perf import breakdown, memory, report
-from efcp.perf.command import PROVIDERS, ending, locked
+from efcp.perf import breakdown, memory, optimizers, report
+from efcp.perf.command import PROVIDERS, ending, locked, reason
 from efcp.perf.implementations import DEFINITION, OPERATIONS, OURS, PUBLISHED, Implementation
+from efcp.perf.machine import available_bytes, environment
 from efcp.perf.problems import Case, Problem
-from efcp.perf.source import commit
 from efcp.perf.tables import write_csv
 from efcp.perf.timing import Call, Timer
 
-__all__ = ["COLUMNS", "environment", "main", "measure", "sweep"]
+__all__ = ["COLUMNS", "main", "measure", "sweep"]
 
 COLUMNS = [
     *("operation", "implementation", "device", "dtype", "d", "m", "B", "density", "k", "status"),
@@ -65,7 +62,7 @@ COLUMNS = [
 ]
 BOUNDS = {"norm_is_finite": "read", "window_dots": "read"}  # the others read and write: "copy"
 GRAPH_ELEMENTS = 1 << 24  # up to this size ours is also replayed from a CUDA graph
-PARTS = {"sweep": "bench.csv", "breakdown": "breakdown.csv", "memory": "memory.csv"}
+PARTS = {"sweep": "bench.csv", "breakdown": "breakdown.csv", "memory": "memory.csv", "optimizers": "optimizers.csv"}
 
 DENSITIES = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 GRAPH = ", graph"
@@ -92,46 +89,11 @@ def grid(quick: bool) -> Grid:
     points += [(Case(MEDIUM, 256, 0.01, block), every) for block in (256, 1024, 16384, 32768)]
     points += [(Case(MEDIUM, window, 0.01), every) for window in (16, 64, 1024, 2048)]
     points += [(Case(MEDIUM, 256, 0.01, dtype=dtype), every) for dtype in ("bf16/bf16/bf16", "fp32/fp32/fp32")]
+    points += [
+        (Case(MEDIUM, 256, 0.01, dtype=f"fp32/{error}/bf16"), ("compress_", "step")) for error in ("int8", "int4")
+    ]
     points += [(Case(SMALL, 256, 0.01), every), (Case(1 << 20, 256, 0.01), every)]
     return [*points, (Case(1 << 26, 256, 0.01), step), (Case(LARGEST, 256, 0.01), step)]
-
-
-@cache
-def environment(device: torch.device) -> dict[str, Any]:
-    """The columns of a row that say where it was measured: device, machine, threads, versions and commit."""
-
-    def installed(name: str) -> str:
-        try:
-            return f"{name} {version(name)}"
-        except PackageNotFoundError:
-            return f"no {name}"
-
-    names = ("efcp", "torch", "triton", "numba")
-    return {
-        "device": device.type,
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "versions": ", ".join([f"python {platform.python_version()}", *map(installed, names)]),
-        "commit": commit(),
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that can be allocated now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.exists() else []:
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def needed_bytes(case: Case) -> int:
@@ -163,7 +125,7 @@ def measure(operation: str, problem: Problem, timer: Timer, seconds: float) -> l
         with problem.newest_row_kept():
             rows += _measurements(operation, problem, timer, seconds)
     except Exception as error:
-        rows.append(_row(operation, OURS, problem.case, timer, status=_reason(error)))
+        rows.append(_row(operation, OURS, problem.case, timer, status=reason(error)))
     return rows
 
 
@@ -188,7 +150,7 @@ def _measurements(operation: str, problem: Problem, timer: Timer, seconds: float
             if implementation.capturable and case.numel <= GRAPH_ELEMENTS and (replay := _graph(timer, implementation)):
                 runs[name + GRAPH] = replay
         except Exception as error:
-            yield _row(operation, name, case, timer, status=_reason(error))
+            yield _row(operation, name, case, timer, status=reason(error))
 
     copying = {name: run for name, (run, _) in timer.transfers.items()}
     budget = {**dict.fromkeys(runs, seconds), **dict.fromkeys(copying, seconds / 2)}
@@ -203,12 +165,8 @@ def _measurements(operation: str, problem: Problem, timer: Timer, seconds: float
             **_row(operation, name, case, timer, status="ok"),
             **{"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "runs": len(t), "bytes": size, "GB/s": speed},
             **{"bound": bound, "bandwidth GB/s": bandwidth[bound], "of bandwidth": speed / bandwidth[bound]},
-            "temporary bytes": timer.temporary_bytes(runs[name]),
+            "temporary bytes": timer.temporary_bytes(runs[name]) if len(t) > 1 else None,  # slow ones run no more
         }
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _graph(timer: Timer, implementation: Implementation) -> Call | None:
@@ -250,7 +208,7 @@ def sweep(points: Grid, timer: Timer, seconds: float, path: Path) -> pd.DataFram
                     raise MemoryError(f"needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available")
                 problem = Problem.random(case, timer.device)
             except Exception as error:
-                rows += [_row(operation, OURS, case, timer, status=_reason(error)) for operation in operations]
+                rows += [_row(operation, OURS, case, timer, status=reason(error)) for operation in operations]
                 progress.update(len(operations))
                 continue
             for operation in operations:
@@ -302,4 +260,6 @@ def main(arguments: list[str] | None = None) -> None:
                 breakdown.measure(device, out / PARTS["breakdown"], steps=10 if options.quick else 30)
             if "memory" in parts:
                 memory.measure(device, out / PARTS["memory"], options.quick)
+            if "optimizers" in parts:
+                optimizers.measure(device, out / PARTS["optimizers"], options.quick)
             report.make(out, file=sys.stdout)

@@ -1,6 +1,6 @@
 """Measures where the time of a SparseMFAC step goes, for models with many parameters.
 
-The phases are compress (`norm_is_finite` and `compress_`), dots, apply, algebra (the Gram matrix and M-FAC's weights)
+The phases are compress (`compress_` and `undo_compress_`), dots, apply, algebra (the Gram matrix and M-FAC's weights)
 and Python (the rest of the step). On a GPU the first four are times between CUDA events, including the gaps in which
 the GPU waits for Python. Python is then the rest of a step by the host's clock, which stops when the GPU has finished.
 
@@ -35,8 +35,8 @@ COLUMNS = [
 MEASURED = ("CNN, 95k", "small transformer, 4.3M", "ResNet-18, 11.7M")
 WINDOW, DENSITY = 256, 0.01
 TIMED: tuple[tuple[Any, str, str], ...] = (  # owner, name, phase
-    (kernels, "norm_is_finite", "compress"),
     (kernels, "compress_", "compress"),
+    (kernels, "undo_compress_", "compress"),
     (kernels, "window_dots", "dots"),
     (kernels, "window_apply_", "apply"),
     (Gram, "replace", "algebra"),

@@ -35,7 +35,7 @@ try:
 except ModuleNotFoundError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FAILURES", "LOCK", "PROVIDERS", "ending", "explain", "locked", "run", "workers"]
+__all__ = ["FAILURES", "LOCK", "PROVIDERS", "ending", "explain", "locked", "reason", "run", "workers"]
 
 PROVIDERS = {
     **dict.fromkeys(("matplotlib", "mlxtend", "numpy", "pandas", "scipy", "tomli", "tqdm"), "'efcp[analysis]'"),
@@ -82,6 +82,11 @@ def explain(error: BaseException) -> str:
     if missing in PROVIDERS:
         return f"{missing} is missing: pip install {PROVIDERS[missing]}"
     return str(error)
+
+
+def reason(error: Exception) -> str:
+    """What a measurement says that failed: the type of the error, and the first line of its message."""
+    return f"{type(error).__name__}: {(explain(error).splitlines() or [''])[0]}"
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from efcp import kernels as dispatched
 from efcp.kernels import Update, reference, use_backend
 from efcp.perf.problems import DEFAULT_DTYPE, DTYPES, Problem
 from efcp.perf.published import PublishedMFAC, RowMajorWindow
+from efcp.windows.base import error_of
 
 __all__ = ["DEFINITION", "OPERATIONS", "OURS", "PUBLISHED", "Implementation"]
 
@@ -85,18 +86,17 @@ def finite_implementations(p: Problem) -> dict[str, Implementation]:
 
 
 def compress_implementations(p: Problem) -> dict[str, Implementation]:
-    finite = torch.tensor(True, device=p.device)
+    def build(compress_: Callable[..., object], **options: Any) -> Implementation:
+        state = {name: tensor.clone() for name, tensor in p.error_state.items()}
+        keys = [state.pop("error_draws")] if "error_draws" in state else []
+        run = partial(compress_, [p.grad], [error_of(state)], p.rows, p.slot, keys)
+        return Implementation(run, lambda: [p.newest_row(), *(tensor.clone() for tensor in state.values())], **options)
 
-    def build(compress_: Callable[..., None], **options: Any) -> Implementation:
-        error = p.error.clone()
-        run = partial(compress_, [p.grad], [error], p.rows, p.slot, finite)
-        return Implementation(run, lambda: [p.newest_row(), error.clone()], **options)
-
-    def composition(grads: list[Tensor], errors: list[Tensor], rows: object, slot: Tensor, finite: Tensor) -> None:
+    def composition(grads: list[Tensor], errors: list[Tensor], *others: object) -> None:
         a = errors[0].add_(grads[0]).view(-1, p.case.block_size)
         index = a.abs().topk(p.case.blocks.kept, dim=1, sorted=False).indices
-        p.values[:, slot] = a.gather(1, index).to(p.values.dtype).unsqueeze(1)
-        p.indices[:, slot] = index.to(p.indices.dtype).unsqueeze(1)
+        p.values[:, p.slot] = a.gather(1, index).to(p.values.dtype).unsqueeze(1)
+        p.indices[:, p.slot] = index.to(p.indices.dtype).unsqueeze(1)
         a.scatter_(1, index, 0.0)
 
     lost = 4 * torch.finfo(p.values.dtype).eps  # rounding of kept values, which exceed those left, is not fed back
@@ -107,7 +107,8 @@ def compress_implementations(p: Problem) -> dict[str, Implementation]:
     if p.case.dtype == DEFAULT_DTYPE:
         implementations["torch.topk"] = build(composition, tolerance=lost)
     if has_published(p):
-        window, slot, error = RowMajorWindow.of(p.values, p.indices, p.case.block_size), int(p.slot), p.error.clone()
+        window, slot = RowMajorWindow.of(p.values, p.indices, p.case.block_size), int(p.slot)
+        error = p.error_state["error"].clone()
         dense: list[Tensor] = []
 
         def publish() -> None:
@@ -183,7 +184,7 @@ def step_implementations(p: Problem) -> dict[str, Implementation]:
         )
         with torch.no_grad():
             optimizer.allocate_state()
-            made = {"values": p.values, "indices": p.indices, "error": p.error}
+            made = {"values": p.values, "indices": p.indices, **p.error_state}
             shared = {"gram": gram, "step": torch.tensor(p.case.window)}
             state = optimizer.state_dict()
             state["state"][0].update(made | shared)
@@ -216,7 +217,7 @@ def step_implementations(p: Problem) -> dict[str, Implementation]:
         if has_published(p):
             own = param()
             window = RowMajorWindow.of(p.values, p.indices, p.case.block_size)
-            published = PublishedMFAC(own, p.error.clone(), window, gram, damping, LR)
+            published = PublishedMFAC(own, p.error_state["error"].clone(), window, gram, damping, LR)
             implementations[PUBLISHED] = Implementation(published.step, lambda: [own.detach().clone()], 1e-3)
         for how in (
             ("foreach", "fused") if p.case.numel <= FOREACH_ELEMENTS else ("fused",)

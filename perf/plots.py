@@ -15,11 +15,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
 
 from efcp.perf import scaling
 from efcp.perf.command import ending, locked
@@ -60,6 +63,14 @@ PHASES: dict[str, dict[str, Any]] = {
     "algebra": {"color": "#d9d9d9", "hatch": "xx"},
     "Python": {"color": "#ffffff"},
 }
+FAMILIES: dict[str, dict[str, Any]] = {
+    "efcp, Top-k": {"color": "#08306b", "marker": "o"},
+    "efcp, low rank": {"color": "#2f8f6b", "marker": "D"},
+    "PyTorch": {"color": "#1a1a1a", "marker": "X"},
+    "torchao": {"color": "#a02c6e", "marker": "^"},
+    "pytorch_optimizer": {"color": "#e08a2e", "marker": "s"},
+}
+REFERENCE = "AdamW, fused"
 SHOWN = ("compress_", "window_dots", "window_apply_", "step")
 
 
@@ -231,7 +242,50 @@ def growth(bench: pd.DataFrame) -> Figure | None:
     return _with_legend(figure, drawn) if drawn else None
 
 
+def optimizers(frame: pd.DataFrame) -> Figure | None:
+    """Time of a step against bytes of state a parameter, a panel for each model; every point has its optimizer's name.
+
+    The lines cross at fused AdamW. Within the grey corner an optimizer is better in both.
+    """
+    rows = timed(frame)
+    rows = rows[rows["per parameter"] > 0]
+    models = list(dict.fromkeys(rows["model"]))
+    if not models:
+        return None
+    figure, panels = _figure(-(-len(models) // 2), min(2, len(models)), (10.4, 4.6 * -(-len(models) // 2)))
+    for axes, model in zip_longest(panels, models):
+        if model is None:
+            axes.set_axis_off()
+            continue
+        own = rows[rows["model"] == model]
+        _log(axes, "x")
+        _log(axes, "y")
+        axes.margins(0.16, 0.12)
+        for family, style in FAMILIES.items():
+            some = own[own["family"] == family]
+            axes.plot(some["per parameter"], some["p50_ms"], linestyle="none", markersize=7.5, label=family, **style)
+        for x, y in own[own["optimizer"] == REFERENCE][["per parameter", "p50_ms"]].to_numpy():
+            axes.axvline(x, color="0.45", linestyle="--", linewidth=1, zorder=0)
+            axes.axhline(y, color="0.45", linestyle="--", linewidth=1, zorder=0)
+            (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+            label = "smaller and faster than fused AdamW"
+            axes.fill_between([left, x], bottom, y, color="0.93", linewidth=0, zorder=-1, label=label)
+            axes.set(xlim=(left, right), ylim=(bottom, top))
+        axes.set_title(model, fontsize=10)
+    for axes in panels[::2]:
+        axes.set_ylabel("time of a step, ms (median)")
+    for axes in panels[max(0, len(models) - 2) : len(models)]:
+        axes.set_xlabel("optimizer state, bytes a parameter")
+    figure.suptitle(f"Time and memory of optimizers: {_machine(rows)}", fontsize=10)
+    _with_legend(figure, panels[: len(models)], columns=len(FAMILIES) + 1)
+    for axes, model in zip(panels, models, strict=False):
+        own = rows[rows["model"] == model]
+        _name_points(axes, own["per parameter"], own["p50_ms"], own["optimizer"])
+    return figure
+
+
 PLOTS: dict[str, tuple[str, Callable[[pd.DataFrame], Figure | None]]] = {
+    "optimizers.png": ("optimizers.csv", optimizers),
     "throughput.png": ("bench.csv", throughput),
     "speedup.png": ("bench.csv", speedup),
     "memory.png": ("memory.csv", memory_density),
@@ -284,6 +338,61 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
+NEAR = 9
+PLACES = [  # of a name beside its point: distance in points, horizontal and vertical part of the direction
+    *((NEAR, dx, dy) for dx, dy in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))),
+    *((r, dx, dy) for r in (16, 24, 34, 46) for dy in (1, -1, 0) for dx in (0, 1, -1, 0.5, -0.5) if dy or abs(dx) == 1),
+]
+
+
+def _name_points(axes: Axes, xs: pd.Series, ys: pd.Series, names: pd.Series) -> None:
+    """Writes the name of each point beside it, where it hides nothing else, with a line where that is far away."""
+    axes.figure.canvas.draw()  # places the panels
+    to_data, scale = axes.transData.inverted(), axes.figure.dpi / 72
+    points = axes.transData.transform(np.column_stack([xs, ys]))
+    taken = 5 * [Bbox([point - 6 * scale, point + 6 * scale]) for point in points]  # it is worse to hide a point
+    taken += [line.get_window_extent().padded(scale) for line in axes.lines if line.get_linestyle() == "--"]
+    for point, name in zip(points, names, strict=True):
+        text = axes.text(0, 0, name, fontsize=8)
+        size = np.array(text.get_window_extent().size)
+        text.remove()
+
+        others = points[(points != point).any(axis=1)]
+        boxes = [
+            Bbox.from_bounds(*(point + r * scale * np.array(d) - size * (1 - np.array(d)) / 2), *size)
+            for r, *d in PLACES
+        ]
+        costs = [_hidden(box, taken, axes.get_window_extent(), point, others) for box in boxes]
+        best = int(np.argmin(costs))
+        taken.append(boxes[best])
+        (x, y), (left, bottom) = to_data.transform([point, boxes[best].p0])
+        note = axes.annotate(
+            name,
+            (x, y),
+            xytext=(left, bottom),
+            fontsize=8,
+            color="0.1",
+            va="bottom",
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6} if PLACES[best][0] > NEAR else None,
+        )
+        note.set_in_layout(False)
+
+
+def _hidden(box: Bbox, taken: list[Bbox], frame: Bbox, own: np.ndarray, others: np.ndarray) -> float:
+    """How bad a place for a name is: the area that it shares with others or has outside; more beside a wrong point."""
+
+    def shared(other: Bbox) -> float:
+        common = Bbox.intersection(box, other)
+        return common.width * common.height if common else 0.0
+
+    def distance(point: np.ndarray) -> float:
+        return float(np.linalg.norm(np.maximum(0, np.maximum(box.p0 - point, point - box.p1))))
+
+    misleading = any(distance(point) <= distance(own) for point in others)
+    return sum(map(shared, taken)) + 10 * (box.width * box.height - shared(frame)) + 100 * misleading
+
+
 def _density_panels(bench: pd.DataFrame, label: str) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """A figure with a panel for each operation, and the panels that have measurements along density, with these."""
     figure, panels = _figure(2, 2, (9.4, 7.0))
@@ -322,7 +431,8 @@ def _finished(
 
 def _machine(bench: pd.DataFrame) -> str:
     for row in bench.head(1).to_dict("records"):
-        return f"{row['machine']}, {row['threads']:g} threads" if row["device"] == "cpu" else str(row["machine"])
+        threads = f"{row['threads']:g} thread{'' if row['threads'] == 1 else 's'}"
+        return f"{row['machine']}, {threads}" if row["device"] == "cpu" else str(row["machine"])
     return ""
 
 

@@ -15,7 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from efcp.kernels import MAX_BLOCK_SIZE, Blocks, SparseRows
+from efcp.kernels import MAX_BLOCK_SIZE, Blocks, LowBit, SparseRows
+from efcp.kernels.lowbit import encoded_pieces
+from efcp.windows.base import allocate_error
 
 __all__ = ["DTYPES", "Case", "Problem"]
 
@@ -24,7 +26,11 @@ DTYPES = {  # of gradient and parameter, error, and values of the window
     "fp32/fp32/bf16": (torch.float32, torch.float32, torch.bfloat16),
     "bf16/bf16/bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
     "fp32/fp32/fp32": (torch.float32, torch.float32, torch.float32),
+    "fp32/int8/bf16": (torch.float32, torch.int8, torch.bfloat16),
+    "fp32/int4/bf16": (torch.float32, torch.int4, torch.bfloat16),  # type: ignore[attr-defined]
 }
+CODES = {torch.int8: torch.int8, torch.int4: torch.uint8}  # type: ignore[attr-defined]
+"""The dtype of the codes of an error in few bits."""
 DEFAULT_DTYPE = "fp32/fp32/bf16"
 
 
@@ -75,19 +81,23 @@ class Case:
         return self.entries * (DTYPES[self.dtype][2].itemsize + self.blocks.index_dtype.itemsize)
 
     @property
+    def error_bytes(self) -> int:
+        state = allocate_error(self.numel, DTYPES[self.dtype][1], torch.device("meta"), self.block_size)
+        return sum(tensor.nbytes for tensor in state.values())
+
+    @property
     def floors(self) -> dict[str, int]:
         """The fewest bytes that each operation has to move: everything is read or written once.
 
         `window_dots` can need fewer, where it skips values whose products are zero.
         """
-        grad, error, _ = (self.numel * dtype.itemsize for dtype in DTYPES[self.dtype])
-        floors = {
-            "norm_is_finite": grad,
-            "compress_": grad + 2 * error + self.window_bytes // self.window,
+        grad = self.numel * DTYPES[self.dtype][0].itemsize
+        step = {
+            "compress_": grad + 2 * self.error_bytes + self.window_bytes // self.window,
             "window_dots": self.window_bytes,
             "window_apply_": self.window_bytes + 2 * grad,
         }
-        return {**floors, "step": sum(floors.values())}
+        return {"norm_is_finite": grad, **step, "step": sum(step.values())}
 
 
 def remove_ties_(grad: Tensor, error: Tensor, blocks: Blocks) -> None:
@@ -112,7 +122,7 @@ class Problem:
 
     case: Case
     grad: Tensor  # (n,)
-    error: Tensor  # (n,)
+    error: Tensor | LowBit  # (n,), or n numbers in few bits
     target: Tensor  # (n,)
     values: Tensor  # (blocks, m, k)
     indices: Tensor  # (blocks, m, k)
@@ -133,12 +143,14 @@ class Problem:
         def normal(dtype: torch.dtype) -> Tensor:
             return torch.randn(case.numel, generator=generator).to(device, dtype)
 
-        tensors = (normal(grad), normal(error), normal(grad))
-        if grad == torch.float32:
-            remove_ties_(*tensors[:2], blocks)
+        own, rest, target = normal(grad), normal(torch.float32 if error in CODES else error), normal(grad)
+        if error not in CODES and grad == torch.float32:
+            remove_ties_(own, rest, blocks)
         return Problem(
             case,
-            *tensors,
+            own,
+            _in_few_bits(rest, case.block_size, CODES[error]) if error in CODES else rest,
+            target,
             values.repeat(repeats, 1, 1)[: blocks.count],
             indices.repeat(repeats, 1, 1)[: blocks.count],
             torch.tensor([3 % case.window], device=device),
@@ -148,6 +160,15 @@ class Problem:
     @property
     def device(self) -> torch.device:
         return self.grad.device
+
+    @property
+    def error_state(self) -> dict[str, Tensor]:
+        """The error as SparseMFAC keeps it."""
+        if isinstance(self.error, Tensor):
+            return {"error": self.error}
+        codes, scales = self.error
+        draws = {"error_draws": torch.zeros(1, dtype=torch.int64, device=self.device)}
+        return {"error_codes": codes, "error_scales": scales, **(draws if codes.dtype == torch.uint8 else {})}
 
     @property
     def rows(self) -> list[SparseRows]:
@@ -203,6 +224,12 @@ class Problem:
             self.values[:drawn].float().flatten()[order].repeat(repeats)[:entries],
             (self.case.numel, window),
         )
+
+
+def _in_few_bits(values: Tensor, block_size: int, codes: torch.dtype) -> LowBit:
+    """Rounds a vector to 8 or 4 bits, each block of the window by itself."""
+    key = torch.zeros(1, dtype=torch.int64, device=values.device)
+    return LowBit(*(part.flatten() for part in encoded_pieces(values.view(-1, block_size), codes, 0, key)))
 
 
 def _csr(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -4,6 +4,7 @@
 |---|---|
 | bench.csv | scaling.csv; tables of ratios; throughput, speedup, roofline and scaling plots |
 | breakdown.csv | its table and plot |
+| optimizers.csv | its table and plot |
 | memory.csv | largest-model.csv; its table and plot |
 | compile-report.csv, traffic.csv | prediction.csv and its table |
 """
@@ -24,6 +25,12 @@ __all__ = ["behind", "make", "ratios"]
 REPORTS = Path(__file__).parent / "results"  # reports on the compiled kernels, the same on every machine
 PREDICTED = 1 << 24  # elements
 GIGA = 1e9
+OPTIMIZER_COLUMNS = {
+    "p50_ms": "ms",
+    "times AdamW": "in times of fused AdamW",
+    "per parameter": "state, bytes a parameter",
+    "of parameters": "temporaries, % of the parameters' bytes",
+}
 
 
 def make(out: Path, file: TextIO) -> None:
@@ -54,6 +61,17 @@ def _sections(out: Path) -> Iterator[str]:
         table = scaling.exponents(bench)
         write_csv(table, out / "scaling.csv")
         yield "## Growth\n\nExponents of power laws (`scaling.py`).\n\n" + markdown(table)
+    if (optimizers := _read(out / "optimizers.csv")) is not None:
+        yield "## Steps and state of optimizers\n\n" + _environment(optimizers)
+        columns = ["p50_ms", "times AdamW", "per parameter", "of parameters"]
+        table = timed(optimizers)[["model", "optimizer", "settings", *columns]].fillna({"settings": ""})
+        table["of parameters"] = (100 * table["of parameters"]).round(3)
+        for name, rows in table.groupby("model", sort=False):
+            yield f"{name}:"
+            yield markdown(rows.drop(columns="model").rename(columns=OPTIMIZER_COLUMNS))
+        without = optimizers[optimizers["status"] != "ok"]
+        if not without.empty:
+            yield "Without a measurement:\n\n" + markdown(without[["model", "optimizer", "status"]])
     if (breakdown := _read(out / "breakdown.csv")) is not None and not (rows := timed(breakdown)).empty:
         table = rows.pivot_table(index=["model", "d"], columns="phase", values="p50_ms", sort=False).reset_index()
         yield "## Where a step's time goes\n\nMedians in ms, m = 256, density 1%.\n\n" + markdown(table)

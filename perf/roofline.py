@@ -41,7 +41,7 @@ __all__ = ["predict", "small_launches", "standing"]
 REACHED = 0.9  # of the datasheet's bandwidth; copies on an H100 reach 3.0 of 3.35 TB/s
 LATENCY = 800e-9  # seconds, of memory under load
 LAUNCH = 2.5e-6  # seconds
-OPERATIONS = ("norm_is_finite", "compress_", "window_dots", "window_apply_")
+OPERATIONS = ("compress_", "window_dots", "window_apply_")
 REPORTED = "B=4096 1% fp32/fp32/bf16 m=256"  # the case whose configurations are looked up
 ADAM_TENSORS = 7
 
@@ -133,9 +133,7 @@ def _operation(
     operation: str, case: Case, gpu: Product, kernels: pd.DataFrame, traffic: pd.DataFrame
 ) -> dict[str, Any]:
     moved = case.floors[operation] * _times_floor(operation, case, traffic)
-    # norm_is_finite knows no blocks: the report lists it once, with some block size.
-    case_name = kernels["case"].str.replace(r"^B=\d+", "B=4096", regex=True)
-    reported = (case_name if operation == "norm_is_finite" else kernels["case"]) == REPORTED
+    reported = kernels["case"] == REPORTED
     with_momentum = kernels["configuration"].str.contains("MOMENTUM", na=False)
     own = kernels[(kernels["operation"] == operation) & reported & ~with_momentum]
     columns = ["kernel", "configuration", "warps", "KB in flight", "instructions"]
@@ -167,8 +165,6 @@ def _operation(
 
 
 def _times_floor(operation: str, case: Case, traffic: pd.DataFrame) -> float:
-    if operation == "norm_is_finite":  # not counted
-        return 1.0
     rows = traffic[(traffic["operation"] == operation) & (traffic["launch"] == "all")]
     rows = rows[(rows["density"] == case.density) & (rows["support"] != "trained") & (rows["error"] != "bfloat16")]
     rows = rows[rows["m"].notna() & rows["times floor"].notna()]

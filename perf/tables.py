@@ -26,7 +26,7 @@ Kinds = Mapping[str, type]
 
 TEXTS = {
     *("operation", "implementation", "device", "dtype", "status", "bound", "timer", "machine", "versions", "commit"),
-    *("model", "optimizer", "values", "error", "how", "phase"),
+    *("model", "optimizer", "family", "settings", "values", "error", "how", "phase"),
     *("target", "case", "kernel", "configuration", "support", "launch"),
 }
 """The columns that hold texts, over all files of measurements; all others hold numbers."""
@@ -45,6 +45,13 @@ NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (
             *("m", "density", "values", "error", "state bytes", "estimated bytes", "per parameter"),
             *("resident bytes", "temporary bytes", "peak bytes"),
+        ),
+    ),
+    "optimizers.csv": (
+        ("optimizer", "family", "model", "d", "status"),
+        (
+            *("settings", "device", "p50_ms", "times AdamW", "per parameter", "of parameters"),
+            *("timer", "machine", "threads", "versions", "commit"),
         ),
     ),
     "compile-report.csv": (

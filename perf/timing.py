@@ -6,12 +6,15 @@ from memory. A CPU is timed by the wall clock. On a GPU, CUDA events are recorde
 (`as_graph`).
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 __all__ = ["Timer"]
 
@@ -92,10 +95,13 @@ class Timer:
                 spent[name] += time.perf_counter() - before
         return {name: np.array(t) for name, t in times.items()}
 
-    def temporary_bytes(self, run: Call) -> int | None:
-        """The most bytes allocated during a run beyond those before it; None on a CPU, where this is not known."""
+    def temporary_bytes(self, run: Call) -> int:
+        """The most bytes that PyTorch allocates during a run beyond those before it.
+
+        Compiled kernels also have work spaces of their own, which do not grow with the model; these do not count.
+        """
         if self.device.type != "cuda":
-            return None
+            return _profiled_bytes(run)
         torch.cuda.synchronize(self.device)
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
@@ -112,3 +118,13 @@ class Timer:
         with torch.cuda.graph(graph):
             run()
         return graph.replay
+
+
+def _profiled_bytes(run: Call) -> int:
+    """The greatest sum of the profiler's records, one for each allocation (positive) and each release (negative)."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or it tells of every start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    recorded = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    recorded.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in recorded), initial=0))

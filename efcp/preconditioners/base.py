@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from efcp.checks import require
+from efcp.checks import plain, require
 from efcp.gram import Gram
 from efcp.windows.base import Compressor, SingleWindow
 
@@ -28,10 +28,17 @@ class Preconditioner(ABC):
     """
 
     fixed: ClassVar[tuple[str, ...]] = ()  # options that determine the state's shapes
+    uses_gram: ClassVar[bool] = True  # whether anything here depends on S; where not, steps do not compute it
 
     @property
     def options(self) -> dict[str, Any]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The options as plain values, so that param groups can be saved anywhere."""
+        return {field.name: plain(getattr(self, field.name)) for field in fields(self)}
+
+    @property
+    def gives_length(self) -> bool:
+        """Whether the length of an update Gᵀw follows from S and w."""
+        return self.uses_gram and type(self).square_weights is Preconditioner.square_weights
 
     def allocate(self, window_size: int, device: torch.device) -> dict[str, Any]:
         """What the preconditioner keeps beside the Gram matrix, for a window of zero rows.
@@ -40,6 +47,9 @@ class Preconditioner(ABC):
         (`efcp.gram`) are taken, and so are version and those of the compressor's state.
         """
         return {}
+
+    def check_compressor(self, compressor: Compressor) -> None:  # noqa: B027  (there may be nothing)
+        """Raises TypeError where the preconditioner does not work with windows of a compressor."""
 
     def check_direction(self, direction: str) -> None:
         """Raises ValueError where the preconditioner cannot precondition what a direction says."""
@@ -59,6 +69,16 @@ class Preconditioner(ABC):
         Returns:
             (m,) float64; finite, also where the newest row is zero.
         """
+
+    def square_weights(self, gram: Gram, slot: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The weights v and the ε of second moments: u = Gᵀw / (√((G∘G)ᵀv) + ε), entry by entry. None for u = Gᵀw.
+
+        Called after `weights`, with its arguments, and for diagnostics; changes nothing. Windows must have `squares`.
+
+        Returns:
+            v, (m,) float64, none negative; and ε, () float64, at least the smallest normal float32.
+        """
+        return None
 
     def weights_of_rows(self, gram: Gram, slot: Tensor, combination: Tensor) -> Tensor:
         """The weights w = f(S) α of the rows in the update Gᵀw, for a combination Gᵀα of the rows.
@@ -93,13 +113,10 @@ class Preconditioner(ABC):
 class LocalPreconditioner(Preconditioner):
     """A metric that each parameter has by itself, for its dense momentum: the direction is "momentum".
 
-    The Gram matrix is kept all the same, for diagnostics. Each parameter's update gets the root mean square
-    `update_rms`, which must be given.
+    The Gram matrix is not needed. Each parameter's update gets the root mean square `update_rms`, which must be given.
     """
 
-    @abstractmethod
-    def check_compressor(self, compressor: Compressor) -> None:
-        """Raises TypeError unless the metric can be made from windows of a compressor."""
+    uses_gram = False
 
     @abstractmethod
     def allocate_local(self, rows: dict[str, Tensor]) -> dict[str, Any]:
@@ -127,6 +144,15 @@ class LocalPreconditioner(Preconditioner):
             metrics: of the parameter, from `metrics`.
             vector: (n,), never changed.
         """
+
+    def update_all(self, windows: Sequence[Any], metrics: Sequence[Tensor], vectors: Tensor) -> Tensor:
+        """The updates of p parameters whose windows are of one kind and size: (p, n).
+
+        Args:
+            metrics: of each parameter, from `metrics`.
+            vectors: (p, n), never changed.
+        """
+        return torch.stack([self.update(*own) for own in zip(windows, metrics, vectors, strict=True)])
 
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
         raise NotImplementedError

@@ -6,8 +6,12 @@ non-zero eigenvalues s of the m r × m r matrix K = √B PᵀP √B = V diag(s) 
 
     (L + δ)^p = δ^p (I + P M Pᵀ),   M = √B V diag(((1 + s/δ)^p − 1) / s) Vᵀ √B
 
-so no matrix of the parameter's size is decomposed. R is the same with P and Q exchanged. State of a parameter, only
-where the metric is not computed anew in each step:
+so no matrix of the parameter's size is decomposed. Where m r is more than the side of the matrix, L = U diag(s) Uᵀ is
+decomposed instead: V = √B Pᵀ U diag(s)^(−1/2), and the other eigenvalues of K are 0, so that
+
+    M = (p/δ) B + √B V diag(((1 + s/δ)^p − 1) / s − p/δ) Vᵀ √B
+
+R is the same with P and Q exchanged. State of a parameter, only where the metric is not computed anew in each step:
 
     metrics     (sides, m r, m r)  float32  M of each side that is used; of a parameter that is kept whole (1, m, m)
     metric_age  int                steps since they were computed
@@ -16,7 +20,6 @@ where the metric is not computed anew in each step:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,10 +27,12 @@ from torch import Tensor
 
 from efcp.checks import require_integer, require_number
 from efcp.preconditioners.base import LocalPreconditioner
-from efcp.windows import LowRank
+from efcp.windows import LowRank, batched
 from efcp.windows.base import Compressor, SingleWindow
 from efcp.windows.dense import DenseWindow
 from efcp.windows.lowrank import LowRankWindow
+
+SMALLEST = 1e-14  # of the largest eigenvalue; what is smaller is rounding
 
 
 @dataclass(frozen=True)
@@ -81,20 +86,26 @@ class Kronecker(LocalPreconditioner):
         return [state["metrics"] for state in states]
 
     def update(self, window: SingleWindow, metrics: Tensor, vector: Tensor) -> Tensor:
-        if isinstance(window, DenseWindow):
-            weights = metrics[0].double() @ window.products(vector)
-            update = vector.clone()
+        if isinstance(window, DenseWindow):  # in parts, whatever its size
+            update, weights = vector.clone(), metrics[0].double() @ window.products(vector)
             window.apply_(update, weights, torch.ones_like(weights[0]))
             return update
-        assert isinstance(window, LowRankWindow)
-        left, right = window.factors(vector.dtype)  # (m r, R), (m r, C)
-        update = vector.view(left.shape[1], right.shape[1])
-        for side, metric in zip(self._sides(window), metrics.to(vector.dtype), strict=True):
+        return self.update_all([window], [metrics], vector[None])[0]
+
+    def update_all(self, windows: Sequence[Any], metrics: Sequence[Tensor], vectors: Tensor) -> Tensor:
+        metric = torch.stack(list(metrics))  # (p, sides, m r, m r)
+        if isinstance(windows[0], DenseWindow):
+            rows = torch.stack([w.rows for w in windows])  # (p, m, n)
+            weights = metric[:, 0].double() @ (rows.double() @ vectors.double().unsqueeze(2))
+            return vectors + (rows.to(vectors.dtype).mT @ weights.to(vectors.dtype)).squeeze(2)
+        left, right = LowRankWindow.stacked(windows, vectors.dtype)  # (p, m r, R), (p, m r, C)
+        update, metric = vectors.view(len(windows), left.shape[2], -1), metric.to(vectors.dtype)
+        for number, side in enumerate(self._sides(windows[0])):
             if side == 0:
-                update = torch.addmm(update, left.t(), metric @ (left @ update))
+                update = torch.baddbmm(update, left.mT, metric[:, number] @ (left @ update))
             else:
-                update = torch.addmm(update, (update @ right.t()) @ metric, right)
-        return update.reshape(-1)
+                update = torch.baddbmm(update, (update @ right.mT) @ metric[:, number], right)
+        return update.flatten(1)
 
     def _sides(self, window: LowRankWindow) -> tuple[int, ...]:
         """The sides that are used: 0 is the left one, of the rows, 1 the right one, of the columns."""
@@ -103,40 +114,62 @@ class Kronecker(LocalPreconditioner):
         return (0,) if window.left.shape[2] <= window.right.shape[2] else (1,)
 
     def _computed(self, windows: Sequence[SingleWindow], slot: Tensor) -> list[Tensor]:
-        """The metrics of each window, as in the state. All matrices of a size are decomposed together."""
-        problems: list[tuple[Tensor, Tensor, int, float]] = []  # √B, K, the dimension of the side, p
-        counts = []
-        for window in windows:
-            before = len(problems)
-            kept = self._kept(len(window), slot.to(_device(window)))
-            if isinstance(window, DenseWindow):
-                roots = kept.diag_embed()
-                rows = window.rows.double() * kept[:, None]
-                problems.append((roots, rows @ rows.t(), rows.shape[1], -0.5))
-            else:
-                assert isinstance(window, LowRankWindow)
-                factors = [f.double() for f in (window.left, window.right)]  # (m, r, R), (m, r, C)
-                for side in self._sides(window):
-                    own, other = factors[side], factors[1 - side]
-                    roots = torch.block_diag(*(_root(other @ other.mT) * kept[:, None, None]))
-                    stacked = own.flatten(0, 1)
-                    K = roots @ (stacked @ stacked.t()) @ roots
-                    problems.append((roots, K, own.shape[2], -0.25 if self.sides == 2 else -0.5))
-            counts.append(len(problems) - before)
-        found: list[Tensor] = [torch.empty(0)] * len(problems)
-        for size in {(len(K), K.device) for _, K, _, _ in problems}:
-            same = [i for i, (_, K, _, _) in enumerate(problems) if (len(K), K.device) == size]
-            eigenvalues, vectors = torch.linalg.eigh(torch.stack([problems[i][1] for i in same]))
-            for i, s, V in zip(same, eigenvalues.clamp(min=0), vectors, strict=True):
-                roots, _, dimension, power = problems[i]
-                delta = self.damping * s.sum() / dimension
-                ratio = torch.where(delta > 0, s / delta, 0.0)
-                # ((1 + s/δ)^p − 1) / s, whose limit at 0 is p/δ
-                change = torch.where(ratio > 1e-12, torch.expm1(power * ratio.log1p()) / s, power / delta)
-                half = roots @ V
-                found[i] = torch.where(delta > 0, (half * change) @ half.t(), 0.0)
-        ends = accumulate(counts)
-        return [torch.stack(found[end - count : end]) for count, end in zip(counts, ends, strict=True)]
+        """The metrics of each window, as in the state. Windows of a shape are taken together."""
+        alike: dict[Any, list[int]] = {}
+        for number, window in enumerate(windows):
+            assert isinstance(window, DenseWindow | LowRankWindow)
+            alike.setdefault((window.kind, window.numel, _device(window)), []).append(number)
+        found: list[Tensor] = [torch.empty(0)] * len(windows)
+        for (_, _, device), numbers in alike.items():
+            first: Any = windows[numbers[0]]
+            kept = self._kept(len(first), slot.to(device))
+            size = len(first) if isinstance(first, DenseWindow) else math.prod(first.left.shape[:2])
+            step = max(1, batched.BATCH // max(size**2, len(first) * first.row_numel))
+            for start in range(0, len(numbers), step):
+                batch = numbers[start : start + step]
+                for number, metrics in zip(batch, self._of_batch([windows[n] for n in batch], kept), strict=True):
+                    found[number] = metrics
+        return found
+
+    def _of_batch(self, windows: list[Any], kept: Tensor) -> Tensor:
+        """The metrics of p windows of one shape: (p, sides, m r, m r) float64; dense (p, 1, m, m)."""
+        if isinstance(windows[0], DenseWindow):
+            rows = torch.stack([w.rows for w in windows]).double()  # (p, m, n)
+            return self._metric(kept[:, None, None], rows.unsqueeze(2), -0.5).unsqueeze(1)
+        rows = windows[0].left.shape[:2]  # m, r
+        factors = [f.unflatten(1, rows) for f in LowRankWindow.stacked(windows, torch.float64)]  # (p, m, r, ·)
+        power = -0.25 if self.sides == 2 else -0.5
+        metrics = []
+        for side in self._sides(windows[0]):
+            own, other = factors[side], factors[1 - side]
+            metrics.append(self._metric(_root(other @ other.mT) * kept[:, None, None], own, power))
+        return torch.stack(metrics, 1)
+
+    def _metric(self, roots: Tensor, own: Tensor, power: float) -> Tensor:
+        """M of one side, (p, m r, m r).
+
+        Args:
+            roots: the diagonal blocks of √B, (p, m, r, r) or what broadcasts to it.
+            own: the factors of the side, (p, m, r, its dimension).
+            power: p of (L + δ)^p.
+        """
+        X = (roots @ own).flatten(1, 2)  # (p, m r, dimension): K = XXᵀ, L = XᵀX
+        size, dimension = X.shape[1:]
+        by_side = 0 < dimension < size
+        s, V = torch.linalg.eigh(X.mT @ X if by_side else X @ X.mT)
+        s = s.clamp(min=0)
+        delta = self.damping * s.sum(1, keepdim=True) / dimension
+        ratio, least = torch.where(delta > 0, s / delta, 0.0), power / delta
+        # ((1 + s/δ)^p − 1) / s, whose limit at 0 is p/δ
+        change = torch.where(ratio > 1e-12, torch.expm1(power * ratio.log1p()) / s, least)
+        if by_side:
+            V, change = X @ V, torch.where(s > SMALLEST * s.amax(1, keepdim=True), (change - least) / s, 0.0)
+        half = (roots @ V.unflatten(1, own.shape[1:3])).flatten(1, 2)
+        M = (half * change[:, None, :]) @ half.mT
+        if by_side:
+            blocks = M.view(-1, *own.shape[1:3], *own.shape[1:3]).diagonal(dim1=1, dim2=3)  # (p, r, r, m)
+            blocks += (roots @ roots.mT).movedim(-3, -1) * least[..., None, None]
+        return torch.where(delta[..., None] > 0, M, 0.0)
 
     def _kept(self, window_size: int, slot: Tensor) -> Tensor:
         """Which rows count, (m,) float64: not those that the next refresh_every − 1 steps replace."""
@@ -150,6 +183,6 @@ def _device(window: SingleWindow) -> torch.device:
 
 
 def _root(matrices: Tensor) -> Tensor:
-    """The symmetric square roots of positive semidefinite matrices (m, r, r)."""
+    """The symmetric square roots of positive semidefinite matrices (…, r, r)."""
     eigenvalues, vectors = torch.linalg.eigh(matrices)
-    return (vectors * eigenvalues.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT
+    return (vectors * eigenvalues.clamp(min=0).sqrt()[..., None, :]) @ vectors.mT

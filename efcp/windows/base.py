@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from efcp.checks import check_numbers, plain, require_dtype
-from efcp.kernels import LowBit, Momenta, Update, accumulation_dtype, add_lowbit_
+from efcp.kernels import LowBit, Momenta, Update, accumulation_dtype, add_lowbit_, allocate_lowbit
 
 
 class Window(ABC):
@@ -35,8 +35,26 @@ class Window(ABC):
         Args:
             grads: of each parameter (n,) contiguous, never changed; None makes its part of the row zero.
             slot: (1,) int64, on the gradients' device.
-            finite: () bool, on the gradients' device; where false, the row becomes zero and all else stays as it was.
+            finite: () bool, on the gradients' device; where false, the row becomes zero and all else stays as it was,
+                up to one rounding of errors.
         """
+
+    def push_unchecked(self, grads: Sequence[Tensor | None], slot: Tensor) -> Tensor | None:
+        """Compresses gradients before it is known whether they are finite, for windows that can take it back.
+
+        Args:
+            grads: as in `push`.
+            slot: as in `push`.
+
+        Returns:
+            () bool: whether the norm of these gradients is finite. `settle` has to follow. None where the window has
+            done nothing and `push` has to follow.
+        """
+        return None
+
+    def settle(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
+        """Takes back what `push_unchecked` has done where not finite, () bool, as `push` leaves it there."""
+        raise NotImplementedError(f"{type(self).__name__} cannot take a push back")
 
     @abstractmethod
     def dots(self, slot: Tensor, momenta: Momenta = ()) -> Tensor:
@@ -109,6 +127,17 @@ class SingleWindow(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no products, which the direction 'momentum' needs")
 
+    def squares(self, weights: Tensor) -> Tensor:
+        """Σᵢ weightsᵢ · Gᵢ², entry by entry. Needed for preconditioners with square_weights only.
+
+        Args:
+            weights: (m,) float64.
+
+        Returns:
+            (n,) floating point.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no squares, which square_weights need")
+
     @abstractmethod
     def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
         """target ← factor · target + Σᵢ weightsᵢ · Gᵢ.
@@ -147,14 +176,22 @@ class Separate(Window):
         for number, (window, target) in enumerate(zip(self.windows, targets, strict=True)):
             if target is None:
                 continue
-            if update.momentum_factor is None:
+            if update.square_weights is None and update.momentum_factor is None:
                 window.apply_(target, update.update_factor * update.weights, update.target_factor)
                 continue
-            momentum = momenta[number]
-            if isinstance(momentum, LowBit) or not update.writes_momenta:
-                momentum = floats(momentum, copy=True, dtype=accumulation_dtype(target.dtype))
-            window.apply_(momentum, update.weights, update.momentum_factor)
-            target.mul_(update.target_factor).addcmul_(momentum, update.update_factor)
+            dtype = accumulation_dtype(target.dtype)
+            total = momenta[number] if momenta else torch.zeros_like(target, dtype=dtype)
+            if isinstance(total, LowBit) or not update.writes_momenta:
+                total = floats(total, copy=bool(momenta), dtype=dtype)
+            factor = torch.ones_like(update.target_factor) if update.momentum_factor is None else update.momentum_factor
+            if update.square_weights is None or update.eps is None:
+                window.apply_(total, update.weights, factor)
+            else:
+                rows = torch.zeros_like(target, dtype=dtype)
+                window.apply_(rows, update.weights, factor)
+                rows /= window.squares(update.square_weights).sqrt_() + update.eps.to(dtype)
+                total.copy_(total.to(dtype) * factor.to(dtype) + rows)
+            target.mul_(update.target_factor).addcmul_(total, update.update_factor)
 
 
 @dataclass(frozen=True)
@@ -208,6 +245,11 @@ class Compressor(ABC):
         """
         check_numbers(where, state)
 
+    def error(self, state: dict[str, Any]) -> Tensor | None:
+        """The error in a parameter's state as floating point, (n,); None where there is none."""
+        error = error_of(state)
+        return None if error is None else floats(error, numel=state["numel"])
+
     @abstractmethod
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
         """The window of parameters with these states, which have been made by `allocate` or loaded.
@@ -241,10 +283,29 @@ def floats(
     return decoded
 
 
-ERROR_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+BITS = {torch.int8: 8, torch.int4: 4}  # type: ignore[attr-defined]  # of an error
+ERROR_DTYPES = (torch.bfloat16, torch.float32, torch.float64, *BITS)
 
 
-def choose_dtypes(options: Any, error_dtypes: tuple[torch.dtype, ...] = ERROR_DTYPES) -> None:
+def allocate_error(
+    numel: int, dtype: torch.dtype, device: torch.device, block_size: int | None = None
+) -> dict[str, Tensor]:
+    """State for an error of n zeros: `error` (n,); or `error_codes` and `error_scales`, and `error_draws` in 4 bits.
+
+    Args:
+        dtype: one of ERROR_DTYPES.
+        block_size: how many elements are rounded to few bits by themselves; None for all together.
+    """
+    if dtype not in BITS:
+        return {"error": torch.zeros(numel, dtype=dtype, device=device)}
+    numbers = allocate_lowbit(numel, BITS[dtype], device, block_size)
+    state = {"error_codes": numbers.codes, "error_scales": numbers.scales}
+    if BITS[dtype] == 4:
+        state["error_draws"] = torch.zeros(1, dtype=torch.int64, device=device)
+    return state
+
+
+def choose_dtypes(options: Any) -> None:
     """Checks the options `value_dtype` and `error_dtype` of a compressor, and turns names into dtypes.
 
     Raises:
@@ -252,7 +313,7 @@ def choose_dtypes(options: Any, error_dtypes: tuple[torch.dtype, ...] = ERROR_DT
     """
     allowed = {
         "value_dtype": (torch.bfloat16, torch.float32),
-        "error_dtype": error_dtypes,
+        "error_dtype": ERROR_DTYPES,
     }
     for name, dtypes in allowed.items():
         value = getattr(options, name)

@@ -1,6 +1,6 @@
 """The dense window: gradients are kept as they are. State of a parameter: rows (m, n), in its dtype."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,8 @@ from efcp import kernels
 from efcp.checks import require
 from efcp.gram import is_on_cpu
 from efcp.kernels import accumulation_dtype
-from efcp.windows.base import Compressor, Separate, SingleWindow, Window
+from efcp.windows.base import Compressor, Window
+from efcp.windows.batched import BatchableWindow, Batched, replace_rows
 
 PART = 1 << 22  # entries of the window in a temporary
 
@@ -27,7 +28,7 @@ class Identity(Compressor):
 
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
         pairs = zip(states, params, strict=True)
-        return Separate([DenseWindow(check_rows(state["rows"], param)) for state, param in pairs])
+        return Batched([DenseWindow(check_rows(state["rows"], param)) for state, param in pairs])
 
 
 def check_rows(rows: Tensor, param: Tensor) -> Tensor:
@@ -37,7 +38,7 @@ def check_rows(rows: Tensor, param: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DenseWindow(SingleWindow):
+class DenseWindow(BatchableWindow):
     rows: Tensor
 
     def __len__(self) -> int:
@@ -57,6 +58,13 @@ class DenseWindow(SingleWindow):
     def products(self, vector: Tensor) -> Tensor:
         return kernels.dense_dots(self.rows, vector)
 
+    def squares(self, weights: Tensor) -> Tensor:
+        dtype = accumulation_dtype(self.rows.dtype)
+        total = torch.empty(self.rows.shape[1], dtype=dtype, device=self.rows.device)
+        for columns in self._parts():
+            total[columns] = self.rows[:, columns].to(dtype).square().t() @ weights.to(dtype)
+        return total
+
     def apply_(self, target: Tensor, weights: Tensor, factor: Tensor) -> None:
         dtype = accumulation_dtype(target.dtype)
         weights, factor = weights.to(dtype), factor.to(dtype)
@@ -69,3 +77,36 @@ class DenseWindow(SingleWindow):
         window_size, numel = self.rows.shape
         step = max(4096, PART // window_size)
         return (slice(first, first + step) for first in range(0, numel, step))
+
+    # ---- several, with their rows side by side
+
+    @property
+    def kind(self) -> Hashable:
+        return DenseWindow, self.rows.dtype
+
+    @property
+    def numel(self) -> int:
+        return self.rows.shape[1]
+
+    @property
+    def row_numel(self) -> int:
+        return self.rows.shape[1]
+
+    @classmethod
+    def push_all(cls, windows: Sequence["DenseWindow"], grads: Sequence[Tensor], slot: Tensor, finite: Tensor) -> None:
+        newest = torch.where(finite, torch.cat(list(grads)), 0.0)
+        replace_rows([w.rows for w in windows], slot, newest.split([w.numel for w in windows]))
+
+    @classmethod
+    def dots_all(cls, windows: Sequence["DenseWindow"], slot: Tensor, vectors: Tensor | None) -> Tensor:
+        rows = cls._side_by_side(windows, torch.float64)
+        newest = rows.index_select(0, slot).squeeze(0)
+        return torch.stack([rows @ vector for vector in (newest, vectors) if vector is not None])
+
+    @classmethod
+    def add_rows_(cls, windows: Sequence["DenseWindow"], total: Tensor, weights: Tensor) -> None:
+        total.addmv_(cls._side_by_side(windows, weights.dtype).t(), weights)
+
+    @staticmethod
+    def _side_by_side(windows: Sequence["DenseWindow"], dtype: torch.dtype) -> Tensor:
+        return torch.cat([w.rows for w in windows], 1).to(dtype)  # (m, N)

@@ -15,20 +15,21 @@ Vectors and scalars, and matrices so small that their factors would be no smalle
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efcp.checks import require, require_integer
-from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, allocate_lowbit, store_lowbit_
-from efcp.windows.base import ERROR_DTYPES, Compressor, Separate, SingleWindow, Window, choose_dtypes, error_of
+from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, store_lowbit_
+from efcp.windows.base import Compressor, Window, allocate_error, choose_dtypes, error_of
+from efcp.windows.batched import BatchableWindow, Batched, add_numbers_, replace_rows
 from efcp.windows.dense import DenseWindow, Identity, check_rows
 
 PART = 1 << 22  # entries of factors in a temporary
-BITS = {torch.int8: 8, torch.int4: 4}  # type: ignore[attr-defined]  # of an error
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class LowRank(Compressor):
     def __post_init__(self) -> None:
         require_integer("rank", self.rank, 1)
         require_integer("power_iterations", self.power_iterations, 1)
-        choose_dtypes(self, error_dtypes=(*ERROR_DTYPES, *BITS))
+        choose_dtypes(self)
         require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
 
     def row_names(self, param: Tensor) -> tuple[str, ...]:
@@ -77,15 +78,8 @@ class LowRank(Compressor):
             "right": torch.zeros(window_size, r, columns, dtype=self.value_dtype, device=device),
             "basis": torch.randn(columns, r, generator=generator, dtype=dtype, device="cpu").to(device),
         }
-        if not self.error_feedback:
-            return state
-        if self.error_dtype in BITS:
-            error = allocate_lowbit(param.numel(), BITS[self.error_dtype], device)
-            state |= {"error_codes": error.codes, "error_scales": error.scales}
-            if BITS[self.error_dtype] == 4:
-                state["error_draws"] = torch.zeros(1, dtype=torch.int64, device=device)
-        else:
-            state["error"] = torch.zeros(param.numel(), dtype=self.error_dtype or dtype, device=device)
+        if self.error_feedback:
+            state |= allocate_error(param.numel(), self.error_dtype or dtype, device)
         return state
 
     def check_shape(self, name: Callable[[], str], state: dict[str, Any], param: Tensor) -> None:
@@ -102,9 +96,9 @@ class LowRank(Compressor):
             )
 
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> Window:
-        return Separate([self._bind(state, param) for state, param in zip(states, params, strict=True)])
+        return Batched([self._bind(state, param) for state, param in zip(states, params, strict=True)])
 
-    def _bind(self, state: dict[str, Tensor], param: Tensor) -> SingleWindow:
+    def _bind(self, state: dict[str, Tensor], param: Tensor) -> BatchableWindow:
         if not self._factors(param):
             require("left" not in state, "rank", "stay what it was", self.rank)
             return DenseWindow(check_rows(state["rows"], param))
@@ -120,7 +114,12 @@ class LowRank(Compressor):
 
     def _factors(self, param: Tensor) -> bool:
         """Whether factors are kept of a parameter, not whole rows."""
-        return param.dim() >= 2 and self.rank * sum(_matrix_shape(param)) < param.numel()
+        return _are_fewer(self.rank, param.shape)
+
+
+@lru_cache(maxsize=4096)  # most parameters have the same shape in every step
+def _are_fewer(rank: int, shape: torch.Size) -> bool:
+    return len(shape) >= 2 and rank * (shape[0] + math.prod(shape[1:])) < shape.numel()
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:
@@ -128,7 +127,7 @@ def _matrix_shape(param: Tensor) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class LowRankWindow(SingleWindow):
+class LowRankWindow(BatchableWindow):
     left: Tensor
     right: Tensor
     basis: Tensor
@@ -148,8 +147,9 @@ class LowRankWindow(SingleWindow):
         A = A.view(self.left.shape[2], self.right.shape[2])
         Q = self.basis
         for _ in range(self.power_iterations):
-            P = torch.linalg.qr(A @ Q).Q  # (R, r); Householder's is orthonormal whatever the rank of A @ Q
-            Q = A.t() @ P  # (C, r)
+            # Products of few rows are several times as fast as those of few columns.
+            P = torch.linalg.qr((Q.t() @ A.t()).t()).Q  # (R, r); Householder's is orthonormal whatever the rank of AQ
+            Q = (P.t() @ A).t()  # (C, r)
         longest = Q.abs().amax(0)  # a column of zeros, or of a size that overflows when squared, would be a bad start
         self.basis.copy_(torch.where(finite & (longest > 0), Q / longest, self.basis))
 
@@ -181,17 +181,13 @@ class LowRankWindow(SingleWindow):
 
     def dots(self, slot: Tensor) -> Tensor:
         """⟨Pᵢ Qᵢᵀ, P Qᵀ⟩ = Σ (PᵢᵀP) ∘ (QᵢᵀQ) for all rows i, with the factors P (R, r) and Q (C, r) of row `slot`."""
-        left, right = (factors.index_select(0, slot)[0].t().double() for factors in (self.left, self.right))
-        return torch.cat(
-            [
-                ((self.left[rows].double() @ left) * (self.right[rows].double() @ right)).sum((1, 2))
-                for rows in self._parts()
-            ]
-        )
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """All rows' factors: (m r, R) and (m r, C)."""
-        return self.left.flatten(0, 1).to(dtype), self.right.flatten(0, 1).to(dtype)
+        left, right = (factors.index_select(0, slot)[0].double() for factors in (self.left, self.right))
+        dots = []
+        for rows in self._parts():
+            own = self.left[rows].double().flatten(0, 1), self.right[rows].double().flatten(0, 1)  # (rows r, ·)
+            both = (left @ own[0].t()) * (right @ own[1].t())  # (r, rows r)
+            dots.append(both.sum(0).view(-1, len(left)).sum(1))
+        return torch.cat(dots)
 
     def products(self, vector: Tensor) -> Tensor:
         """⟨Pᵢ Qᵢᵀ, A⟩ = Σ (PᵢᵀA) ∘ Qᵢᵀ for all rows i, of a matrix A."""
@@ -209,3 +205,78 @@ class LowRankWindow(SingleWindow):
         window_size, rank, rows = self.left.shape
         step = max(1, PART // (rank * (rows + self.right.shape[2])))
         return (slice(first, first + step) for first in range(0, window_size, step))
+
+    # ---- several of the same shape, stacked: p matrices A are (p, R, C)
+
+    @property
+    def kind(self) -> Hashable:
+        """Other options are the same for all parameters of a set."""
+        shapes = self.left.shape, self.right.shape[2], self.left.dtype, self.basis.dtype
+        return LowRankWindow, *shapes, type(self.error), self.power_iterations
+
+    @property
+    def numel(self) -> int:
+        return self.left.shape[2] * self.right.shape[2]
+
+    @property
+    def row_numel(self) -> int:
+        return self.left.shape[1] * (self.left.shape[2] + self.right.shape[2])
+
+    @classmethod
+    def push_all(
+        cls, windows: Sequence["LowRankWindow"], grads: Sequence[Tensor], slot: Tensor, finite: Tensor
+    ) -> None:
+        first = windows[0]
+        buffer = torch.cat(list(grads)).to(first.basis.dtype).masked_fill_(~finite, 0.0)
+        parts = buffer.split(first.numel)
+        lowbit = [w.error for w in windows if isinstance(w.error, LowBit)]
+        errors = [w.error for w in windows if isinstance(w.error, Tensor)]
+        if lowbit:
+            add_numbers_(buffer, lowbit, [first.numel] * len(windows))
+        elif errors:
+            torch._foreach_add_(list(parts), errors)
+        A, bases = buffer.view(len(windows), first.left.shape[2], -1), [w.basis for w in windows]
+        old = Q = torch.stack(bases)  # (p, C, r)
+        for _ in range(first.power_iterations):
+            P = torch.linalg.qr((Q.mT @ A.mT).mT).Q  # (p, R, r)
+            Q = (P.mT @ A).mT  # (p, C, r)
+        longest = Q.abs().amax(1, keepdim=True)
+        torch._foreach_copy_(bases, torch.where(finite & (longest > 0), Q / longest, old).unbind())
+
+        left, right = P.to(first.left.dtype), torch.where(finite, Q, 0.0).to(first.right.dtype)
+        replace_rows([w.left for w in windows], slot, left.mT.unbind())
+        replace_rows([w.right for w in windows], slot, right.mT.unbind())
+        if lowbit or errors:
+            A.baddbmm_(left.to(A.dtype), right.to(A.dtype).mT, alpha=-1)
+        if errors:
+            torch._foreach_copy_(errors, parts)
+        if lowbit:
+            draws = [w.draws for w in windows if w.draws is not None]
+            store_lowbit_(lowbit, parts, finite, draws)
+            if draws:
+                torch._foreach_add_(draws, 1)
+
+    @classmethod
+    def dots_all(cls, windows: Sequence["LowRankWindow"], slot: Tensor, vectors: Tensor | None) -> Tensor:
+        window_size, rank, rows = windows[0].left.shape
+        left, right = cls.stacked(windows, torch.float64)
+        both = []
+        for factors in (left, right):
+            newest = factors.unflatten(1, (window_size, rank)).index_select(1, slot).squeeze(1)  # (p, r, ·)
+            both.append(newest @ factors.mT)  # (p, r, m r)
+        dots = [both[0].mul_(both[1]).sum((0, 1))]
+        if vectors is not None:
+            dots.append((left @ vectors.view(len(windows), rows, -1)).mul_(right).sum((0, 2)))
+        return torch.stack([x.view(window_size, rank).sum(1) for x in dots])
+
+    @classmethod
+    def add_rows_(cls, windows: Sequence["LowRankWindow"], total: Tensor, weights: Tensor) -> None:
+        left, right = cls.stacked(windows, weights.dtype)
+        weighted = left.mul_(weights.repeat_interleave(windows[0].left.shape[1])[:, None])
+        total.view(len(windows), left.shape[2], -1).baddbmm_(weighted.mT, right)
+
+    @staticmethod
+    def stacked(windows: Sequence["LowRankWindow"], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """All rows' factors: (p, m r, R) and (p, m r, C)."""
+        left, right = torch.stack([w.left for w in windows]), torch.stack([w.right for w in windows])
+        return left.flatten(1, 2).to(dtype), right.flatten(1, 2).to(dtype)

@@ -5,6 +5,9 @@ State of a parameter, with its blocks as `efcp.kernels.blocks` describes them:
     error    (n,)             what has been left out of the window so far; absent without error feedback
     values   (blocks, m, k)   rows of the window
     indices  (blocks, m, k)   their positions within the block
+
+With few bits (`efcp.kernels.lowbit`, each block by itself) the error is kept as error_codes and error_scales, and in 4
+bits there is a counter error_draws, (1,) int64: the key of the random numbers of the next step.
 """
 
 from collections.abc import Sequence
@@ -17,8 +20,8 @@ from torch import Tensor
 
 from efcp import kernels
 from efcp.checks import check_content, is_number, require, require_integer
-from efcp.kernels import Blocks, Momenta, SparseRows, Update
-from efcp.windows.base import Compressor, Window, choose_dtypes
+from efcp.kernels import Blocks, LowBit, Momenta, SparseRows, Update
+from efcp.windows.base import Compressor, Window, allocate_error, choose_dtypes, error_of
 
 CHECKED = 1 << 18  # entries of the window that are looked at together when a state is loaded
 
@@ -31,8 +34,9 @@ class TopK(Compressor):
         density: the share of entries kept, in (0, 1]: ceil(density · L) of a block of L.
         block_size: elements of a block, from 1 to 32768.
         value_dtype: dtype of the kept entries: torch.bfloat16 or torch.float32; float16 could overflow.
-        error_dtype: dtype of the error: torch.bfloat16, torch.float32 or torch.float64. None takes float64 for
-            float64 parameters and float32 for all others.
+        error_dtype: dtype of the error: torch.bfloat16, torch.float32 or torch.float64; torch.int8 or torch.int4, with
+            a scale for 64 or 128 elements, or fewer at the end of a block. None takes float64 for float64 parameters
+            and float32 for all others.
         error_feedback: add what was not kept of a gradient to the next one.
 
     Raises:
@@ -61,7 +65,7 @@ class TopK(Compressor):
         }
         if self.error_feedback:
             dtype = self.error_dtype or kernels.accumulation_dtype(param.dtype)
-            state["error"] = torch.zeros(param.numel(), dtype=dtype, device=device)
+            state |= allocate_error(param.numel(), dtype, device, blocks.size)
         return state
 
     def row_names(self, param: Tensor) -> tuple[str, ...]:
@@ -84,13 +88,22 @@ class TopK(Compressor):
 
     def bind(self, states: Sequence[dict[str, Tensor]], params: Sequence[Tensor]) -> "SparseWindow":
         rows = [self._rows(state, param) for state, param in zip(states, params, strict=True)]
-        return SparseWindow(rows, [state["error"] for state in states] if self.error_feedback else [])
+        errors = [error for state in states if (error := error_of(state)) is not None]
+        return SparseWindow(rows, errors, [state["error_draws"] for state in states if "error_draws" in state])
+
+    def error(self, state: dict[str, Any]) -> Tensor | None:
+        error = error_of(state)
+        if not isinstance(error, LowBit):
+            return error
+        parts = kernels.decoded_blocks(error, self._blocks(state["numel"]))
+        return torch.cat([error.scales[:0], *(part.flatten() for part in parts)])
 
     def _rows(self, state: dict[str, Tensor], param: Tensor) -> SparseRows:
         values, indices, blocks = state["values"], state["indices"], self._blocks(param.numel())
         require(values.shape[::2] == (blocks.count, blocks.kept), "density and block_size", "stay what they were", self)
         require(values.dtype == self.value_dtype, "value_dtype", f"stay {values.dtype}", self.value_dtype)
-        require(("error" in state) == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
+        kept = error_of(state) is not None
+        require(kept == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
         require(indices.shape == values.shape, "the shape of indices", f"be {values.shape}", indices.shape)
         return SparseRows(values, indices, blocks)
 
@@ -104,13 +117,24 @@ _blocks = lru_cache(maxsize=4096)(Blocks)  # most parameters are as large in eve
 @dataclass(frozen=True)
 class SparseWindow(Window):
     rows: list[SparseRows]
-    errors: list[Tensor]  # none without error feedback
+    errors: list[Tensor | LowBit]  # none without error feedback
+    draws: list[Tensor]  # only where errors are in 4 bits
 
     def __len__(self) -> int:
         return self.rows[0].values.shape[1]
 
     def push(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
-        kernels.compress_(grads, self.errors, self.rows, slot, finite)
+        self.push_unchecked(grads, slot)
+        self.settle(grads, slot, finite)
+
+    def push_unchecked(self, grads: Sequence[Tensor | None], slot: Tensor) -> Tensor:
+        finite = kernels.compress_(grads, self.errors, self.rows, slot, self.draws)
+        if self.draws:
+            torch._foreach_add_(self.draws, 1)
+        return finite
+
+    def settle(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:
+        kernels.undo_compress_(grads, self.errors, self.rows, slot, finite, self.draws)
 
     def dots(self, slot: Tensor, momenta: Momenta = ()) -> Tensor:
         return kernels.window_dots(self.rows, slot, momenta)

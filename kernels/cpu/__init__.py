@@ -14,14 +14,15 @@ time, in a scratch buffer of that block's size. So memory is read and written on
 parameter. The compiled functions read a table of addresses, sizes and dtype codes in place of arrays. A call therefore
 costs microseconds, one more for each parameter, and one compilation serves many combinations of dtypes.
 
-Results do not depend on the number of threads. `compress_` and `window_apply_` give the same bits as the definition.
+Results do not depend on the number of threads. `compress_` and `window_apply_` give the same bits as the definition,
+unless PyTorch's square roots of float64 are rounded otherwise.
 `window_dots`, `dense_dots` and `update_inverse_root_` add up the same float64 terms in another, fixed order.
-`norm_is_finite` sums the squares within a chunk in float32, and these sums in float64.
+`norm_is_finite` and `compress_` sum the squares within a chunk or block in float32, and these sums in float64.
 """
 
 from efcp.kernels.cpu.apply import window_apply_
 from efcp.kernels.cpu.average import average_
-from efcp.kernels.cpu.compress import compress_
+from efcp.kernels.cpu.compress import compress_, undo_compress_
 from efcp.kernels.cpu.dense import dense_dots
 from efcp.kernels.cpu.dots import window_dots
 from efcp.kernels.cpu.finite import norm_is_finite
@@ -35,6 +36,7 @@ __all__ = [
     "dense_dots",
     "norm_is_finite",
     "store_lowbit_",
+    "undo_compress_",
     "update_inverse_root_",
     "window_apply_",
     "window_dots",

@@ -1,4 +1,7 @@
-"""`window_apply_` on a CPU: sums the weighted rows of a block in a scratch buffer, then adds them to the parameter."""
+"""`window_apply_` on a CPU: sums the weighted rows of a block in a scratch buffer, then adds them to the parameter.
+
+With square_weights a second buffer holds the sums of squares.
+"""
 
 from collections.abc import Sequence
 from functools import cache
@@ -22,27 +25,31 @@ SHORT = 16  # entries; blocks with rows of at most so many are taken eight entri
 
 
 @cache
-def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
+def _apply_kernel(wide: bool, value_code: int, index_size: int, with_squares: bool) -> Kernel:
     real = np.float64 if wide else np.float32
-    eight = value_code == BFLOAT16 and not wide  # eight entries at a time take a third fewer instructions
+    # Eight entries at a time take a third fewer instructions.
+    eight = value_code == BFLOAT16 and not wide and not with_squares
 
-    @cached_kernel(wide, value_code, index_size)
+    @cached_kernel(wide, value_code, index_size, with_squares)
     def apply(call: int) -> None:
         (
             _, table, parameters, largest, target_code, momentum_code, weights, weight_code,
             for_target, target_factor_code, for_update, update_factor_code, for_momentum, momentum_factor_code,
-            writes_momenta, window_size,
-        ) = pieces_and_arguments(call, 15)  # fmt: skip
+            for_squares, eps_code, square_weights, square_weight_code, writes_momenta, window_size,
+        ) = pieces_and_arguments(call, 19)  # fmt: skip
         target_factor = real(number_at(target_factor_code, for_target, 0))
         update_factor = real(number_at(update_factor_code, for_update, 0))
         momentum_factor = real(0)
         if momentum_factor_code != NONE:
             momentum_factor = real(number_at(momentum_factor_code, for_momentum, 0))
-        weight = np.empty(window_size, real)
+        weight, square_weight = np.empty(window_size, real), np.empty(window_size if with_squares else 0, real)
         for i in range(window_size):
             weight[i] = real(number_at(weight_code, weights, i))
+            if with_squares:
+                square_weight[i] = real(number_at(square_weight_code, square_weights, i))
+        eps = real(number_at(eps_code, for_squares, 0)) if with_squares else real(0)
         spread, spread_kept = np.empty(window_size * SHORT if eight else 0, np.float32), np.int64(0)
-        update = np.zeros(largest, real)
+        update, squares = np.zeros(largest, real), np.zeros(largest if with_squares else 0, real)
         dense = np.empty(0 if writes_momenta else largest, real)
         target_size = SIZES[target_code]
         portion = 64 * (largest * target_size * FETCHING_ROWS // (64 * window_size) + 1)  # bytes
@@ -68,8 +75,16 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                             prefetch(line)
                         unfetched += portion
                         last_row = min(first_row + FETCHING_ROWS, window_size)
-                        # Three loops, since a single loop for all cases is slow where rows have few entries.
-                        if eight and chosen == kept <= SHORT:
+                        # Several loops, since a single loop for all cases is slow where rows have few entries.
+                        if with_squares:
+                            for i in range(first_row, last_row):
+                                entry, factor, square = before + i * kept, weight[i], square_weight[i]
+                                for j in range(entry, entry + chosen):
+                                    value = real(value_at(value_code, values, j))
+                                    place = index_at(index_size, indices, j)
+                                    update[place] += value * factor
+                                    squares[place] += value * value * square
+                        elif eight and chosen == kept <= SHORT:
                             rest = last_row * kept - (last_row - first_row) * kept % EIGHT
                             for j in range(first_row * kept, rest, EIGHT):
                                 terms = eight_terms_of_rows(values, before + j, spread.ctypes.data + 4 * j)
@@ -94,6 +109,11 @@ def _apply_kernel(wide: bool, value_code: int, index_size: int) -> Kernel:
                                 for j in range(entry, entry + chosen):
                                     term = real(value_at(value_code, values, j)) * factor
                                     update[index_at(index_size, indices, j)] += term
+                    if with_squares:
+                        for j in range(length):
+                            at = np.uint64(j)
+                            update[at] /= np.sqrt(squares[at]) + eps
+                            squares[at] = real(0)
                     if momentum != 0 and writes_momenta:
                         blend_block(momentum_code, momentum, start, length, momentum_factor, update, real(1), False)
                     elif momentum != 0:
@@ -112,18 +132,17 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
     launch = launch_of(rows, momenta, targets=targets)
     dtype, (values, indices, _) = targets[0].dtype, rows[0]
     window_size = values.shape[1]
-    weights = check_weights(values, update.weights, window_size)
-    factors = [
-        number
-        for name, factor in update.factors(len(momenta) > 0).items()
-        for number in (scalar_address(name, factor), CODES[factor.dtype])
-    ]
-    if not momenta:
-        factors += [0, NONE]
+    weights, square_weights = check_weights(values, update, window_size)
+    given, factors = update.factors(len(momenta) > 0), list[int]()
+    for name in ("target_factor", "update_factor", "momentum_factor", "eps"):
+        factor = given.get(name)
+        factors += (0, NONE) if factor is None else (scalar_address(name, factor), CODES[factor.dtype])
+    squares = (0, NONE) if square_weights is None else (square_weights.data_ptr(), CODES[square_weights.dtype])
     arguments = (
         *launch.arguments, CODES[dtype], momentum_code(momenta),
-        weights.data_ptr(), CODES[weights.dtype], *factors,
+        weights.data_ptr(), CODES[weights.dtype], *factors, *squares,
         int(update.writes_momenta), window_size,
     )  # fmt: skip
-    kernel = _apply_kernel(dtype is torch.float64, CODES[values.dtype], indices.itemsize)
+    wide, with_squares = dtype is torch.float64, square_weights is not None
+    kernel = _apply_kernel(wide, CODES[values.dtype], indices.itemsize, with_squares)
     run(kernel, arguments, launch.blocks, launch.elements + launch.entries * window_size)

@@ -14,7 +14,7 @@ from efcp.kernels.cpu.convert import read_block, write_block
 from efcp.kernels.cpu.dtypes import CODES, FLOAT64, INT8, NONE
 from efcp.kernels.cpu.launch import CPU, PIECES, momentum_code, run, scalar_address, take_share
 from efcp.kernels.cpu.llvm import pieces_and_arguments
-from efcp.kernels.cpu.lowbit import encode8, read_momentum
+from efcp.kernels.cpu.lowbit import BLOCK8, encode8, read_momentum
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
 from efcp.kernels.cpu.memory import load_f64, load_i64, load_u8, store_f64
 from efcp.kernels.lowbit import LowBit
@@ -64,7 +64,7 @@ def _average_kernel(wide: bool) -> Kernel:
                             for j in range(length):
                                 old[j] = old[j] * beta + new[j] * rest
                             if code == INT8:
-                                encode8(momentum, scales, start, length, old)
+                                encode8(momentum + start, scales + start // BLOCK8 * 4, length, old)
                             else:
                                 write_block(code, momentum, start, length, old)
                             read_momentum(code, momentum, scales, start, length, old)  # as it is stored

@@ -4,6 +4,8 @@ The key of a number is its bits without the sign, an integer: keys have the same
 largest magnitudes means finding the k-th largest key. The search starts from the key found in the previous block.
 """
 
+import ctypes
+import math
 from collections.abc import Sequence
 from functools import cache
 
@@ -12,11 +14,23 @@ import torch
 from numba import carray
 from torch import Tensor
 
+from efcp.kernels import reference
+from efcp.kernels.addresses import Errors
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.cpu.bits import bits_set, trailing_zeros
 from efcp.kernels.cpu.convert import add_block, read_block, store_index, store_value, write_block
-from efcp.kernels.cpu.dtypes import CODES, FLOAT32, FLOAT64, NONE, SIZES
-from efcp.kernels.cpu.launch import launch_of, run, scalar_address, slot_address, table_row, take_share
+from efcp.kernels.cpu.dtypes import CODES, FLOAT32, FLOAT64, INT4, INT8, NONE, SIZES
+from efcp.kernels.cpu.finite import sum_of_squares
+from efcp.kernels.cpu.launch import (
+    CPU,
+    error_code_of,
+    launch_of,
+    run,
+    scalar_address,
+    slot_address,
+    table_row,
+    take_share,
+)
 from efcp.kernels.cpu.llvm import (
     LANES,
     add_and_mask,
@@ -25,8 +39,10 @@ from efcp.kernels.cpu.llvm import (
     pointer,
     prefetch,
 )
+from efcp.kernels.cpu.lowbit import BLOCK4, BLOCK8, add_few_bits, encode4, encode8
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
-from efcp.kernels.cpu.memory import load_i64, load_u8
+from efcp.kernels.cpu.memory import load_i64, store_f64
+from efcp.kernels.reference import accumulation_dtype
 
 Ahead = tuple[int, int, int, int]  # of the next block: address of its gradient, bytes an element; the same of its error
 
@@ -201,13 +217,14 @@ def _select(
 
 
 @cache
-def _compress_kernel(wide: bool) -> Kernel:
+def _compress_kernel(wide: bool, few_bits: bool = False) -> Kernel:
+    """The kernel for gradients in float64, or for all others; with errors in few bits, or in floating point."""
     real, integer, code = (np.float64, np.int64, FLOAT64) if wide else (np.float32, np.int32, FLOAT32)
 
-    @cached_kernel(wide)
+    @cached_kernel(wide, few_bits)
     def compress(call: int) -> None:
         (
-            _, table, parameters, largest, grad_code, error_code, value_code, index_size, slot, finite, window_size,
+            _, table, parameters, largest, grad_code, error_code, value_code, index_size, slot, sums, window_size,
         ) = pieces_and_arguments(call, 10)  # fmt: skip
         row = load_i64(slot, 0)
         most = integer(np.iinfo(integer).max)
@@ -215,13 +232,14 @@ def _compress_kernel(wide: bool) -> Kernel:
         masks = np.empty(largest // LANES + 1, np.uint64)
         found = np.zeros(largest + 4, np.uint16)
         all_keys = np.empty(largest, integer)
+        scratch4 = np.empty(largest + 1 if error_code == INT4 else 0, np.uint8)
         guess = integer(0)
         grad_size, error_size = SIZES[grad_code], SIZES[error_code]
         first, last = take_share(call)
         while first < last:
             begin = np.int64(0)
             for number in range(parameters):
-                end, numel, size, kept, kept_in_tail, values, indices, grad, error, _ = table_row(
+                end, numel, size, kept, kept_in_tail, values, indices, grad, error, scales = table_row(
                     table, parameters, number
                 )
                 keys = all_keys[: min(size, kept + max(kept >> 1, 64))]
@@ -234,12 +252,14 @@ def _compress_kernel(wide: bool) -> Kernel:
                         for j in range(chosen):
                             store_value(value_code, values, entry + j, np.float32(0))
                         continue
-                    if load_u8(finite, 0) == 0:
+                    squares = sum_of_squares(grad_code, grad, start, start + length)
+                    store_f64(sums, begin + block, squares)
+                    if not math.isfinite(squares):
                         for j in range(chosen):
                             store_value(value_code, values, entry + j, np.float32(0))
                             store_index(index_size, indices, entry + j, j)
                         continue
-                    in_place = grad_code == code and error_code == code and length % LANES == 0
+                    in_place = not few_bits and grad_code == code and error_code == code and length % LANES == 0
                     if in_place:
                         a = carray(pointer(error + start * error_size), length, real)
                         reached = np.int64(0)
@@ -251,7 +271,11 @@ def _compress_kernel(wide: bool) -> Kernel:
                     else:
                         a = scratch
                         read_block(grad_code, grad, start, length, a)
-                        if error_code != NONE:
+                        if few_bits:
+                            block_codes = error + block * (size if error_code == INT8 else (size + 1) // 2)
+                            block_scales = scales + block * (-(-size // (BLOCK8 if error_code == INT8 else BLOCK4))) * 4
+                            add_few_bits(error_code, block_codes, block_scales, length, a)
+                        elif error_code != NONE:
                             add_block(error_code, error, start, length, a)
                         reached = _masks(a.view(integer), length, guess, masks)
                     following = start + size
@@ -262,7 +286,13 @@ def _compress_kernel(wide: bool) -> Kernel:
                         stored = store_value(value_code, values, entry + j, np.float32(a[position]))
                         store_index(index_size, indices, entry + j, position)
                         a[position] -= stored
-                    if error_code != NONE and not in_place:
+                    if few_bits:
+                        if error_code == INT8:
+                            encode8(block_codes, block_scales, length, a)
+                        else:
+                            key = load_i64(load_i64(table, number + parameters * 10), 0)
+                            encode4(block_codes, block_scales, start, length, a, key, scratch4)
+                    elif error_code != NONE and not in_place:
                         write_block(error_code, error, start, length, a)
                 begin = end
             first, last = take_share(call)
@@ -271,14 +301,33 @@ def _compress_kernel(wide: bool) -> Kernel:
 
 
 def compress_(
-    grads: Sequence[Tensor | None], errors: Sequence[Tensor], rows: Sequence[SparseRows], slot: Tensor, finite: Tensor
-) -> None:
-    launch = launch_of(rows, grads=grads, errors=errors)
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    keys: Sequence[Tensor] = (),
+) -> Tensor:
+    launch = launch_of(rows, grads=grads, errors=errors, keys=keys)
     dtype = next((grad.dtype for grad in grads if grad is not None), torch.float32)
     values, indices, _ = rows[0]
+    code, sums = error_code_of(errors), np.zeros(launch.blocks)
     arguments = (
-        *launch.arguments, CODES[dtype], CODES[errors[0].dtype] if errors else NONE,
-        CODES[values.dtype], indices.itemsize, slot_address(slot, values.shape[1]),
-        scalar_address("finite", finite, torch.bool), values.shape[1],
+        *launch.arguments, CODES[dtype], code, CODES[values.dtype], indices.itemsize,
+        slot_address(slot, values.shape[1]), sums.ctypes.data, values.shape[1],
     )  # fmt: skip
-    run(_compress_kernel(dtype is torch.float64), arguments, launch.blocks, launch.elements)
+    kernel = _compress_kernel(dtype is torch.float64, code in (INT8, INT4))
+    run(kernel, arguments, launch.blocks, launch.elements)
+    return torch.full((), float(sums.sum()) <= torch.finfo(accumulation_dtype(dtype)).max, device=CPU)
+
+
+def undo_compress_(
+    grads: Sequence[Tensor | None],
+    errors: Errors,
+    rows: Sequence[SparseRows],
+    slot: Tensor,
+    finite: Tensor,
+    keys: Sequence[Tensor] = (),
+) -> None:
+    if not ctypes.c_bool.from_address(scalar_address("finite", finite, torch.bool)).value:
+        # So rarely that the definition will do.
+        reference.undo_compress_(grads, errors, rows, slot, finite, keys)

@@ -23,7 +23,7 @@ CHUNK = 4096  # elements of a gradient in a chunk
 
 
 @partial(jit, fastmath={"reassoc", "contract"})
-def _sum_of_squares(code: int, address: int, first: int, last: int) -> float:
+def sum_of_squares(code: int, address: int, first: int, last: int) -> float:
     """The sum of squares of some elements, in the dtype of arithmetic. If it overflows, so does the sum over all."""
     if code == FLOAT64:
         wide = np.float64(0)
@@ -69,7 +69,7 @@ def _squares_kernel() -> Kernel:
                     address = load_i64(table, number + gradients * 2)
                     for chunk in range(max(first_chunk, begin) - begin, min(last_chunk, end) - begin):
                         start = chunk * CHUNK
-                        total += _sum_of_squares(code, address, start, min(start + CHUNK, numel))
+                        total += sum_of_squares(code, address, start, min(start + CHUNK, numel))
                     begin = end
                 if not math.isfinite(total):
                     piece, total = pieces, math.inf

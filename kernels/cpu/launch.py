@@ -28,9 +28,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from efcp.kernels.addresses import Momenta, addresses, floating, group_addresses, momentum_addresses
+from efcp.kernels.addresses import (
+    Errors,
+    Momenta,
+    addresses,
+    error_addresses,
+    floating,
+    group_addresses,
+    momentum_addresses,
+)
 from efcp.kernels.blocks import SparseRows
-from efcp.kernels.cpu.dtypes import CODES, INT8, NONE
+from efcp.kernels.cpu.dtypes import CODES, INT4, INT8, NONE
 from efcp.kernels.cpu.llvm import take_number
 from efcp.kernels.cpu.machine_code import Kernel, jit
 from efcp.kernels.cpu.memory import load_i64
@@ -57,7 +65,7 @@ def table_row(table: int, parameters: int, number: int) -> tuple[int, int, int, 
     Returns:
         The number of the first block after this parameter, counted over all parameters; n; B; k; k of the tail; and the
         addresses of its values, its indices, the operation's two other tensors of n elements, and the scales of the
-        second of these where it is in 8 bits.
+        second of these where it is in few bits.
     """
     return (
         load_i64(table, number),
@@ -151,29 +159,40 @@ class Launch(NamedTuple):
         return self.table.buffer_info()[0], self.parameters, self.largest
 
 
-def launch_of(rows: Sequence[SparseRows], momenta: Momenta = (), **others: Sequence[Tensor | None]) -> Launch:
+def launch_of(
+    rows: Sequence[SparseRows],
+    momenta: Momenta = (),
+    errors: Errors = (),
+    keys: Sequence[Tensor] = (),
+    **others: Sequence[Tensor | None],
+) -> Launch:
     """Checks a group of parameters, and makes the table that `table_row` reads.
 
     Args:
         rows: the window of each parameter.
         momenta: of each parameter; or empty.
-        others: by argument name: two, or one that goes before the momenta. Addresses are 0 where there are fewer.
+        errors: of each parameter, in place of momenta; or empty.
+        keys: of each parameter where errors are in 4 bits: a column of the table behind those that `table_row` reads.
+        others: by argument name: one list or none. Addresses are 0 where there is none.
     """
     layouts = [r.blocks for r in rows]
     ends = list(accumulate(blocks.count for blocks in layouts))
     numels = [blocks.numel for blocks in layouts]
     sizes = [blocks.size for blocks in layouts]
     table = [*ends, *numels, *sizes, *(blocks.kept for blocks in layouts), *(blocks.kept_in_tail for blocks in layouts)]
-    for column in group_addresses(rows, CPU, **others):
+    own = error_addresses(errors, keys, rows, CPU) if errors else momentum_addresses(momenta, CPU, numels)
+    for column in (*group_addresses(rows, CPU, **others), *([] if others else [[0] * len(rows)]), *own):
         table += column
-    if len(others) < 2:
-        table += [0] * len(rows) * (1 - len(others))
-        for column in momentum_addresses(momenta, CPU, numels):
-            table += column
-    else:
-        table += [0] * len(rows)
     entries = sum(blocks.count * blocks.kept for blocks in layouts)
     return Launch(array("q", table), len(rows), max(sizes), ends[-1], sum(numels), entries)
+
+
+def error_code_of(errors: Errors) -> int:
+    """The dtype of errors, as kernels know it."""
+    if not errors:
+        return NONE
+    first = errors[0]
+    return CODES[first.dtype] if isinstance(first, Tensor) else INT8 if first.codes.dtype is torch.int8 else INT4
 
 
 def momentum_code(momenta: Momenta) -> int:

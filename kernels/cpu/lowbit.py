@@ -10,28 +10,33 @@ import torch
 from torch import Tensor
 
 from efcp.kernels.addresses import check_lowbit
-from efcp.kernels.cpu.convert import add_block, read_block, write_block
-from efcp.kernels.cpu.dtypes import CODES, FLOAT64, INT8
+from efcp.kernels.cpu.bits import float_of_bits
+from efcp.kernels.cpu.convert import read_block, write_block
+from efcp.kernels.cpu.dtypes import CODES, FLOAT64, INT4, INT8
 from efcp.kernels.cpu.launch import run, scalar_address, take_share
 from efcp.kernels.cpu.llvm import pieces_and_arguments
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
-from efcp.kernels.cpu.memory import load_f32, load_f64, load_i64, load_u8, store_f32, store_f64, store_u8
-from efcp.kernels.lowbit import BLOCK, LARGEST, MASK, MIX, SMALLEST_SCALE, LowBit
+from efcp.kernels.cpu.memory import load_f32, load_i64, load_u8, store_f32, store_u8
+from efcp.kernels.lowbit import BLOCK, LARGEST, MIX, SMALLEST_SCALE, LowBit
 
 CHUNK = 4096  # numbers, the unit in which the work is shared out
 BLOCK8, BLOCK4 = BLOCK[torch.int8], BLOCK[torch.uint8]
 LARGEST8, LARGEST4 = LARGEST[torch.int8], LARGEST[torch.uint8]
 SMALLEST = np.float32(SMALLEST_SCALE)
+ROUND = np.float32(1.5 * 2.0**23)  # added to a float32, it leaves no place for fractions: rounds to even
 (SHIFT1, FACTOR1), (SHIFT2, FACTOR2) = MIX
 
 
+# Indices of arrays are uint64: negative ones, which count from the end, would keep LLVM from using vector lanes.
+
+
 @jit
-def _scale_and_inverse(numbers: np.ndarray, first: int, last: int, largest: int) -> tuple[float, float]:
+def _scale_and_inverse(numbers: np.ndarray, first: int, count: int, largest: int) -> tuple[float, float]:
     """The scale of a block, and its inverse; zeros for a block that becomes zero."""
-    magnitude = np.float32(0)
-    for j in range(first, last):
-        magnitude = max(magnitude, np.float32(abs(numbers[j])))
-    scale = np.float32(magnitude / np.float32(largest))
+    bits = np.int32(0)  # those of magnitudes have the same order
+    for j in range(count):
+        bits = max(bits, np.int32(np.float32(abs(numbers[np.uint64(first + j)])).view(np.int32)))
+    scale = np.float32(float_of_bits(bits) / np.float32(largest))
     if scale >= SMALLEST:
         return scale, np.float32(np.float32(1) / scale)
     return np.float32(0), np.float32(0)
@@ -45,9 +50,9 @@ def decode8(codes: int, scales: int, start: int, length: int, out: np.ndarray) -
         block = (start + first) // BLOCK8
         last = min(length, (block + 1) * BLOCK8 - start)
         scale = load_f32(scales, block)
-        for j in range(first, last):
-            code = (np.int64(load_u8(codes, start + j)) ^ 128) - 128  # of two's complement
-            out[j] = np.float32(code) * scale
+        for j in range(last - first):
+            code = np.int32(np.int8(load_u8(codes, start + first + j)))
+            out[np.uint64(first + j)] = np.float32(code) * scale
         first = last
 
 
@@ -61,52 +66,92 @@ def read_momentum(code: int, momentum: int, scales: int, start: int, length: int
 
 
 @jit
-def encode8(codes: int, scales: int, start: int, length: int, numbers: np.ndarray) -> None:
-    """Stores numbers from `start` on, where a block begins."""
+def add_few_bits(code: int, codes: int, scales: int, length: int, out: np.ndarray) -> None:
+    """Adds numbers of the dtype `code`, INT8 or INT4, from the address of the first code and of the first scale on."""
+    if code == INT8:
+        for first in range(0, length, BLOCK8):
+            scale = load_f32(scales, first // BLOCK8)
+            for j in range(min(BLOCK8, length - first)):
+                at = np.uint64(first + j)
+                out[at] += np.float32(np.int32(np.int8(load_u8(codes, at)))) * scale
+        return
+    for first in range(0, length, BLOCK4):
+        scale = load_f32(scales, first // BLOCK4)
+        for pair in range(first // 2, min(first + BLOCK4, length) // 2):
+            both = np.int32(load_u8(codes, pair))
+            out[np.uint64(2 * pair)] += np.float32(np.int32((both & 15) - 8)) * scale
+            out[np.uint64(2 * pair + 1)] += np.float32(np.int32((both >> 4) - 8)) * scale
+    if length & 1:
+        last = np.int32(load_u8(codes, length // 2))
+        out[np.uint64(length - 1)] += np.float32(np.int32((last & 15) - 8)) * load_f32(scales, length // BLOCK4)
+
+
+@jit
+def _encode8_block(codes: int, first: int, count: int, numbers: np.ndarray, inverse: float) -> None:
+    for j in range(count):
+        scaled = np.float32(numbers[np.uint64(first + j)]) * inverse
+        inside = max(np.float32(-LARGEST8), min(np.float32(LARGEST8), scaled))
+        store_u8(codes, first + j, np.uint8(np.float32(inside + ROUND).view(np.uint32)))  # its lowest bits
+
+
+@jit
+def encode8(codes: int, scales: int, length: int, numbers: np.ndarray) -> None:
+    """Stores numbers, at the address of the first code and of the first scale."""
     for first in range(0, length, BLOCK8):
-        last = min(first + BLOCK8, length)
-        scale, inverse = _scale_and_inverse(numbers, first, last, LARGEST8)
-        store_f32(scales, (start + first) // BLOCK8, scale)
-        for j in range(first, last):
-            nearest = np.rint(np.float32(numbers[j]) * inverse)
-            code = np.int64(max(np.float32(-LARGEST8), min(np.float32(LARGEST8), nearest)))
-            store_u8(codes, start + j, code & 255)
+        if length - first >= BLOCK8:  # LLVM unrolls loops of a length that it knows
+            scale, inverse = _scale_and_inverse(numbers, first, BLOCK8, LARGEST8)
+            _encode8_block(codes, first, BLOCK8, numbers, inverse)
+        else:
+            scale, inverse = _scale_and_inverse(numbers, first, length - first, LARGEST8)
+            _encode8_block(codes, first, length - first, numbers, inverse)
+        store_f32(scales, first // BLOCK8, scale)
 
 
 @jit
 def _hashed(number: int) -> int:
-    number = np.uint64(number) & np.uint64(MASK)
-    number = ((number ^ (number >> np.uint64(SHIFT1))) * np.uint64(FACTOR1)) & np.uint64(MASK)
-    number = ((number ^ (number >> np.uint64(SHIFT2))) * np.uint64(FACTOR2)) & np.uint64(MASK)
-    return number ^ (number >> np.uint64(16))
+    number = np.uint32(number)
+    number = np.uint32((number ^ (number >> np.uint32(SHIFT1))) * np.uint32(FACTOR1))
+    number = np.uint32((number ^ (number >> np.uint32(SHIFT2))) * np.uint32(FACTOR2))
+    return np.uint32(number ^ (number >> np.uint32(16)))
 
 
 @jit
-def _decode4(codes: int, scales: int, start: int, length: int, out: np.ndarray) -> None:
-    for first in range(0, length, BLOCK4):
-        scale = load_f32(scales, (start + first) // BLOCK4)
-        for j in range(first, min(first + BLOCK4, length)):
-            pair = np.int64(load_u8(codes, (start + j) >> 1))
-            out[j] = np.float32(((pair >> (4 * (j & 1))) & 15) - 8) * scale
+def _encode4_block(
+    code: np.ndarray, first: int, count: int, numbers: np.ndarray, inverse: float, position: int, mixed: int
+) -> None:
+    for j in range(count):
+        scaled = np.float32(numbers[np.uint64(first + j)]) * inverse
+        down = np.floor(scaled)
+        drawn = np.int32(_hashed(np.uint32(position + j) ^ mixed) >> np.uint32(8))
+        up = np.float32(1) if np.float32(drawn) * np.float32(2.0**-24) < scaled - down else np.float32(0)
+        inside = max(np.float32(-LARGEST4), min(np.float32(LARGEST4), down + up))
+        code[np.uint64(first + j)] = np.uint8(np.int32(inside) + np.int32(8))
 
 
 @jit
-def _encode4(codes: int, scales: int, start: int, length: int, numbers: np.ndarray, key: int, code: np.ndarray) -> None:
-    mixed = _hashed(np.uint64(key) ^ _hashed(np.uint64(key) >> np.uint64(32)))
+def encode4(
+    codes: int, scales: int, position: int, length: int, numbers: np.ndarray, key: int, code: np.ndarray
+) -> None:
+    """Stores numbers, at the address of the first code and of the first scale.
+
+    Args:
+        position: of the first number, for random numbers.
+        key: of random numbers.
+        code: scratch of length + 1, uint8.
+    """
+    mixed = _hashed(np.uint64(key) ^ np.uint64(_hashed(np.uint64(key) >> np.uint64(32))))
     for first in range(0, length, BLOCK4):
-        last = min(first + BLOCK4, length)
-        scale, inverse = _scale_and_inverse(numbers, first, last, LARGEST4)
-        store_f32(scales, (start + first) // BLOCK4, scale)
-        for j in range(first, last):
-            scaled = np.float32(numbers[j]) * inverse
-            down = np.floor(scaled)
-            drawn = _hashed(np.uint64(start + j) ^ mixed) >> np.uint64(8)
-            up = np.float32(np.int64(drawn)) * np.float32(2.0**-24) < scaled - down
-            code[j] = max(-LARGEST4, min(LARGEST4, np.int64(down) + np.int64(up))) + 8
+        if length - first >= BLOCK4:  # LLVM unrolls loops of a length that it knows
+            scale, inverse = _scale_and_inverse(numbers, first, BLOCK4, LARGEST4)
+            _encode4_block(code, first, BLOCK4, numbers, inverse, position + first, mixed)
+        else:
+            scale, inverse = _scale_and_inverse(numbers, first, length - first, LARGEST4)
+            _encode4_block(code, first, length - first, numbers, inverse, position + first, mixed)
+        store_f32(scales, first // BLOCK4, scale)
     if length & 1:
-        code[length] = 8
+        code[np.uint64(length)] = 8
     for pair in range((length + 1) // 2):
-        store_u8(codes, (start >> 1) + pair, code[2 * pair] | code[2 * pair + 1] << 4)
+        store_u8(codes, pair, code[np.uint64(2 * pair)] | code[np.uint64(2 * pair + 1)] << 4)
 
 
 @cache
@@ -116,7 +161,7 @@ def _add_kernel(four: bool) -> Kernel:
         """The pieces are chunks. The table has five columns: the number of the first chunk behind a target, n, and
         addresses: of the target, of codes and of scales."""
         _, table, parameters, code = pieces_and_arguments(call, 3)
-        numbers = np.empty(CHUNK, np.float32)
+        numbers, wide = np.empty(CHUNK, np.float32), np.empty(CHUNK if code == FLOAT64 else 0, np.float64)
         first, last = take_share(call)
         while first < last:
             begin = np.int64(0)
@@ -127,15 +172,15 @@ def _add_kernel(four: bool) -> Kernel:
                 for chunk in range(max(first, begin) - begin, min(last, end) - begin):
                     start = chunk * CHUNK
                     length = min(CHUNK, numel - start)
-                    if four:
-                        _decode4(codes, scales, start, length, numbers)
+                    first_code = codes + (start // 2 if four else start)
+                    first_scale = scales + start // (BLOCK4 if four else BLOCK8) * 4
+                    if code == FLOAT64:
+                        read_block(code, target, start, length, wide)
+                        add_few_bits(INT4 if four else INT8, first_code, first_scale, length, wide)
+                        write_block(code, target, start, length, wide)
                     else:
-                        decode8(codes, scales, start, length, numbers)
-                    if code == FLOAT64:  # which a scratch of float32 would round
-                        for j in range(length):
-                            store_f64(target, start + j, load_f64(target, start + j) + np.float64(numbers[j]))
-                    else:
-                        add_block(code, target, start, length, numbers)
+                        read_block(code, target, start, length, numbers)
+                        add_few_bits(INT4 if four else INT8, first_code, first_scale, length, numbers)
                         write_block(code, target, start, length, numbers)
                 begin = end
             first, last = take_share(call)
@@ -150,7 +195,7 @@ def _store_kernel(four: bool) -> Kernel:
         """The pieces are chunks. The table has six columns: the number of the first chunk behind a vector, n, and
         addresses: of values, codes, scales and keys."""
         _, table, parameters, code = pieces_and_arguments(call, 3)
-        numbers, scratch = np.empty(CHUNK, np.float32), np.empty(CHUNK + 1 if four else 0, np.int64)
+        numbers, scratch = np.empty(CHUNK, np.float32), np.empty(CHUNK + 1 if four else 0, np.uint8)
         first, last = take_share(call)
         while first < last:
             begin = np.int64(0)
@@ -163,9 +208,10 @@ def _store_kernel(four: bool) -> Kernel:
                     length = min(CHUNK, numel - start)
                     read_block(code, values, start, length, numbers)
                     if four:
-                        _encode4(codes, scales, start, length, numbers, load_i64(key, 0), scratch)
+                        first_code, first_scale = codes + start // 2, scales + start // BLOCK4 * 4
+                        encode4(first_code, first_scale, start, length, numbers, load_i64(key, 0), scratch)
                     else:
-                        encode8(codes, scales, start, length, numbers)
+                        encode8(codes + start, scales + start // BLOCK8 * 4, length, numbers)
                 begin = end
             first, last = take_share(call)
 

@@ -3,7 +3,7 @@
 | file | what |
 |---|---|
 | `launch.py`, `tuning.py` | launching many parameters at once; choosing a configuration |
-| `compress.py`, `finite.py` | `compress_` and `norm_is_finite`, for any GPU |
+| `compress.py`, `finite.py` | `compress_`, `undo_compress_` and `norm_is_finite`, for any GPU |
 | `average.py`, `lowbit.py` | `average_`, `add_lowbit_` and `store_lowbit_`, for any GPU |
 | `dots.py`, `apply.py` | `window_dots` and `window_apply_` in Gluon, with sums in shared memory; NVIDIA, Triton ≥ 3.8 |
 | `portable.py` | these two in plain Triton, for all other GPUs and versions, and `window_dots` with momenta |
@@ -23,7 +23,7 @@ from efcp.kernels.gpus import architecture
 from efcp.kernels.reference import dense_dots, update_inverse_root_
 from efcp.kernels.triton import portable
 from efcp.kernels.triton.average import average_
-from efcp.kernels.triton.compress import compress_
+from efcp.kernels.triton.compress import compress_, undo_compress_
 from efcp.kernels.triton.finite import norm_is_finite
 from efcp.kernels.triton.lowbit import add_lowbit_, store_lowbit_
 from efcp.kernels.update import Update
@@ -42,6 +42,7 @@ __all__ = [
     "dense_dots",
     "norm_is_finite",
     "store_lowbit_",
+    "undo_compress_",
     "update_inverse_root_",
     "window_apply_",
     "window_dots",
@@ -70,7 +71,9 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
     if len(targets) != len(rows):
         raise ValueError(f"targets must hold {len(rows)} tensors, got {len(targets)}")
     values, _, blocks = rows[0]
-    if HAS_GLUON and (candidates := apply.configurations(targets[0].dtype, values, blocks, _shared_memory())):
-        apply.window_apply_(targets, momenta, rows, update, candidates)
-    else:
-        portable.window_apply_(targets, momenta, rows, update)
+    if HAS_GLUON:
+        window, with_squares = (targets[0].dtype, values, blocks), update.square_weights is not None
+        if candidates := apply.configurations(*window, _shared_memory(), with_squares):
+            apply.window_apply_(targets, momenta, rows, update, candidates)
+            return
+    portable.window_apply_(targets, momenta, rows, update)

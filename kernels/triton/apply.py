@@ -9,6 +9,8 @@ A row is added in steps of COLUMNS entries. Accesses to shared memory cannot be 
 something somewhere. The last step of a row therefore begins earlier, and adds zero for entries that have already been
 added. Where a row is shorter than a step, its block is short too, and the lanes without an entry add zero to unused
 memory at the end of the sum.
+
+With square_weights a second sum, of squares, is kept beside the first.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +34,7 @@ from efcp.kernels.triton.launch import (
     find_block,
     find_scales,
     launch_of,
-    momentum_dtype,
+    stored_dtype,
     triton_accumulation_dtype,
 )
 from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
@@ -42,7 +44,9 @@ find_block, find_scales = gluon.jit(find_block.fn), gluon.jit(find_scales.fn)
 ALIGNED = gl.constexpr(16)  # entries; tiles begin at multiples of it, so that every access takes 128 bits
 
 
-def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: int) -> list[Configuration]:
+def configurations(
+    target: torch.dtype, values: Tensor, blocks: Blocks, shared: int, with_squares: bool = False
+) -> list[Configuration]:
     """The configurations whose programs fit into `shared` bytes of shared memory. The first one is the default.
 
     Rows of up to 127 entries are added by a single warp: that needs no barriers between warps, and many programs fit on
@@ -62,6 +66,7 @@ def configurations(target: torch.dtype, values: Tensor, blocks: Blocks, shared: 
         (default, least // 2),
     ):
         sums = (room + triton.next_power_of_2(values.shape[1])) * accumulation_dtype(target).itemsize
+        sums *= 1 + with_squares
         if 0 < num_warps <= 8 and 32 * num_warps <= max(32, row) and row + 16 <= tile <= max(2048 * num_warps, least):
             columns = min(1 << (row.bit_length() - 1), 64 * num_warps)
             chunk = min(room, 512 * num_warps)  # of the sum, taken at a time: more would not fit into registers
@@ -109,7 +114,8 @@ def _scaled(code, scales, skipped, first, length, WHOLE: gl.constexpr):
 
 
 @gluon.jit
-def _apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, window_size,
+def _apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, square_weights, eps,
+                  window_size,
                   TARGET: gl.constexpr, VALUES: gl.constexpr, INDICES: gl.constexpr, MOMENTUM: gl.constexpr,
                   WRITES: gl.constexpr, DTYPE: gl.constexpr, WINDOW: gl.constexpr, SIZE: gl.constexpr,
                   ROOM: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr,
@@ -140,6 +146,13 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
     zero = gl.zeros([CHUNK], DTYPE, CHUNKS)
     for chunk in range(ROOM // CHUNK):
         chunks.index(chunk).store(zero)
+    if square_weights is not None:
+        square_chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
+        squares = square_chunks._reinterpret(DTYPE, [ROOM], SHARED)
+        shared_square_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
+        shared_square_weights.store(gl.load(square_weights + lanes, mask=lanes < window_size, other=0.0))
+        for chunk in range(ROOM // CHUNK):
+            square_chunks.index(chunk).store(zero)
 
     rows = gl.maximum((TILE - ALIGNED) // stride.to(gl.int32), 1)  # of a tile
     lane = gl.arange(0, COLUMNS, layout=STEPS)
@@ -157,14 +170,19 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
         value, index = _load_tile(values, indices, after, last, end, TILE, TILES)
         offset = (here % ALIGNED).to(gl.int32)
         for i in range(0, gl.minimum(rows, window_size - first)):
-            weight = shared_weights.gather(gl.full([COLUMNS], first + i, gl.int32, STEPS), 0)
+            this = gl.full([COLUMNS], first + i, gl.int32, STEPS)
+            weight = shared_weights.gather(this, 0)
+            if square_weights is not None:
+                square_weight = shared_square_weights.gather(this, 0)
             for done in range(0, kept, COLUMNS):
                 column = gl.minimum(done, back) + lane
                 place = gl.minimum(offset + i * stride.to(gl.int32) + column, TILE - 1)
                 new = (column >= done) & (column < kept)
-                term = gl.where(new, tile_values.gather(place, 0).to(DTYPE) * weight, 0.0)
+                entry = gl.where(new, tile_values.gather(place, 0).to(DTYPE), 0.0)
                 cell = gl.where(column < kept, tile_indices.gather(place, 0).to(gl.int32), spare)
-                total.scatter(total.gather(cell, 0) + term, cell, 0)
+                total.scatter(total.gather(cell, 0) + entry * weight, cell, 0)
+                if square_weights is not None:
+                    squares.scatter(squares.gather(cell, 0) + entry * entry * square_weight, cell, 0)
 
     target = gl.load(row).to(gl.pointer_type(TARGET)) + block * SIZE
     momentum = gl.load(row + 1).to(gl.pointer_type(TARGET if MOMENTUM is None else MOMENTUM)) + block * SIZE
@@ -172,11 +190,15 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
     if MOMENTUM is not None:
         momentum_factor = gl.load(momentum_factor).to(DTYPE)
         scales, skipped = find_scales(row, block, SIZE)
+    if square_weights is not None:
+        eps = gl.load(eps).to(DTYPE)
     if (length == ROOM) & aligned:
         target, momentum = gl.multiple_of(target, 16), gl.multiple_of(momentum, 16)
         for chunk in range(ROOM // CHUNK):
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
             update = chunks.index(chunk).load(CHUNKS)
+            if square_weights is not None:
+                update = update / (gl.sqrt(square_chunks.index(chunk).load(CHUNKS)) + eps)
             if MOMENTUM == gl.int8:  # too few bits for wide accesses, where those of the target are wide
                 number = _scaled(gl.load(momentum + position), scales, skipped, chunk * CHUNK, ROOM, WHOLE)
                 update += momentum_factor * number.to(DTYPE)
@@ -191,6 +213,8 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
             position = chunk * CHUNK + gl.arange(0, CHUNK, layout=CHUNKS)
             inside = position < length
             update = chunks.index(chunk).load(CHUNKS)
+            if square_weights is not None:
+                update = update / (gl.sqrt(square_chunks.index(chunk).load(CHUNKS)) + eps)
             if MOMENTUM is not None:
                 number = gl.load(momentum + position, mask=inside, other=0)
                 if MOMENTUM == gl.int8:
@@ -212,19 +236,20 @@ def window_apply_(
     """Chooses one of the configurations, and launches the kernel."""
     table = launch_of(rows, momenta=momenta, targets=targets)
     check_momenta(rows, momenta, update)
-    weights = check_weights(rows[0].values, update.weights, rows[0].values.shape[1])
+    weights, square_weights = check_weights(rows[0].values, update, rows[0].values.shape[1])
     check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
     if table.blocks == 0:
         return
     weights = weights.to(accumulation_dtype(targets[0].dtype))
+    square_weights = None if square_weights is None else square_weights.to(weights.dtype)
     values, indices, blocks = rows[0]
     dtype, writes = targets[0].dtype, update.writes_momenta and len(momenta) > 0
-    own = momentum_dtype(momenta)
+    own = stored_dtype(momenta)
 
     def launch(table: Launch, configuration: Configuration) -> None:
         with torch.cuda.device_of(weights):
             _apply_kernel[(table.blocks,)](
-                table.parameters, table.owners, weights, *update[1:4], values.shape[1],
+                table.parameters, table.owners, weights, *update[1:4], square_weights, update.eps, values.shape[1],
                 TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
                 MOMENTUM=None if own is None else DTYPES[own], WRITES=writes,
                 DTYPE=triton_accumulation_dtype(dtype), WINDOW=triton.next_power_of_2(values.shape[1]),
@@ -239,4 +264,5 @@ def window_apply_(
             momentum = [allocate_lowbit(len(target), 8, weights.device)]
         return lambda configuration: launch(launch_of([example], momenta=momentum, targets=[target]), configuration)
 
-    launch(table, choose("window_apply_", rows, (dtype, own), candidates, trial))
+    name = "window_apply_" if square_weights is None else "window_apply_ with squares"
+    launch(table, choose(name, rows, (dtype, own), candidates, trial))

@@ -13,7 +13,7 @@ from torch import Tensor
 from efcp.kernels.addresses import Momenta, average_addresses
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.lowbit import LowBit
-from efcp.kernels.triton.launch import DTYPES, find_block, momentum_dtype, tables, triton_accumulation_dtype, warp_size
+from efcp.kernels.triton.launch import DTYPES, find_block, stored_dtype, tables, triton_accumulation_dtype, warp_size
 from efcp.kernels.triton.lowbit import to_8_bits
 
 SIZE = 4096  # numbers of a program
@@ -81,7 +81,7 @@ def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest:
 
 def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, finite: Tensor) -> Tensor:
     found = average_addresses(momenta, grads, finite)
-    device, own = finite.device, momentum_dtype(momenta)
+    device, own = finite.device, stored_dtype(momenta)
     assert own is not None  # there is at least one
     grad = next((grad.dtype for grad in grads if grad is not None), torch.float32)
     numels = [(momentum.codes if isinstance(momentum, LowBit) else momentum).numel() for momentum in momenta]

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from efcp.kernels.addresses import Momenta, group_addresses, momentum_addresses
+from efcp.kernels.addresses import Errors, Momenta, error_addresses, group_addresses, momentum_addresses
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.lowbit import LowBit
 from efcp.kernels.reference import accumulation_dtype
@@ -53,20 +53,31 @@ class Launch(NamedTuple):
         return len(self.owners)
 
 
-def launch_of(rows: Sequence[SparseRows], momenta: Momenta = (), **others: Sequence[Tensor | None]) -> Launch:
+def launch_of(
+    rows: Sequence[SparseRows],
+    momenta: Momenta = (),
+    errors: Errors = (),
+    keys: Sequence[Tensor] = (),
+    **others: Sequence[Tensor | None],
+) -> Launch:
     """Checks a group of parameters, and makes the tables of its launch.
 
     Args:
         rows: the window of each parameter.
         momenta: of each parameter, y in the table; or empty.
-        others: by argument name, up to two lists with a tensor for each parameter, which become x and y in the table:
-            gradients or targets, then errors. A list may be empty where there are no such tensors.
+        errors: of each parameter, y in the table in place of momenta; or empty.
+        keys: of each parameter where errors are in 4 bits.
+        others: by argument name: gradients or targets, x in the table; or none.
     """
     device = rows[0].values.device
     values, indices, *columns = group_addresses(rows, device, **others)
-    own, scales = momentum_addresses(momenta, device, [r.blocks.numel for r in rows])
-    x, y = [*columns, *[[0] * len(rows), own][len(columns) :]]
-    return tables(device, tuple(zip(x, y, values, indices, (r.blocks for r in rows), scales, strict=True)))
+    none = [0] * len(rows)
+    if errors:
+        y, scales, key = error_addresses(errors, keys, rows, device)
+    else:
+        (y, scales), key = momentum_addresses(momenta, device, [r.blocks.numel for r in rows]), none
+    x = columns[0] if columns else none
+    return tables(device, tuple(zip(x, y, values, indices, (r.blocks for r in rows), scales, key, strict=True)))
 
 
 @lru_cache(maxsize=256)
@@ -105,11 +116,11 @@ def triton_accumulation_dtype(dtype: torch.dtype) -> tl.dtype:
     return DTYPES[accumulation_dtype(dtype)]
 
 
-def momentum_dtype(momenta: Momenta) -> torch.dtype | None:
-    """The dtype that momenta have in memory; None without any."""
-    if not momenta:
+def stored_dtype(numbers: Momenta) -> torch.dtype | None:
+    """The dtype that momenta or errors have in memory; None without any."""
+    if not numbers:
         return None
-    first = momenta[0]
+    first = numbers[0]
     return first.codes.dtype if isinstance(first, LowBit) else first.dtype
 
 

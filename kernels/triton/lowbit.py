@@ -1,5 +1,7 @@
 """`add_lowbit_` and `store_lowbit_` in Triton, for numbers in 8 and 4 bits, many vectors in one launch each.
 
+Other kernels take from here how numbers are rounded and read.
+
 They give the bits that the definition gives: multiplications and additions are not fused, divisions rounded correctly.
 """
 
@@ -57,7 +59,7 @@ def _hash(number):
 
 
 @triton.jit
-def _to_4_bits(x, key, first, ROWS: tl.constexpr):
+def to_4_bits(x, key, first, ROWS: tl.constexpr):
     """Blocks of float32, one a row, in 4 bits, rounded at random: (bytes, scales). The first number is at `first`."""
     number, scale = scaled(x, 7)
     position = tl.arange(0, ROWS)[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -90,7 +92,7 @@ def _store_kernel(parameters, owners, finite, VALUES: tl.constexpr, BITS: tl.con
             code, scale = to_8_bits(x)
             code = code.to(tl.int8)
         else:
-            code, scale = _to_4_bits(x, tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int64))), block * SIZE, ROWS)
+            code, scale = to_4_bits(x, tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int64))), block * SIZE, ROWS)
         tl.store(tl.multiple_of(codes, 16) + byte, code, mask=finite)  # stream
         tl.store(scales, scale, mask=finite)
     else:
@@ -99,13 +101,13 @@ def _store_kernel(parameters, owners, finite, VALUES: tl.constexpr, BITS: tl.con
             code, scale = to_8_bits(x)
             code = code.to(tl.int8)
         else:
-            code, scale = _to_4_bits(x, tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int64))), block * SIZE, ROWS)
+            code, scale = to_4_bits(x, tl.load(tl.load(row + 7).to(tl.pointer_type(tl.int64))), block * SIZE, ROWS)
         tl.store(codes + byte, code, mask=(byte * (PER_ROW // WIDTH) < length) & finite)
         tl.store(scales, scale, mask=(number * PER_ROW < length) & finite)
 
 
 @triton.jit
-def _numbers(code, scale, BITS: tl.constexpr):
+def numbers_of(code, scale, BITS: tl.constexpr):
     """Rows of numbers, of one scale each, as float32."""
     if BITS == 8:
         number = code.to(tl.float32)
@@ -130,14 +132,14 @@ def _add_kernel(parameters, owners, TARGET: tl.constexpr, BITS: tl.constexpr, DT
     if (length == SIZE) & aligned:
         # With the hint a thread reads the codes of those numbers that it adds to, and no more at a time.
         codes = tl.multiple_of(codes, 16 * BITS // TARGET.primitive_bitwidth)
-        x = _numbers(tl.load(codes + byte), tl.load(scales), BITS)
+        x = numbers_of(tl.load(codes + byte), tl.load(scales), BITS)
         target = tl.multiple_of(target, 16)
         old = tl.load(target + position).to(DTYPE)  # stream
         tl.store(target + position, (old + x.to(DTYPE)).to(TARGET))  # stream
     else:
         inside = position < length
         code = tl.load(codes + byte, mask=byte * (PER_ROW // WIDTH) < length, other=0)
-        x = _numbers(code, tl.load(scales, mask=number * PER_ROW < length, other=0.0), BITS)
+        x = numbers_of(code, tl.load(scales, mask=number * PER_ROW < length, other=0.0), BITS)
         old = tl.load(target + position, mask=inside, other=0.0).to(DTYPE)
         tl.store(target + position, (old + x.to(DTYPE)).to(TARGET), mask=inside)
 

@@ -20,7 +20,7 @@ from efcp.kernels.triton.launch import (
     find_block,
     find_scales,
     launch_of,
-    momentum_dtype,
+    stored_dtype,
     triton_accumulation_dtype,
 )
 from efcp.kernels.update import Update
@@ -103,7 +103,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
     tile_rows = min(tile // columns, most_rows)
     per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
     programs = triton.cdiv(table.blocks, per_program)
-    own, vectors = momentum_dtype(momenta), (2,) if momenta else ()
+    own, vectors = stored_dtype(momenta), (2,) if momenta else ()
     partial = torch.empty(programs, *vectors, window_size, dtype=torch.float64, device=slot.device)
     if programs > 0:
         newest = torch.zeros(table.blocks * size, dtype=values.dtype, device=slot.device)
@@ -121,26 +121,36 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
 
 
 @triton.jit
-def _portable_apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, scratch,
-                  window_size, blocks,
+def _portable_apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, square_weights,
+                  eps, scratch, window_size, blocks,
                   TARGET: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr, MOMENTUM: tl.constexpr,
                   WRITES: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """Adds one row after another to a sum in `scratch`: needs no atomics, as a row's indices are distinct."""
+    """Adds one row after another to a sum in `scratch`: needs no atomics, as a row's indices are distinct.
+
+    With square_weights, squares are added to a second sum behind those of all programs.
+    """
     program = tl.program_id(0).to(tl.int64)
     total = scratch + program * SIZE
+    squares = total + tl.num_programs(0).to(tl.int64) * SIZE
     target_factor, update_factor = tl.load(target_factor).to(DTYPE), tl.load(update_factor).to(DTYPE)
     if MOMENTUM is not None:
         momentum_factor = tl.load(momentum_factor).to(DTYPE)
+    if square_weights is not None:
+        eps = tl.load(eps).to(DTYPE)
     for this in range(program, blocks, tl.num_programs(0)):
         row, block, length, kept, stride, _ = find_block(parameters, owners, this, SIZE)
         for first in range(0, length, COLUMNS):
             position = first + tl.arange(0, COLUMNS)
             tl.store(total + position, tl.zeros((COLUMNS,), DTYPE), mask=position < length)
+            if square_weights is not None:
+                tl.store(squares + position, tl.zeros((COLUMNS,), DTYPE), mask=position < length)
         tl.debug_barrier()
         values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + block * window_size * stride
         indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + block * window_size * stride
         for number in range(0, window_size):
             weight = tl.load(weights + number).to(DTYPE)
+            if square_weights is not None:
+                square_weight = tl.load(square_weights + number).to(DTYPE)
             for first in range(0, kept, COLUMNS):
                 column = first + tl.arange(0, COLUMNS)
                 mask = column < kept
@@ -148,6 +158,9 @@ def _portable_apply_kernel(parameters, owners, weights, target_factor, update_fa
                 value = tl.load(values + number * stride + column, mask=mask, other=0.0).to(DTYPE)
                 old = tl.load(total + index, mask=mask, other=0.0)
                 tl.store(total + index, old + weight * value, mask=mask)
+                if square_weights is not None:
+                    old = tl.load(squares + index, mask=mask, other=0.0)
+                    tl.store(squares + index, old + square_weight * (value * value), mask=mask)
             tl.debug_barrier()
         target = tl.load(row).to(tl.pointer_type(TARGET)) + block * SIZE
         if MOMENTUM is not None:
@@ -157,6 +170,8 @@ def _portable_apply_kernel(parameters, owners, weights, target_factor, update_fa
             position = first + tl.arange(0, COLUMNS)
             mask = position < length
             update = tl.load(total + position, mask=mask, other=0.0)
+            if square_weights is not None:
+                update = update / (tl.sqrt(tl.load(squares + position, mask=mask, other=0.0)) + eps)
             if MOMENTUM is not None:
                 update += momentum_factor * _numbers(momentum, scales, skipped, position, mask, DTYPE)
                 if WRITES:
@@ -169,18 +184,20 @@ def _portable_apply_kernel(parameters, owners, weights, target_factor, update_fa
 def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[SparseRows], update: Update) -> None:
     table = launch_of(rows, momenta=momenta, targets=targets)
     check_momenta(rows, momenta, update)
-    weights = check_weights(rows[0].values, update.weights, rows[0].values.shape[1])
+    weights, square_weights = check_weights(rows[0].values, update, rows[0].values.shape[1])
     check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
     if table.blocks == 0:
         return
     values, indices, blocks = rows[0]
-    size, dtype, own = blocks.block_size, targets[0].dtype, momentum_dtype(momenta)
+    size, dtype, own = blocks.block_size, targets[0].dtype, stored_dtype(momenta)
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
     programs = min(table.blocks, PROGRAMS)
-    scratch = torch.empty(programs * size, dtype=accumulation_dtype(dtype), device=weights.device)
+    sums = 1 if square_weights is None else 2
+    scratch = torch.empty(sums * programs * size, dtype=accumulation_dtype(dtype), device=weights.device)
     with torch.cuda.device_of(weights):
         _portable_apply_kernel[(programs,)](
-            table.parameters, table.owners, weights, *update[1:4], scratch, values.shape[1], table.blocks,
+            table.parameters, table.owners, weights, *update[1:4], square_weights, update.eps, scratch,
+            values.shape[1], table.blocks,
             TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
             MOMENTUM=None if own is None else DTYPES[own], WRITES=update.writes_momenta and len(momenta) > 0,
             DTYPE=triton_accumulation_dtype(dtype), SIZE=size, COLUMNS=columns,

@@ -54,7 +54,7 @@ import triton
 import triton.language as tl
 from tqdm import tqdm
 
-from efcp.kernels import Blocks, SparseRows, Update, allocate_lowbit
+from efcp.kernels import Blocks, LowBit, SparseRows, Update, allocate_lowbit
 from efcp.kernels import triton as triton_ops
 from efcp.kernels.gpus import ARCHITECTURES
 from efcp.perf.command import ending, workers
@@ -70,18 +70,21 @@ TARGETS += [GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942")]
 OPERATIONS = (
     "norm_is_finite",
     "compress_",
+    "undo_compress_",
     "average_",
     "store_lowbit_",
     "add_lowbit_",
     "window_dots",
     "window_dots with momenta",
     "window_apply_",
+    "window_apply_ with squares",
 )
 BLOCK_SIZES = (256, 4096, 32768)
 DENSITIES = (0.001, 0.1)
 WINDOWS = (32, 1024)
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64", None: "none"}
 FP32, BF16, FP64 = torch.float32, torch.bfloat16, torch.float64
+BITS8, BITS4 = torch.int8, torch.uint8  # of errors: the dtypes of codes
+SHORT = {FP32: "fp32", BF16: "bf16", FP64: "fp64", BITS8: "8 bits", BITS4: "4 bits", None: "none"}
 DTYPES: list[tuple[torch.dtype, torch.dtype | None, torch.dtype]] = [  # of gradient, error and values
     (FP32, FP32, BF16),
     (BF16, FP32, BF16),
@@ -90,8 +93,9 @@ DTYPES: list[tuple[torch.dtype, torch.dtype | None, torch.dtype]] = [  # of grad
     (FP64, FP64, BF16),
     (FP32, None, BF16),
 ]
-# The fallbacks of portable.py read rows that begin anywhere, entry by entry.
-EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel"})
+FEW_BITS = [(grad, error) for grad in (FP32, BF16) for error in (BITS8, BITS4)]
+# The fallbacks of portable.py read rows that begin anywhere, entry by entry. Undoing a step need not be fast.
+EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel", "_undo_kernel"})
 STREAM_BITS = 128
 KB_IN_FLIGHT = 32  # the least, on these targets:
 BUSY = (80, 90)
@@ -283,6 +287,9 @@ def all_cases() -> Iterator[Case]:
         yield Case(4096, 0.01, *dtypes, 256)
     for window in WINDOWS:
         yield Case(4096, 0.01, *DTYPES[0], window)
+    for block_size in (4096, 32768):
+        for grad, error in FEW_BITS:
+            yield Case(block_size, 0.01, grad, error, BF16, 256)
 
 
 def quick_cases() -> Iterator[Case]:
@@ -291,6 +298,9 @@ def quick_cases() -> Iterator[Case]:
     yield Case(4096, 0.1, BF16, BF16, BF16, 32)
     yield Case(256, 0.01, BF16, FP32, BF16, 256)
     yield Case(32768, 0.01, FP64, FP64, BF16, 1024)
+    yield Case(4096, 0.01, FP32, BITS8, BF16, 256)
+    yield Case(4096, 0.01, BF16, BITS4, BF16, 256)
+    yield Case(32768, 0.01, FP32, BITS4, BF16, 256)
 
 
 def markdown(frame: pd.DataFrame, quick: bool) -> str:
@@ -318,11 +328,12 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
         meta = partial(torch.empty, device="meta")
         rows = [_rows(case, numel) for numel in (2 * case.block_size, 3 * case.block_size - case.block_size // 3)]
         grads = [meta(r.blocks.numel, dtype=case.grad) for r in rows]
-        errors = [meta(r.blocks.numel, dtype=case.error) for r in rows] if case.error else []
+        errors = [_error(case, r.blocks) for r in rows] if case.error else []
         slot, finite = meta(1, dtype=torch.int64), meta((), dtype=torch.bool)
         update = Update(meta(case.window), meta(()), meta(()))
         reads = update._replace(momentum_factor=meta(()))
         writes = reads._replace(writes_momenta=True)
+        squares = update._replace(square_weights=meta(case.window), eps=meta(()))
         momenta, numbers = (
             [allocate_lowbit(r.blocks.numel, bits, torch.device("meta")) for r in rows] for bits in (8, 4)
         )
@@ -331,7 +342,10 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
         calls: dict[tuple[object, ...], Callable[[], object]] = {
             ("norm_is_finite", case.grad): partial(triton_ops.norm_is_finite, grads),
             ("compress_", window, case.grad, case.error): partial(
-                triton_ops.compress_, grads, errors, rows, slot, finite
+                triton_ops.compress_, grads, errors, rows, slot, keys
+            ),
+            ("undo_compress_", window[:2], case.values, case.grad, case.error): partial(
+                triton_ops.undo_compress_, grads, errors, rows, slot, finite, keys
             ),
             ("average_", case.grad): partial(triton_ops.average_, grads, grads, 0.9, finite),
             ("average_", case.grad, 8): partial(triton_ops.average_, momenta, grads, 0.9, finite),
@@ -348,11 +362,21 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
                 triton_ops.window_apply_, grads, grads, rows, writes
             ),
             ("window_apply_", window, case.grad, 8): partial(triton_ops.window_apply_, grads, momenta, rows, reads),
+            ("window_apply_ with squares", window, case.grad): partial(
+                triton_ops.window_apply_, grads, [], rows, squares
+            ),
         }
         for key, call in calls.items():
             if key not in seen:
                 seen.add(key)
                 yield str(key[0]), case, call
+
+
+def _error(case: Case, blocks: Blocks) -> torch.Tensor | LowBit:
+    device = torch.device("meta")
+    if case.error in (BITS8, BITS4):
+        return allocate_lowbit(blocks.numel, 8 if case.error == BITS8 else 4, device, blocks.size)
+    return torch.empty(blocks.numel, dtype=case.error, device=device)
 
 
 def _rows(case: Case, numel: int) -> SparseRows:
@@ -432,10 +456,11 @@ def _row(result: CompiledCase) -> dict[str, object]:
 
 
 def _element_bytes(result: CompiledCase) -> int:
-    """Bytes that are loaded for an element: a gradient with its error, or a value of the window with its index."""
+    """Bytes that stream for an element: a gradient with its error, or a value of the window with its index."""
     case = result.case
     if result.operation == "compress_":
-        return case.grad.itemsize + (case.error.itemsize if case.error else 0)
+        streams = case.error is not None and case.error.is_floating_point  # few bits come in narrower accesses
+        return case.grad.itemsize + (case.error.itemsize if case.error and streams else 0)
     if result.operation in ("norm_is_finite", "average_", "store_lowbit_", "add_lowbit_"):
         return case.grad.itemsize
     return case.values.itemsize + Blocks(1, case.block_size, 1.0).index_dtype.itemsize

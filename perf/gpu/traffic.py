@@ -222,13 +222,13 @@ class _Counted:
 def _compress(window: Window, error_dtype: torch.dtype) -> _Counted:
     rows = window.rows
     grad, error = torch.randn(rows.blocks.numel), torch.zeros(rows.blocks.numel, dtype=error_dtype)
-    slot, finite = torch.tensor([window.slot]), torch.tensor(True)
+    slot = torch.tensor([window.slot])
     values, indices = rows.values.clone(), rows.indices.clone()  # the newest row is overwritten
     written = SparseRows(values, indices, rows.blocks)
     floor = grad.nbytes + 2 * error.nbytes + (values[:, 0].nbytes + indices[:, 0].nbytes)
 
     def run() -> None:
-        triton_ops.compress_([grad], [error], [written], slot, finite)
+        triton_ops.compress_([grad], [error], [written], slot)
 
     about: dict[str, object] = {"error": str(error_dtype).removeprefix("torch.")}
     return _Counted("compress_", about, run, [grad, error, values, indices], floor)

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from tests.contract.optimizers import CLASSES, small
+from tests.contract.optimizers import SETTINGS, small
 
 
-@pytest.fixture(params=CLASSES, ids=lambda cls: cls.__name__)
+@pytest.fixture(params=SETTINGS, ids=lambda cls: cls.__name__)
 def cls(request):
     return request.param
 

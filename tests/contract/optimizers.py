@@ -12,13 +12,52 @@ CLASSES = [
     efcp.SparseGGT,
     efcp.DenseGGT,
     efcp.LowRankGGT,
+    efcp.MicroAdam,
 ]
+
+
+class SparseMFAC8(efcp.SparseMFAC):
+    """With the error in 8 bits."""
+
+    def __init__(self, params, lr=1e-3, *, error_dtype=torch.int8, **options):
+        super().__init__(params, lr, error_dtype=error_dtype, **options)
+
+
+class SparseGGT4(efcp.SparseGGT):
+    """With the error in 4 bits."""
+
+    def __init__(self, params, lr=1e-3, *, error_dtype=torch.int4, **options):
+        super().__init__(params, lr, error_dtype=error_dtype, **options)
+
+
+class DenseAdam(efcp.EFCP):
+    """Adam's moments over a window of whole gradients."""
+
+    def __init__(self, params, lr=1e-3, *, eps=1e-8, **options):
+        super().__init__(params, lr, efcp.Identity(), efcp.AdamStats(eps=eps), **options)
+
+
+SETTINGS = [*CLASSES, SparseMFAC8, SparseGGT4, DenseAdam]
+
+
+def is_sparse(cls):
+    return "Sparse" in cls.__name__ or cls is efcp.MicroAdam
+
+
+def momentum_of(cls):
+    """Options that give updates a momentum: MicroAdam has it in its betas."""
+    return {"betas": (0.5, 0.9)} if cls is efcp.MicroAdam else {"momentum": 0.5}
+
+
+def knows_length(cls):
+    """Whether a class knows the length of an update before it takes it, as `max_update_norm` needs."""
+    return "Adam" not in cls.__name__
 
 
 def small(cls):
     """Options with which a class keeps little, and moves much."""
     options = {"window": 4, "lr": 0.02}
-    if "Sparse" in cls.__name__:
+    if is_sparse(cls):
         options |= {"density": 0.5, "block_size": 8}
     if "LowRank" in cls.__name__:
         options |= {"rank": 2}

@@ -6,7 +6,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.contract.optimizers import CLASSES, small
+import efcp
+from tests.contract.optimizers import CLASSES, is_sparse, small
 
 pytest.importorskip("expecttest", reason="torch.testing._internal needs it")
 with mock.patch.object(sys, "argv", sys.argv[:1]):  # it reads the command line, and takes it for its own
@@ -22,19 +23,24 @@ torch.backends.__allow_nonbracketed_mutation_flag = True  # it also forbids the 
 
 def _inputs(cls):
     own = {"damping": 1.0} if "MFAC" in cls.__name__ else {"beta1": 0.5, "beta2": 0.9}
+    if cls is efcp.MicroAdam:
+        own = {"betas": (0.5, 0.9), "correction": "step"}
     variants = {
         "default": {},
         "lr": {"lr": 0.01},
         "tensor lr": {"lr": torch.tensor(0.01)},
         "tensor lr of one dimension": {"lr": torch.tensor([0.01])},
         "weight_decay": {"weight_decay": 0.1},
-        "momentum": {"momentum": 0.5, "weight_decay": 0.1},
         "maximize": {"maximize": True, "weight_decay": 0.1},
-        "max_update_norm": {"max_update_norm": 1.0},
         "of its own": own,
     }
-    if "Sparse" in cls.__name__:
+    if cls is not efcp.MicroAdam:
+        variants["momentum"] = {"momentum": 0.5, "weight_decay": 0.1}
+        variants["max_update_norm"] = {"max_update_norm": 1.0}
+    if is_sparse(cls):
         variants["kept in float32"] = {"value_dtype": torch.float32, "error_dtype": torch.bfloat16}
+        variants["error in 8 bits"] = {"error_dtype": torch.int8}
+        variants["error in 4 bits"] = {"error_dtype": torch.int4}
         variants["no error feedback"] = {"error_feedback": False}
     return [OptimizerInput(None, small(cls) | options, name) for name, options in variants.items()]
 
@@ -44,9 +50,12 @@ def _error_inputs(cls, device, dtype):
         ({"lr": -1.0}, "lr must be a finite number ≥ 0, got -1.0"),
         ({"lr": torch.tensor([0.1, 0.1])}, "lr must have one element"),
         ({"window": 0}, "window must be an integer ≥ 1, got 0"),
-        ({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0"),
         ({"weight_decay": -0.1}, "weight_decay must be a finite number ≥ 0, got -0.1"),
     ]
+    if cls is efcp.MicroAdam:
+        wrong += [({"betas": (0.9, 1.0)}, r"betas must be two numbers in \[0, 1\), got \(0.9, 1.0\)")]
+    else:
+        wrong += [({"momentum": 1.0}, r"momentum must lie in \[0, 1\), got 1.0")]
     own = [ErrorOptimizerInput(OptimizerInput(None, k), error_type=ValueError, error_regex=m) for k, m in wrong]
     flags = [
         ErrorOptimizerInput(

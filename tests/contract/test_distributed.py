@@ -12,8 +12,8 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from efcp import SparseMFAC
-from tests.contract.optimizers import CLASSES, Regression, small
+from efcp import MicroAdam, SparseMFAC
+from tests.contract.optimizers import SETTINGS, Regression, SparseGGT4, small
 
 RANKS = 2
 
@@ -25,7 +25,7 @@ def train(rank, folder):
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
     results = {}
-    for cls in CLASSES:
+    for cls in SETTINGS:
         torch.manual_seed(0)
         model = DistributedDataParallel(nn.Sequential(nn.Linear(9, 14), nn.Tanh(), nn.Linear(14, 3)))
         torch.manual_seed(100 + rank)  # data differ from here on, and so would whatever else is random
@@ -55,7 +55,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("name", [cls.__name__ for cls in CLASSES])
+@pytest.mark.parametrize("name", [cls.__name__ for cls in SETTINGS])
 def test_ranks_stay_the_same(name, ranks):
     here, there = (result[name] for result in ranks)
     for key, value in here["model"].items():
@@ -69,7 +69,7 @@ def test_ranks_stay_the_same(name, ranks):
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("name", [cls.__name__ for cls in CLASSES])
+@pytest.mark.parametrize("name", [cls.__name__ for cls in SETTINGS])
 def test_zero_redundancy_optimizer_is_refused(name, ranks):
     for rank in ranks:
         assert "ZeroRedundancyOptimizer must have one process, got 2: it gives each " in rank[name]["refusal"]
@@ -94,10 +94,14 @@ def test_zero_redundancy_optimizer_of_one_process(alone, cls, options):
         problem.optimizer = ZeroRedundancyOptimizer(problem.model.parameters(), cls, **options)
         return problem
 
+    if cls is MicroAdam:  # with an error in 4 bits small entries differ by as much as a step
+        options = options | {"error_dtype": torch.float32}
     plain, whole, resumed = Regression(cls, options), zero(0), zero(0)
     plain.step(6)
     whole.step(6)
-    torch.testing.assert_close(plain.flat(), whole.flat())
+    # Parameters in another order have other random numbers for errors in 4 bits.
+    tolerance = {"rtol": 0.1, "atol": 0.01} if cls is SparseGGT4 else {}
+    torch.testing.assert_close(plain.flat(), whole.flat(), **tolerance)
     file = io.BytesIO()
     whole.optimizer.consolidate_state_dict()
     torch.save(whole.optimizer.state_dict(), file)

@@ -10,7 +10,7 @@ import torch
 from torch import distributed
 
 from efcp import SparseGGT, SparseMFAC
-from tests.contract.optimizers import CLASSES, Regression, assert_same, small
+from tests.contract.optimizers import CLASSES, Regression, assert_same, momentum_of, small
 
 checkpoint = pytest.importorskip("torch.distributed.checkpoint")
 state_dict = pytest.importorskip("torch.distributed.checkpoint.state_dict")
@@ -55,7 +55,7 @@ def through_a_folder(saved, other, options, folder):
 
 def check_resumes(cls, way, through, folder, *, frozen=False, lr=0.02):
     options = state_dict.StateDictOptions(**WAYS[way])
-    problem, other = (Regression(cls, small(cls) | {"momentum": 0.5, "lr": lr}, seed=seed) for seed in (0, 1))
+    problem, other = (Regression(cls, small(cls) | momentum_of(cls) | {"lr": lr}, seed=seed) for seed in (0, 1))
     other.x, other.y = problem.x, problem.y
     if frozen:
         for each in (problem, other):
@@ -103,5 +103,6 @@ def test_param_groups_hold_plain_values(cls, options):
         problem.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], **added})
         for group in (*problem.optimizer.param_groups, *problem.optimizer.state_dict()["param_groups"]):
             values = {name: value for name, value in group.items() if name != "params"}
-            assert all(isinstance(value, (bool, int, float, str, type(None))) for value in values.values())
+            single = [x for value in values.values() for x in (value if isinstance(value, list) else [value])]
+            assert all(isinstance(value, (bool, int, float, str, type(None))) for value in single)
             assert not dtypes or values | given == values

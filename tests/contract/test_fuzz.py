@@ -12,8 +12,8 @@ import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from efcp import DenseGGT, LowRankMFAC, SparseGGT, SparseMFAC, estimate_memory, memory_report
-from tests.contract.optimizers import small
+from efcp import DenseGGT, LowRankMFAC, MicroAdam, SparseGGT, SparseMFAC, estimate_memory, memory_report
+from tests.contract.optimizers import momentum_of, small
 from tests.efcp.problems import window_rows
 
 SHAPES = [(3, 5), (), (17,), (4, 2, 3)]
@@ -23,10 +23,10 @@ KINDS = st.sampled_from(["normal", "normal", "none", "zero", "nan", "inf", "huge
 class Training(RuleBasedStateMachine):
     """An optimizer in the hands of a careless user; what it should have counted is counted beside it."""
 
-    @initialize(cls=st.sampled_from([SparseMFAC, DenseGGT, LowRankMFAC, SparseGGT]), seed=st.integers(0, 99))
+    @initialize(cls=st.sampled_from([SparseMFAC, DenseGGT, LowRankMFAC, SparseGGT, MicroAdam]), seed=st.integers(0, 99))
     def start(self, cls, seed):
         self.generator = torch.Generator().manual_seed(seed)
-        self.options = small(cls) | {"window": 3, "momentum": 0.5, "weight_decay": 0.1}
+        self.options = small(cls) | momentum_of(cls) | {"window": 3, "weight_decay": 0.1}
         self.params = [self.parameter(shape) for shape in SHAPES[:2]]
         self.optimizer = cls(self.params, **self.options)
         self.steps = self.skipped = 0

@@ -7,11 +7,11 @@ import torch
 from torch.library import opcheck
 from torch.utils._pytree import tree_leaves
 
-from efcp import SparseMFAC, kernels
+from efcp import MicroAdam, SparseMFAC, kernels
 from efcp.kernels import Blocks, SparseRows, operators
-from tests.contract.optimizers import Regression, assert_same, small
+from tests.contract.optimizers import Regression, SparseGGT4, SparseMFAC8, assert_same, small
 
-OPERATORS = ["compress_", "window_dots", "update_inverse_root_", "window_apply_"]  # in the order of a step
+OPERATORS = ["compress_", "undo_compress_", "window_dots", "update_inverse_root_", "window_apply_"]  # in order
 LAYOUTS = [(1, 4096, 0.01), (63, 16, 0.1), (1000, 256, 0.05), (4097, 4096, 0.01)]
 
 
@@ -21,27 +21,36 @@ def layout(request):
 
 
 def arguments(layout, *, window=3, error_dtype=torch.float32):
-    """Two parameters with three random rows each: (grads, errors, rows, slot, finite), of `compress_`."""
+    """Two parameters with three random rows each: (grads, errors, rows, slot, finite, keys), of `compress_`."""
     numel, block_size, density = layout
     rows = []
     for blocks in (Blocks(numel, block_size, density), Blocks(20, block_size, density)):
         shape = (blocks.count, window, blocks.kept)
         rows.append(SparseRows(torch.zeros(shape), torch.zeros(shape, dtype=blocks.index_dtype), blocks))
-    numels = [r.blocks.numel for r in rows]
-    errors = [] if error_dtype is None else [torch.zeros(n, dtype=error_dtype) for n in numels]
+    layouts = [r.blocks for r in rows]
+    errors, keys = [], [torch.tensor([n]) for n in range(2) if error_dtype == torch.uint8]
+    if error_dtype in (torch.int8, torch.uint8):
+        bits = 8 if error_dtype == torch.int8 else 4
+        errors = [kernels.allocate_lowbit(b.numel, bits, torch.device("cpu"), b.size) for b in layouts]
+    elif error_dtype is not None:
+        errors = [torch.zeros(b.numel, dtype=error_dtype) for b in layouts]
     finite = torch.tensor(True)
     for row in range(window):
-        kernels.compress_([torch.randn(n) for n in numels], errors, rows, torch.tensor([row]), finite)
-    return [torch.randn(n) for n in numels], errors, rows, torch.tensor([1]), finite
+        grads = [torch.randn(b.numel) for b in layouts]
+        kernels.compress_(grads, errors, rows, torch.tensor([row]), keys)
+    return [torch.randn(b.numel) for b in layouts], errors, rows, torch.tensor([1]), finite, keys
 
 
 @pytest.mark.parametrize("all_gradients", [True, False], ids=["all gradients", "a gradient is None"])
-@pytest.mark.parametrize("error_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("error_dtype", [None, torch.float32, torch.bfloat16, torch.int8, torch.uint8], ids=str)
 def test_compress_is_a_lawful_operator(layout, error_dtype, all_gradients):
-    grads, errors, rows, slot, finite = arguments(layout, error_dtype=error_dtype)
+    grads, errors, rows, slot, finite, keys = arguments(layout, error_dtype=error_dtype)
     if not all_gradients:
         grads[1] = None
-    opcheck(operators.compress_, (grads, errors, *operators.unpacked(rows), slot, finite))
+    own = operators.unpacked_numbers(errors)
+    opcheck(operators.compress_, (grads, *own, *operators.unpacked(rows), slot, keys))
+    for flag in (finite, ~finite):
+        opcheck(operators.undo_compress_, (grads, *own, *operators.unpacked(rows), slot, flag, keys))
 
 
 def lowbit(vectors, bits):
@@ -55,7 +64,7 @@ def lowbit(vectors, bits):
 def some_momenta(kind, vectors):
     """(momenta, scales), as operators take them: none, of floating point, or of 8 bits."""
     momenta = {"no momenta": list, "momenta": lambda: [torch.randn_like(x) for x in vectors]}
-    return operators.unpacked_momenta(momenta[kind]() if kind in momenta else lowbit(vectors, 8))
+    return operators.unpacked_numbers(momenta[kind]() if kind in momenta else lowbit(vectors, 8))
 
 
 KINDS = ["no momenta", "momenta", "8 bits"]
@@ -63,31 +72,32 @@ KINDS = ["no momenta", "momenta", "8 bits"]
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_window_dots_is_a_lawful_operator(layout, kind):
-    grads, _, rows, slot, _ = arguments(layout)
+    grads, _, rows, slot, *_ = arguments(layout)
     opcheck(operators.window_dots, (*operators.unpacked(rows), slot, *some_momenta(kind, grads)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_window_apply_is_a_lawful_operator(layout, dtype, kind):
-    grads, _, rows, _, _ = arguments(layout)
+    grads, _, rows, *_ = arguments(layout)
     targets = [grad.to(dtype) for grad in grads]
     weights, scalars = torch.randn(3, dtype=torch.float64), torch.tensor([0.9, -0.1, 0.5], dtype=torch.float64)
     update = (weights, *scalars[:2].unbind(), None if kind == "no momenta" else scalars[2], kind == "momenta")
+    update += (weights.square(), scalars[0]) if kind == "no momenta" else (None, None)
     opcheck(operators.window_apply_, (targets, *some_momenta(kind, targets), *operators.unpacked(rows), *update))
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_average_is_a_lawful_operator(layout, kind):
-    grads, _, _, _, finite = arguments(layout)
+    grads, _, _, _, finite, _ = arguments(layout)
     momenta, scales = some_momenta(kind, grads)
     opcheck(operators.average_, (momenta, scales, [grads[0], None], 0.9, finite))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_operators_on_few_bits_are_lawful(layout, bits):
-    vectors, *_, finite = arguments(layout)
-    codes, scales = operators.unpacked_momenta(lowbit(vectors, bits))
+    vectors, *_, finite, _ = arguments(layout)
+    codes, scales = operators.unpacked_numbers(lowbit(vectors, bits))
     opcheck(operators.add_lowbit_, ([torch.randn_like(x) for x in vectors], codes, scales))
     keys = [torch.tensor([3]), torch.tensor([5])] if bits == 4 else []
     opcheck(operators.store_lowbit_, (codes, scales, vectors, finite, keys))
@@ -100,8 +110,8 @@ def test_update_inverse_root_is_a_lawful_operator(window):
     opcheck(operators.update_inverse_root_, (root, root[window // 2].clone(), gram, slot, 0.5))
 
 
-def operations(grads, errors, rows, slot, finite):
-    kernels.compress_(grads, errors, rows, slot, finite)
+def operations(grads, errors, rows, slot, finite, keys):
+    kernels.undo_compress_(grads, errors, rows, slot, kernels.compress_(grads, errors, rows, slot, keys), keys)
     dots = kernels.window_dots(rows, slot)
     step = torch.tensor(0.5)
     gram = torch.outer(dots, dots)
@@ -174,9 +184,10 @@ def check_compiled_step(cls, options, steps):
     assert_same(problem, compiled)
 
 
-def test_compiled_step():
+@pytest.mark.parametrize("cls", [SparseMFAC, SparseMFAC8, SparseGGT4, MicroAdam], ids=lambda cls: cls.__name__)
+def test_compiled_step(cls):
     """Graphs break where state is made and blocks are looked up; results are those of the eager step, bit for bit."""
-    check_compiled_step(SparseMFAC, small(SparseMFAC), 4)
+    check_compiled_step(cls, small(cls), 4)
 
 
 @pytest.mark.slow

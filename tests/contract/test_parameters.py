@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from efcp import SparseMFAC
-from tests.contract.optimizers import Regression, assert_same
+from tests.contract.optimizers import Regression, assert_same, momentum_of
 
 
 def test_frozen_parameters_stay_and_take_no_memory(cls, options):
@@ -23,7 +23,7 @@ def test_frozen_parameters_stay_and_take_no_memory(cls, options):
 
 
 def test_parameter_frozen_in_the_middle_stays(cls, options):
-    problem = Regression(cls, options | {"momentum": 0.5, "weight_decay": 0.1})
+    problem = Regression(cls, options | momentum_of(cls) | {"weight_decay": 0.1})
     problem.step(3)
     frozen = problem.params[2]
     frozen.requires_grad_(False)
@@ -77,7 +77,7 @@ def test_swapped_tensors_keep_their_state(cls, options):
 @pytest.mark.parametrize("swap", [False, True], ids=["data", "swap"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_model_cast_before_the_first_step(cls, options, dtype, swap):
-    options = options | {"momentum": 0.5}
+    options = options | momentum_of(cls)
     problem, other = Regression(cls, options), Regression(cls, options, dtype=dtype)
     torch.__future__.set_swap_module_params_on_conversion(swap)
     try:
@@ -94,7 +94,7 @@ def test_model_cast_before_the_first_step(cls, options, dtype, swap):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 def test_model_cast_in_the_middle_goes_on_with_its_state(cls, options, dtype):
-    options = options | {"momentum": 0.5} | ({"beta1": 0.5} if "GGT" in cls.__name__ else {})
+    options = options | momentum_of(cls) | ({"beta1": 0.5} if "GGT" in cls.__name__ else {})
     problem = Regression(cls, options)
     problem.step(5)
     before = problem.error()

@@ -19,7 +19,8 @@ from torch import nn
 import efcp
 from efcp import GGT, DenseMFAC, SparseMFAC
 from efcp.gram import Gram
-from tests.contract.optimizers import CLASSES, assert_same, small
+from efcp.options import agreed_preconditioner
+from tests.contract.optimizers import SETTINGS, assert_same, momentum_of, small
 from tests.efcp.problems import newest_slot, window_rows
 
 WINDOWED = ("values", "rows", "left", "right", "error")
@@ -34,7 +35,7 @@ class Task:
         generator = torch.Generator().manual_seed(0)
         self.generator, self.frozen = torch.Generator().manual_seed(1), []
         groups = [[nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes] for shapes in self.SHAPES]
-        own = {"momentum": 0.5}
+        own = momentum_of(cls)
         if cls.__name__ in ("DenseGGT", "LowRankGGT"):
             own |= {"beta1": 0.5, "beta2": 0.9, "refresh_every": 2}
         self.optimizer = cls([{"params": group} for group in groups], **small(cls) | own | options)
@@ -93,7 +94,14 @@ class Task:
 
 
 def assert_follows(optimizer):
-    """S is GGᵀ, and the weights of the last step are those of S."""
+    """S is GGᵀ, and the weights of the last step are those of S; or of the number of steps, where S is not used."""
+    if not optimizer.preconditioner.uses_gram:
+        assert not optimizer.shared["pending"]
+        assert not optimizer.shared["gram"].any()
+        slot = torch.tensor([newest_slot(optimizer)])
+        expected = agreed_preconditioner(optimizer.param_groups, optimizer.preconditioner)
+        assert torch.equal(optimizer.shared["weights"], expected.weights(Gram(optimizer.shared), slot))
+        return
     params = [p for group in optimizer.param_groups for p in group["params"]]
     rows = torch.cat([window_rows(optimizer, p) for p in params if "numel" in optimizer.state.get(p, {})], dim=1)
     expected, shared = rows @ rows.t(), optimizer.shared
@@ -117,7 +125,7 @@ def assert_follows(optimizer):
 
 def group_in_front(task):
     p = nn.Parameter(torch.zeros(6, 5))
-    shared = ("eps", "beta2", "refresh_every", "damping")
+    shared = ("eps", "beta2", "refresh_every", "damping", "betas")
     own = {name: value for name, value in task.optimizer.param_groups[0].items() if name in shared}
     task.optimizer.add_param_group({"params": [p], **own})
     task.optimizer.param_groups.insert(0, task.optimizer.param_groups.pop())
@@ -433,7 +441,7 @@ def places(task):
     calls = Calls()
     calls.step(task.copied())
     last = {site: number for number, site in enumerate(calls.sites)}
-    share = CLASSES.index(type(task.optimizer)) in (0, 2, 4)
+    share = SETTINGS.index(type(task.optimizer)) % 2 == 0
     return sorted(number for (_, instruction), number in last.items() if (instruction // 2) % 2 == share)
 
 

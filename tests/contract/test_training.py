@@ -8,8 +8,8 @@ from torch.amp import GradScaler
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from efcp import DenseGGT, SparseMFAC
-from tests.contract.optimizers import Regression, assert_same, small
+from efcp import DenseGGT, MicroAdam, SparseMFAC
+from tests.contract.optimizers import Regression, assert_same, momentum_of, small
 
 # ---- mixed precision
 
@@ -101,11 +101,11 @@ CYCLE_MOMENTUM = ("CyclicLR", "OneCycleLR")
 
 
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
-@pytest.mark.parametrize("cls", [SparseMFAC, DenseGGT])
+@pytest.mark.parametrize("cls", [SparseMFAC, DenseGGT, MicroAdam])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler(cls, name, tensor):
     """Saved in the middle and loaded into new objects, training goes on with the same bits."""
-    options = small(cls) | ({"momentum": 0.5} if name in CYCLE_MOMENTUM else {})
+    options = small(cls) | (momentum_of(cls) if name in CYCLE_MOMENTUM else {})
     options |= {"lr": torch.tensor(0.02)} if tensor else {}
 
     def make():
@@ -116,7 +116,8 @@ def test_every_scheduler(cls, name, tensor):
         problem.step()
         scheduler.step(*([problem.error()] if name == "ReduceLROnPlateau" else []))
         seen.append(tuple(float(group["lr"]) for group in problem.optimizer.param_groups))
-        momenta.add(problem.optimizer.param_groups[0]["momentum"])
+        group = problem.optimizer.param_groups[0]
+        momenta.add(tuple(group["betas"]) if cls is MicroAdam else group["momentum"])
 
     seen, momenta = [], set()
     problem, scheduler = make()

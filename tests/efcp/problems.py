@@ -8,6 +8,8 @@ COMPRESSORS = {
     "dense": Identity(),
     "sparse": TopK(density=0.1, block_size=16, value_dtype=torch.float32),
     "sparse-bf16": TopK(density=0.3, block_size=8, error_dtype=torch.bfloat16),
+    "sparse-8-bits": TopK(density=0.3, block_size=8, error_dtype=torch.int8),
+    "sparse-4-bits": TopK(density=0.1, block_size=15, error_dtype=torch.int4),
     "sparse-no-feedback": TopK(density=0.3, block_size=8, error_feedback=False),
     "low-rank": LowRank(rank=2, value_dtype=torch.float32),
     "low-rank-bf16": LowRank(rank=1, power_iterations=2, error_dtype=torch.bfloat16),

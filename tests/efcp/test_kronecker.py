@@ -106,3 +106,23 @@ def test_zero_rows_leave_the_momentum_as_it_is():
         p.grad = torch.zeros_like(p)
         optimizer.step()
     assert torch.equal(p, torch.zeros_like(p))
+
+
+@pytest.mark.parametrize("dimension", [3, 7, 8, 20])
+@pytest.mark.parametrize("held", [1, 4], ids=["one row held", "full window"])
+@pytest.mark.parametrize("exponent", [-0.25, -0.5])
+def test_metric_is_that_of_k_whichever_side_is_decomposed(exponent, held, dimension):
+    """M = √B h(K) √B with h(s) = ((1 + s/δ)^p − 1) / s, also on the null space of K, by one dense decomposition."""
+    m, r, kappa = 4, 2, 0.01
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(2, m, r, dimension, generator=generator, dtype=torch.float64)
+    halves = torch.randn(2, m, r, r, generator=generator, dtype=torch.float64)
+    roots = halves @ halves.mT * (torch.arange(m) < held)[:, None, None]
+    for i, M in enumerate(Kronecker(kappa)._metric(roots, own, exponent)):
+        root, stacked = torch.block_diag(*roots[i]), own[i].flatten(0, 1)
+        K = root @ stacked @ stacked.t() @ root
+        s, V = torch.linalg.eigh(K)
+        delta = kappa * K.trace() / dimension
+        h = torch.where(s > 1e-9 * s.max(), ((1 + s / delta) ** exponent - 1) / s, exponent / delta)
+        expected = root @ (V * h) @ V.t() @ root
+        torch.testing.assert_close(M, expected, rtol=0, atol=1e-9 * expected.abs().max().item())

@@ -4,12 +4,26 @@ import pytest
 import torch
 
 import efcp
-from efcp import DenseGGT, DenseMFAC, LowRankGGT, LowRankMFAC, SparseGGT, SparseMFAC, estimate_memory, memory_report
+from efcp import (
+    DenseGGT,
+    DenseMFAC,
+    LowRankGGT,
+    LowRankMFAC,
+    MicroAdam,
+    SparseGGT,
+    SparseMFAC,
+    estimate_memory,
+    memory_report,
+)
 
 OPTIMIZERS = [
     (SparseMFAC, {"window": 20, "density": 0.03, "momentum": 0.9}),
     (SparseMFAC, {"window": 20, "value_dtype": torch.float32, "error_dtype": torch.bfloat16, "block_size": 200}),
+    (SparseMFAC, {"window": 3, "error_dtype": torch.int8}),
+    (SparseMFAC, {"window": 3, "error_dtype": torch.int4, "block_size": 77}),
     (SparseMFAC, {"window": 3, "error_feedback": False}),
+    (MicroAdam, {}),
+    (MicroAdam, {"window": 3, "error_dtype": None, "value_dtype": torch.float32, "block_size": 200}),
     (DenseMFAC, {"window": 5}),
     (SparseGGT, {"window": 7, "beta1": 0.9}),
     (DenseGGT, {"window": 7}),

@@ -16,6 +16,8 @@ from tests.efcp.problems import Problem
 OPTIMIZERS = {
     "SparseMFAC": (SparseMFAC, {"density": 0.1, "block_size": 300, "momentum": 0.9}),
     "SparseMFAC-bf16-error": (SparseMFAC, {"density": 0.1, "error_dtype": torch.bfloat16}),
+    "SparseMFAC-8-bits": (SparseMFAC, {"density": 0.1, "error_dtype": torch.int8}),
+    "SparseGGT-4-bits": (SparseGGT, {"density": 0.1, "error_dtype": torch.int4, "block_size": 99}),
     "SparseMFAC-no-feedback": (SparseMFAC, {"density": 0.1, "error_feedback": False}),
     "DenseMFAC": (DenseMFAC, {"weight_decay": 0.1}),
     "SparseGGT": (SparseGGT, {"density": 0.1, "beta1": 0.5, "beta2": 0.9}),

@@ -1,6 +1,7 @@
 """What users expect of a step: options, param groups, dtypes and shapes, non-finite gradients, errors, costs."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from efcp import EFCP, GGT, MFAC, DenseGGT, DenseMFAC, Identity, SparseGGT, Spar
 from efcp.kernels import reference
 from efcp.lookout import Lookout
 from efcp.preconditioners import mfac
-from efcp.windows import dense
+from efcp.windows import batched, dense
 from tests.efcp.problems import Problem, window_rows
 
 ALL = [SparseMFAC, DenseMFAC, SparseGGT, DenseGGT]
@@ -51,6 +52,8 @@ def test_weight_decay_is_decoupled_and_multiplied_by_lr(compressor, momentum):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_maximize_is_minimising_the_negative(compressor, preconditioner, momentum):
+    if getattr(compressor, "error_dtype", None) == torch.int4:  # whose random rounding is not symmetric
+        compressor = replace(compressor, error_dtype=torch.int8)
     options = {"compressor": compressor, "preconditioner": preconditioner, "momentum": momentum, "weight_decay": 0.1}
     up = Problem(maximize=True, **options)
     down = Problem(**options)
@@ -284,9 +287,10 @@ def test_autograd_notices_a_step_between_forward_and_backward():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e200], ids=str)
-@pytest.mark.parametrize("step", [0, 1, 6])
-def test_step_with_a_non_finite_gradient_changes_nothing_but_the_row(bad, step, compressor, preconditioner):
-    options = {"momentum": 0.5, "beta1": 0.5, "weight_decay": 0.1, "window": 4}
+@pytest.mark.parametrize(("step", "beta1"), [(0, 0.0), (1, 0.5), (6, 0.0), (6, 0.5)])
+def test_step_with_a_non_finite_gradient_changes_nothing_but_the_row(bad, step, beta1, compressor, preconditioner):
+    """Errors of sparse windows are those of before up to one rounding of the largest number that was in them."""
+    options = {"momentum": 0.5, "beta1": beta1, "weight_decay": 0.1, "window": 4}
     problem = Problem(compressor=compressor, preconditioner=preconditioner, **options)
     problem.step(step)
     problem.set_gradients()
@@ -302,7 +306,12 @@ def test_step_with_a_non_finite_gradient_changes_nothing_but_the_row(bad, step, 
     assert torch.equal(problem.flat(), before)
     assert problem.optimizer.skipped_steps == 1
     for (i, name), value in kept.items():
-        assert torch.equal(problem.optimizer.state[problem.params[i]][name], value)
+        now, grad = problem.optimizer.state[problem.params[i]][name], problem.params[i].grad
+        if name == "error" and isinstance(compressor, TopK) and grad is not None:
+            largest = max(float(t[t.isfinite()].abs().max()) for t in (value, grad.clamp(-1e6, 1e6)))
+            torch.testing.assert_close(now, value, rtol=0, atol=2 * torch.finfo(value.dtype).eps * largest)
+        else:
+            assert torch.equal(now, value)
     for p in problem.params:
         assert not window_rows(problem.optimizer, p)[step % 4].any()
         for value in problem.optimizer.state[p].values():
@@ -440,7 +449,7 @@ SYNCHRONISING = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "e
 @pytest.mark.parametrize("lr", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
 def test_step_never_waits_for_a_value(options, preconditioner, lr, compressor, monkeypatch):
     """No operation whose result the host must know before it goes on: a number, or a shape."""
-    for module in (mfac, dense):
+    for module in (mfac, dense, batched):
         monkeypatch.setattr(module, "is_on_cpu", lambda tensor: False)  # as on an accelerator
     monkeypatch.setattr(Lookout, "_read", lambda *_: None)  # it copies, and waits for nothing
     problem = Problem(compressor=compressor, preconditioner=preconditioner, lr=lr, window=3, **options)

@@ -16,6 +16,8 @@ from triton.runtime import interpreter
 from efcp.kernels import triton as triton_ops
 from tests.kernels.kernel_cases import (
     BFLOAT16,
+    BITS4,
+    BITS8,
     FLOAT32,
     FLOAT64,
     Case,
@@ -25,6 +27,7 @@ from tests.kernels.kernel_cases import (
     check_dots,
     check_lowbit,
     check_norm_is_finite,
+    check_undo,
 )
 
 CASES = [
@@ -33,6 +36,12 @@ CASES = [
     Case(100, 64, 0.07, error=None, values=FLOAT32, finite=False),
     Case(100, 300, 0.1, grad=FLOAT64, error=FLOAT32, values=FLOAT32, slot=2),
     Case(63, 16, 1.0, error=BFLOAT16, slot=0),
+]
+FEW_BITS = [
+    Case(300, 200, 0.1, error=BITS8, values=FLOAT32),
+    Case(100, 15, 0.3, error=BITS4, values=FLOAT32, kind="ties"),
+    Case(256, 256, 0.1, error=BITS4),
+    Case(100, 64, 0.07, grad=BFLOAT16, error=BITS8, finite=False),
 ]
 
 
@@ -65,7 +74,12 @@ if __name__ == "__main__":
         print(case)
         check_norm_is_finite(triton_ops.norm_is_finite, case)
         check_compress(triton_ops.compress_, case)
+        check_undo(triton_ops.undo_compress_, case)
         check_average(triton_ops.average_, case)
         check_lowbit((triton_ops.store_lowbit_, triton_ops.add_lowbit_), case)
         check_dots(triton_ops.window_dots, case)
         check_apply(triton_ops.window_apply_, case)
+    for case in FEW_BITS:
+        print(case)
+        check_compress(triton_ops.compress_, case)
+        check_undo(triton_ops.undo_compress_, case)

@@ -18,6 +18,7 @@ from efcp.kernels import Blocks, LowBit, SparseRows, Update, allocate_lowbit, re
 from efcp.kernels.lowbit import encoded
 
 FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+BITS8, BITS4 = torch.int8, torch.uint8  # of errors: the dtypes of codes
 
 # Of the dtype that an operation rounds to once at its end. Sums are taken in the accumulation dtype, in any order.
 TOLERANCE = {
@@ -29,7 +30,7 @@ TOLERANCE = {
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Allow = Callable[[Tensor], None] | None
-SHORT = {FLOAT32: "fp32", FLOAT64: "fp64", BFLOAT16: "bf16", FLOAT16: "fp16", None: "none"}
+SHORT = {FLOAT32: "fp32", FLOAT64: "fp64", BFLOAT16: "bf16", FLOAT16: "fp16", BITS8: "8", BITS4: "4", None: "none"}
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ def make(kind: str, numel: int, dtype: torch.dtype, seed: int) -> Tensor:
             x = torch.randint(-9, 10, (numel,), generator=generator).double() * smallest
         case "wide":  # many orders of magnitude
             x = torch.randn(numel, generator=generator, dtype=FLOAT64)
-            x = x * 10.0 ** torch.randint(-30, 30, (numel,), generator=generator)
+            x = x * 10.0 ** torch.randint(-30, 17, (numel,), generator=generator)
     return x.to(dtype)
 
 
@@ -101,11 +102,27 @@ class Case:
         if not self.finite and self.numel > 0:
             grad[self.numel // 2] = float("nan")
             grad[0] = float("inf")
-        return grad
+        return representable(grad, self) if self.few_bits else grad
 
-    def error_before(self) -> Tensor | None:
+    @property
+    def few_bits(self) -> bool:
+        """Whether the error is in 8 or 4 bits."""
+        return self.error in (BITS8, BITS4)
+
+    def error_before(self) -> Tensor | LowBit | None:
         # The error of a "zero" gradient is zero, too, so that the sum is.
-        return None if self.error is None else make(self.kind, self.numel, self.error, seed=4 * self.numel + 2)
+        seed = 4 * self.numel + 2
+        if not self.few_bits:
+            return None if self.error is None else make(self.kind, self.numel, self.error, seed)
+        values, size = make(self.kind, self.numel, FLOAT32, seed), self.blocks.size
+        pieces = [encoded(piece, self.error, key=torch.tensor([seed])) for piece in values.split(size) if len(piece)]
+        empty = allocate_lowbit(0, 8 if self.error == BITS8 else 4, values.device)
+        return LowBit(*(torch.cat(parts) for parts in zip(empty, *pieces, strict=True)))
+
+    @property
+    def keys(self) -> list[Tensor]:
+        """Of the random numbers that round the errors of the group."""
+        return [torch.tensor([(1 << 40) + 7 * i - 3]) for i in range(len(self.group))] if self.error == BITS4 else []
 
     def target(self) -> Tensor:
         """A parameter, or a momentum, of the dtype of the gradient."""
@@ -198,13 +215,16 @@ def check_compress(operation, case: Case, allow: Allow = None) -> None:
     for compress_ in (reference.compress_, operation):
         grads = [None if i == WITHOUT_GRADIENT else member.gradient() for i, member in enumerate(group)]
         errors = [] if case.error is None else [member.error_before() for member in group]
-        rows = [member.poisoned_window() for member in group]
+        rows, keys = [member.poisoned_window() for member in group], case.keys
         given = [grad for grad in grads if grad is not None]
-        register(allow, (*given, *errors, *tensors_of(rows)))
-        compress_(grads, errors, rows, torch.tensor([case.slot]), torch.tensor(case.finite))
+        register(allow, (*given, *parts_of(errors), *tensors_of(rows), *keys))
+        finite = compress_(grads, errors, rows, torch.tensor([case.slot]), *[keys][: len(keys)])
+        assert (finite.shape, finite.dtype) == ((), torch.bool)
+        assert bool(finite) == bool(reference.norm_is_finite(given))
         unchanged = (member.gradient() for i, member in enumerate(group) if i != WITHOUT_GRADIENT)
         assert_all_same_bits(given, unchanged, "grad")
-        results.append((errors, rows))
+        assert_all_same_bits(keys, case.keys, "key")
+        results.append((parts_of(errors), rows))
     (expected_errors, expected), (errors, actual) = results
     assert_all_same_bits((r.indices for r in actual), (r.indices for r in expected), "indices")
     assert_all_same_bits((r.values for r in actual), (r.values for r in expected), "values")
@@ -215,12 +235,34 @@ def check_compress_without_gradients(operation, case: Case, allow: Allow = None)
     """Where no parameter of a call has one, the row becomes zero all the same."""
     results = []
     for compress_ in (reference.compress_, operation):
-        rows = [member.poisoned_window() for member in case.group]
+        rows, keys = [member.poisoned_window() for member in case.group], case.keys
         errors = [] if case.error is None else [member.error_before() for member in case.group]
-        register(allow, (*errors, *tensors_of(rows)))
-        compress_([None] * len(rows), errors, rows, torch.tensor([case.slot]), torch.tensor(True))
-        results.append([*tensors_of(rows), *errors])
+        register(allow, (*parts_of(errors), *tensors_of(rows), *keys))
+        assert compress_([None] * len(rows), errors, rows, torch.tensor([case.slot]), *[keys][: len(keys)])
+        results.append([*tensors_of(rows), *parts_of(errors)])
     assert_all_same_bits(results[1], results[0], "tensor")
+
+
+def check_undo(operation, case: Case, allow: Allow = None) -> None:
+    """An implementation of `undo_compress_` gives the bits of the definition, and nothing changes if finite."""
+    for finite in (False, True):
+        results = []
+        for undo_compress_ in (reference.undo_compress_, operation):
+            group, keys = case.group, case.keys
+            grads = [None if i == WITHOUT_GRADIENT else member.gradient() for i, member in enumerate(group)]
+            errors = [] if case.error is None else [member.error_before() for member in group]
+            rows, slot = [member.poisoned_window() for member in group], torch.tensor([case.slot])
+            reference.compress_(grads, errors, rows, slot, keys)
+            compressed = [tensor.clone() for tensor in (*tensors_of(rows), *parts_of(errors))]
+            given = [grad for grad in grads if grad is not None]
+            register(allow, (*given, *parts_of(errors), *tensors_of(rows), *keys))
+            undo_compress_(grads, errors, rows, slot, torch.tensor(finite), *[keys][: len(keys)])
+            unchanged = (member.gradient() for i, member in enumerate(group) if i != WITHOUT_GRADIENT)
+            assert_all_same_bits(given, unchanged, "grad")
+            results.append([*tensors_of(rows), *parts_of(errors)])
+            if finite:
+                assert_all_same_bits(results[-1], compressed, "tensor")
+        assert_all_same_bits(results[1], results[0], "tensor")
 
 
 MOMENTA = (None, "float", "8 bits")
@@ -258,14 +300,32 @@ def check_dots(operation, case: Case, allow: Allow = None) -> None:
         torch.testing.assert_close(actual, reference.window_dots(rows, slot, momenta), **TOLERANCE[FLOAT64])
 
 
+# Of `window_apply_`: the kind of momenta, whether they are written, and whether there are square_weights.
+KINDS_OF_UPDATE = (
+    (None, False, False),
+    ("float", False, False),
+    ("float", True, False),
+    ("8 bits", False, False),
+    (None, False, True),
+    ("float", True, True),
+)
+
+
 def applied(
-    operation, case: Case, kind: str | None, weights: Tensor, writes: bool = False, allow: Allow = None
+    operation,
+    case: Case,
+    kind: str | None,
+    weights: Tensor,
+    writes: bool = False,
+    squares: bool = False,
+    allow: Allow = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """(targets, tensors of momenta) as `window_apply_` leaves them, in the dtype of the gradients.
 
     Args:
         kind: of momenta, one of MOMENTA.
         writes: whether momenta are written.
+        squares: whether there are square_weights.
     """
     rows = [member.random_window() for member in case.group]
     targets = [member.target() for member in case.group]
@@ -276,6 +336,9 @@ def applied(
     update = Update(weights, torch.tensor(0.75), torch.tensor(-0.3, dtype=FLOAT64), writes_momenta=writes)
     if momenta:
         update = update._replace(momentum_factor=torch.tensor(0.9, dtype=FLOAT64))
+    if squares:
+        square_weights = torch.linspace(0.5, 0.1, case.window, dtype=FLOAT64)
+        update = update._replace(square_weights=square_weights, eps=torch.tensor(1e-3))
     operation(targets, momenta, rows, update)
     assert_all_same_bits(unchanged, before, "window or momentum")
     return targets, parts_of(momenta)
@@ -284,9 +347,9 @@ def applied(
 def check_apply(operation, case: Case, allow: Allow = None) -> None:
     """An implementation of `window_apply_` agrees with the definition, with momenta of all kinds and without."""
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
-    for kind, writes in ((None, False), ("float", False), ("float", True), ("8 bits", False)):
-        actual = applied(operation, case, kind, weights, writes, allow)
-        expected = applied(reference.window_apply_, case, kind, weights, writes)
+    for kind, writes, squares in KINDS_OF_UPDATE:
+        actual = applied(operation, case, kind, weights, writes, squares, allow)
+        expected = applied(reference.window_apply_, case, kind, weights, writes, squares)
         torch.testing.assert_close(actual, expected, **TOLERANCE[case.grad])
 
 

@@ -184,9 +184,12 @@ def test_numbers_must_have_one_element_of_their_dtype():
 
 
 def test_weights_are_made_contiguous():
-    weights = torch.arange(10.0)[::2]
-    assert torch.equal(check_weights(weights, weights, 5), weights)
-    assert check_weights(weights, weights, 5).is_contiguous()
+    weights, one = torch.arange(10.0)[::2], torch.tensor(1.0)
+    update = Update(weights, one, one)
+    assert check_weights(weights, update, 5)[1] is None
+    for found in check_weights(weights, update._replace(square_weights=weights), 5):
+        assert torch.equal(found, weights)
+        assert found.is_contiguous()
 
 
 def test_gradients_must_be_of_one_dtype_and_on_the_device():
@@ -203,7 +206,7 @@ def test_gradients_must_be_of_one_dtype_and_on_the_device():
 # ---- the operations: one argument after the other is spoilt
 
 
-FACTORS = ("target_factor", "update_factor", "momentum_factor")
+FACTORS = ("target_factor", "update_factor", "momentum_factor", "eps")
 
 
 def all_arguments():
@@ -217,12 +220,17 @@ def all_arguments():
         "norm_is_finite": {"grads": vectors()},
         "compress_": {
             "grads": vectors(), "errors": vectors(), "rows": make_rows(),
-            "slot": torch.tensor([1]), "finite": torch.tensor(True),
+            "slot": torch.tensor([1]),
+        },
+        "undo_compress_": {
+            "grads": vectors(), "errors": vectors(), "rows": make_rows(),
+            "slot": torch.tensor([1]), "finite": torch.tensor(False),
         },
         "window_dots": {"rows": make_rows(), "slot": torch.tensor([1])},
         "window_apply_": {
             "targets": vectors(), "momenta": vectors(), "rows": make_rows(),
             "weights": torch.randn(WINDOW, dtype=torch.float64),
+            "square_weights": torch.rand(WINDOW, dtype=torch.float64),
             **dict.fromkeys(FACTORS, one),
         },
         "update_inverse_root_": {
@@ -250,12 +258,13 @@ SPOILT = {
 }
 SPOILABLE = {
     "norm_is_finite": ["grads"],
-    "compress_": ["grads", "errors", "values", "indices", "slot", "finite"],
+    "compress_": ["grads", "errors", "values", "indices", "slot"],
+    "undo_compress_": ["grads", "errors", "values", "indices", "slot", "finite"],
     "window_dots": ["values", "indices", "slot"],
-    "window_apply_": ["targets", "momenta", "values", "indices", "weights", *FACTORS],
+    "window_apply_": ["targets", "momenta", "values", "indices", "weights", "square_weights", *FACTORS],
     "update_inverse_root_": ["R", "column", "S", "slot"],
 }
-NUMBERS = ("slot", "finite", "weights", *FACTORS)  # of which those with steps are as good
+NUMBERS = ("slot", "finite", "weights", "square_weights", *FACTORS)  # of which those with steps are as good
 
 
 def spoilt_arguments():
@@ -320,7 +329,7 @@ def call(operation, arguments):
     """Calls an operation, the weights and factors of `window_apply_` in one."""
     own = dict(arguments)
     if "weights" in own:
-        own["update"] = Update(*(own.pop(name) for name in ("weights", *FACTORS)))
+        own["update"] = Update(**{name: own.pop(name) for name in ("weights", "square_weights", *FACTORS)})
     return getattr(kernels, operation)(*own.values())
 
 
@@ -385,6 +394,9 @@ def operations_on_numbers():
     def lowbit(bits):
         return [list(kernels.allocate_lowbit(numel, bits, torch.device("cpu"))) for numel in SIZES]
 
+    def errors(bits):
+        return [list(kernels.allocate_lowbit(r.blocks.numel, bits, CPU, r.blocks.size)) for r in make_rows()]
+
     finite, slot = torch.tensor(True), torch.tensor([1])
     keys = [torch.tensor([number]) for number in range(len(SIZES))]
     return {
@@ -396,6 +408,8 @@ def operations_on_numbers():
         "store_lowbit_ of 4 bits": [lowbit(4), vectors(), finite, keys],
         "window_dots": [make_rows(), slot, vectors()],
         "window_dots in 8 bits": [make_rows(), slot, lowbit(8)],
+        "compress_ with errors in 8 bits": [vectors(), errors(8), make_rows(), slot],
+        "compress_ with errors in 4 bits": [vectors(), errors(4), make_rows(), slot, keys],
     }
 
 
@@ -456,8 +470,13 @@ def test_operation_on_numbers_refuses_any_tensor_that_is_spoilt(operation, spoil
         ("store_lowbit_ of 4 bits", lambda a: a[1].pop(), "keys must hold 1 tensors, got 2"),
         ("add_lowbit_ of 8 bits", lambda a: a[1].pop(), "numbers must hold 2 tensors, got 1"),
         ("window_dots", lambda a: a[2].pop(), "momenta must hold 2 tensors, got 1"),
+        ("compress_ with errors in 8 bits", lambda a: a[1].pop(), "errors must hold 2 tensors, got 1"),
+        ("compress_ with errors in 4 bits", lambda a: a[4].clear(), "keys must hold 2 tensors, got 0"),
     ],
-    ids=["no momenta", "too few gradients", "too few keys", "too few values", "too few numbers", "too few momenta"],
+    ids=[
+        *("no momenta", "too few gradients", "too few keys", "too few values", "too few numbers", "too few momenta"),
+        *("too few errors", "no keys"),
+    ],
 )
 def test_operation_on_numbers_refuses_another_number_of_them(operation, change, message, refusing_backend):
     arguments = operations_on_numbers()[operation]
@@ -466,10 +485,26 @@ def test_operation_on_numbers_refuses_another_number_of_them(operation, change, 
         called(operation, arguments)
 
 
+def test_errors_are_all_of_one_kind(refusing_backend):
+    grads, (few, _), rows, slot = operations_on_numbers()["compress_ with errors in 8 bits"]
+    mixed = [kernels.LowBit(*few), torch.zeros(SIZES[1])]
+    with pytest.raises(TypeError, match=r"^errors\[1\] must be a LowBit, as others are, got a Tensor$"):
+        kernels.compress_(grads, mixed, rows, slot)
+    with pytest.raises(TypeError, match=r"^errors\[1\] must be a tensor, got a LowBit$"):
+        kernels.compress_(grads[::-1], mixed[::-1], rows[::-1], slot)
+
+
+@pytest.mark.parametrize("name", ["square_weights", "eps"])
+def test_square_weights_and_eps_go_together(name, refusing_backend):
+    arguments = all_arguments()["window_apply_"]
+    arguments[name] = None
+    check_refused("window_apply_", arguments, ValueError, "eps must be (None without|a tensor with) square_weights")
+
+
 def test_momenta_in_8_bits_are_not_written(refusing_backend):
     arguments = all_arguments()["window_apply_"]
     arguments["momenta"] = [kernels.allocate_lowbit(numel, 8, torch.device("cpu")) for numel in SIZES]
-    update = Update(*(arguments[name] for name in ("weights", *FACTORS)), writes_momenta=True)
+    update = Update(**{name: arguments[name] for name in ("weights", *FACTORS[:3])}, writes_momenta=True)
     with pytest.raises(ValueError, match="momenta must be floating point where they are written, got 8 bits"):
         kernels.window_apply_(arguments["targets"], arguments["momenta"], arguments["rows"], update)
 
@@ -506,13 +541,20 @@ def test_operations_touch_nothing_beside_their_tensors(sizes, block_size, grad, 
             for r in make_rows(block_size=block_size, sizes=sizes)
         ]
         grads, errors, targets, momenta = ([place(torch.randn(n).to(grad)) for n in sizes] for _ in range(4))
-        slot, finite, weights = place(torch.tensor([1]), 99), torch.tensor(True), place(torch.randn(WINDOW))
+        slot, weights = place(torch.tensor([1]), 99), place(torch.randn(WINDOW))
         numbers = [place(torch.tensor(x)) for x in (0.9, -0.1, 0.5)]
         assert kernels.norm_is_finite(grads)
-        kernels.compress_(grads, errors, rows, slot, finite)
+        few = [[kernels.allocate_lowbit(r.blocks.numel, bits, CPU, r.blocks.size) for r in rows] for bits in (8, 4)]
+        few = [[kernels.LowBit(place(x.codes, 77), place(x.scales)) for x in some] for some in few]
+        for some in (*few, errors):
+            keys = [place(torch.tensor([5]), 99) for _ in sizes]
+            kernels.compress_(grads, some, rows, slot, keys)
+            if some is not errors:  # the row is there once more
+                kernels.undo_compress_(grads, some, rows, slot, torch.tensor(False), keys)
         dots = kernels.window_dots(rows, slot)
         kernels.window_apply_(targets, momenta, rows, Update(weights, *numbers))
-        results.append([*errors, *targets, *momenta, dots, *(t for r in rows for t in r[:2])])
+        lowbit = [tensor for some in few for numbers in some for tensor in numbers]
+        results.append([*lowbit, *errors, *targets, *momenta, dots, *(t for r in rows for t in r[:2])])
     for buffer, numel, sentinel in buffers:
         outside = torch.cat([buffer[:GUARD], buffer[GUARD + numel :]])
         assert outside.isnan().all() if sentinel != sentinel else (outside == sentinel).all()

@@ -144,7 +144,8 @@ def test_operations_go_to_the_backend(monkeypatch):
     slot, one, x = torch.tensor([0]), torch.tensor(1.0), [torch.zeros(10)]
     calls = {
         "norm_is_finite": (x,),
-        "compress_": (x, [], rows, slot, torch.tensor(True)),
+        "compress_": (x, [], rows, slot, []),
+        "undo_compress_": (x, [], rows, slot, torch.tensor(True), []),
         "window_dots": (rows, slot, ()),
         "average_": (x, x, 0.9, torch.tensor(True)),
         "window_apply_": (x, [], rows, Update(torch.zeros(2), one, one)),
@@ -165,12 +166,15 @@ import sys
 
 sys.modules["triton"] = sys.modules["numba"] = None  # import fails from now on
 import torch
-from efcp.kernels import Blocks, SparseRows, Update, norm_is_finite, backend_name, compress_, window_apply_, window_dots
+from efcp.kernels import Blocks, SparseRows, Update, backend_name
+from efcp.kernels import compress_, norm_is_finite, undo_compress_, window_apply_, window_dots
 
 assert backend_name(torch.device("cuda", 0)) == backend_name(torch.device("cpu")) == "reference"
 rows = [SparseRows(torch.zeros(2, 1, 2), torch.zeros(2, 1, 2, dtype=torch.uint8), Blocks(5, 4, 0.5))]
 slot, grad, one = torch.tensor([0]), torch.tensor([1.0, -3.0, 2.0, 0.0, 4.0]), torch.tensor(1.0)
-compress_([grad], [], rows, slot, norm_is_finite([grad]))
+finite = compress_([grad], [], rows, slot)
+assert finite and norm_is_finite([grad])
+undo_compress_([grad], [], rows, slot, finite)
 assert window_dots(rows, slot).tolist() == [29.0]
 window_apply_([grad], [], rows, Update(-torch.ones(1), one, one))
 assert grad.tolist() == [1.0, 0.0, 0.0, 0.0, 0.0]

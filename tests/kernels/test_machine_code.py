@@ -243,12 +243,12 @@ def of_window(operation: str) -> list[torch.Tensor]:
     rows, slot, grad, error, target, momentum = (
         case.random_window(), torch.tensor([2]), case.gradient(), case.error_before(), case.target(), case.target(),
     )  # fmt: skip
-    one, finite = torch.tensor(1.0), torch.tensor(True)
+    one = torch.tensor(1.0)
     update = Update(torch.ones(5), one, one, one)
     assert error is not None
     calls: dict[str, Callable[[], Any]] = {
         "norm_is_finite": lambda: kernels.norm_is_finite([grad]),
-        "compress_": lambda: kernels.compress_([grad], [error], [rows], slot, finite),
+        "compress_": lambda: kernels.compress_([grad], [error], [rows], slot),
         "window_dots": lambda: kernels.window_dots([rows], slot),
         "window_apply_": lambda: kernels.window_apply_([target], [momentum], [rows], update),
     }

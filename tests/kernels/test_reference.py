@@ -1,6 +1,7 @@
 """The definition against slow and independent ones: loops over blocks and sorting, dense algebra in float64."""
 
 import math
+from dataclasses import replace
 from decimal import Decimal
 
 import numpy as np
@@ -9,11 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from efcp.kernels import Blocks, LowBit, SparseRows, Update, accumulation_dtype, allocate_lowbit, reference
-from efcp.kernels.lowbit import SMALLEST_SCALE, decoded, hashed, uniform
+from efcp.kernels import (
+    Blocks,
+    LowBit,
+    SparseRows,
+    Update,
+    accumulation_dtype,
+    allocate_lowbit,
+    decoded_blocks,
+    reference,
+)
+from efcp.kernels.lowbit import SMALLEST_SCALE, decoded, encoded, hashed, uniform
 from tests.kernels.kernel_cases import (
     BETA,
     BFLOAT16,
+    BITS4,
+    BITS8,
     FINITE,
     FLOAT16,
     FLOAT32,
@@ -73,32 +85,35 @@ def oracle(case):
     """What `compress_` ought to write: (values, indices) of the new row, block by block, and the error."""
     dtype = accumulation_dtype(case.grad)
     before = case.error_before()
-    a = case.gradient().to(dtype)
-    if before is not None:
-        a = before.to(dtype) + a
-    if not case.finite:
-        a = torch.zeros_like(a)
+    grad = case.gradient().to(dtype)
+    a = grad if before is None else before.to(dtype) + grad
     values, indices, error, start = [], [], a.clone(), 0
     for length in lengths(case):
-        block = a[start : start + length]
+        part = slice(start, start + length)
+        block = a[part]
+        if not grad[part].square().sum().isfinite():
+            block = torch.zeros_like(block)
         descending = np.argsort(-np.abs(block.numpy()), kind="stable")
         index = torch.from_numpy(np.sort(descending[: count(case, length)]))
         value = block[index].to(case.values)
         error[start + index] -= value.to(dtype)
+        if before is not None and not grad[part].square().sum().isfinite():
+            error[part] = before[part]
         indices.append(index)
         values.append(value)
         start += length
     if before is None:
         return values, indices, None
-    return values, indices, error.to(case.error) if case.finite else before
+    return values, indices, error.to(case.error)
 
 
 def compressed(case):
     """`compress_` on a poisoned window: (values, indices, error)."""
     grad, error = case.gradient(), case.error_before()
     rows = case.poisoned_window()
-    errors = [] if error is None else [error]
-    reference.compress_([grad], errors, [rows], torch.tensor([case.slot]), torch.tensor(case.finite))
+    errors, keys = [] if error is None else [error], [KEY] if case.error == BITS4 else []
+    finite = reference.compress_([grad], errors, [rows], torch.tensor([case.slot]), keys)
+    assert bool(finite) == bool(grad.to(accumulation_dtype(case.grad)).norm().square().isfinite())
     assert_same_bits(grad, case.gradient(), "grad")
     return rows.values, rows.indices, error
 
@@ -157,6 +172,102 @@ def test_what_the_window_does_not_hold_stays_in_the_error(numel, kind, values):
         assert (error[row != 0] == 0).all()
 
 
+def blockwise(case, numbers):
+    """An error in few bits as float64, block by block, and the scale of each number."""
+    read, scale, codes, scales = [], [], *numbers
+    for length in lengths(case):
+        here = length if case.error == BITS8 else (length + 1) // 2
+        own = LowBit(codes[:here], scales[: -(-length // (64 if case.error == BITS8 else 128))])
+        codes, scales = codes[here:], scales[len(own.scales) :]
+        target = torch.zeros(length, dtype=FLOAT64)
+        reference.add_lowbit_([target], [own])
+        read.append(target)
+        scale.append(per_number(own, length))
+    assert len(codes) == len(scales) == 0
+    return torch.cat(read), torch.cat(scale)
+
+
+FEW_BITS = [
+    Case(4097, 256, 0.1, error=BITS8),
+    Case(4097, 256, 0.1, error=BITS4, kind="wide"),
+    Case(4097, 257, 0.1, error=BITS4, kind="ties"),
+    Case(4097, 100, 0.37, error=BITS8, kind="denormal"),
+    Case(4097, 4096, 0.01, error=BITS8, kind="zero"),
+    Case(1001, 7, 0.3, error=BITS4, grad=BFLOAT16),
+    Case(1001, 1, 1.0, error=BITS4),
+    Case(63, 4096, 0.1, error=BITS8, grad=FLOAT64),
+]
+few_bits = pytest.mark.parametrize("case", FEW_BITS, ids=str)
+
+
+def before_and_after(case, key=(1 << 40) + 11):
+    """(a, the new row and the new error, all float64; the scales of the latter), of `compress_` on one parameter."""
+    error, rows, grad = case.error_before(), case.poisoned_window(), case.gradient()
+    before, _ = blockwise(case, error)
+    a = before.to(accumulation_dtype(case.grad)) + grad.to(accumulation_dtype(case.grad))
+    keys = [torch.tensor([key])] if case.error == BITS4 else []
+    assert reference.compress_([grad], [error], [rows], torch.tensor([case.slot]), keys)
+    row = torch.zeros(case.numel, dtype=FLOAT64)
+    for block, length in enumerate(lengths(case)):
+        k = count(case, length)
+        index = rows.indices[block, case.slot, :k].long() + block * case.block_size
+        row[index] = rows.values[block, case.slot, :k].double()
+        assert (index.diff() > 0).all()
+    return a.double(), row, *blockwise(case, error)
+
+
+@few_bits
+def test_row_and_error_in_few_bits_add_up_to_the_sum_within_a_quantum(case):
+    """To half a scale in 8 bits, to less than one in 4; and what is zero stays zero."""
+    a, row, error, scale = before_and_after(case)
+    lost = (error + row - a).abs()
+    bound = scale * (0.5 if case.error == BITS8 else 1.0) * (1 + 2.0**-15)
+    smallest = SMALLEST_SCALE * (127 if case.error == BITS8 else 7)  # of a group that becomes zero
+    assert (lost <= torch.where(scale > 0, bound, smallest)).all()
+    assert (error[(a - row) == 0] == 0).all()
+
+
+@few_bits
+def test_an_error_in_few_bits_is_that_of_floats_rounded_block_by_block(case):
+    """The same row; and of each block the numbers that `store_lowbit_` gives, whatever the blocks beside it."""
+    _, row, error, _ = before_and_after(case)
+    exact = replace(case, error=FLOAT64 if case.grad == FLOAT64 else FLOAT32)
+    before, _ = blockwise(case, case.error_before())
+    floats, rows = before.to(exact.error), exact.poisoned_window()
+    reference.compress_([case.gradient()], [floats], [rows], torch.tensor([case.slot]))
+    start = 0
+    for block, length in enumerate(lengths(case)):
+        part, k = slice(start, start + length), count(case, length)
+        kept = rows.values[block, case.slot, :k].double()
+        assert torch.equal(row[part][rows.indices[block, case.slot, :k].long()], kept)
+        if case.error == BITS8:
+            assert torch.equal(error[part], read(stored(floats[part], 8), length))
+        else:
+            key = torch.tensor([(1 << 40) + 11])
+            own = encoded(floats[part].float(), BITS4, start, key)
+            assert torch.equal(error[part], read(own, length))
+        start += length
+
+
+def test_what_an_error_in_4_bits_loses_is_zero_on_average():
+    case = Case(1001, 300, 0.1, error=BITS4)
+    a, row, _, scale = before_and_after(case)
+    errors = torch.stack([before_and_after(case, key << 20)[2] for key in range(500)])
+    y = (a - row) / scale
+    up = y - y.floor()
+    deviation = errors.mean(0) / scale - y
+    normal = deviation / (up * (1 - up) / len(errors)).sqrt().clamp(min=1e-2)
+    assert normal.abs().max() < 5
+    assert abs(deviation.mean()) < 5 * 0.5 / (len(errors) * case.numel) ** 0.5
+
+
+def test_errors_in_4_bits_depend_on_the_key_alone():
+    case = Case(1001, 300, 0.1, error=BITS4)
+    first, again, other = (before_and_after(case, key)[2] for key in (5, 5, 6))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 def test_values_are_rounded_to_the_nearest_bfloat16():
     case = Case(4097, 256, 1.0, error=None)
     values, _, _ = compressed(case)
@@ -166,14 +277,32 @@ def test_values_are_rounded_to_the_nearest_bfloat16():
     assert torch.equal(bits(row).long() & 0xFFFF, nearest)
 
 
-@pytest.mark.parametrize("error", [FLOAT32, BFLOAT16, FLOAT64])
-def test_a_non_finite_step_writes_zeros_and_leaves_the_error(error):
+@pytest.mark.parametrize("error", [FLOAT32, BFLOAT16, FLOAT64, BITS8, BITS4])
+def test_a_non_finite_step_is_undone(error):
+    """The row is zero with the first positions, and the error as before: in its blocks, and nearly so in others."""
     case = Case(4097, 256, 0.1, error=error, finite=False)
-    values, _, after = compressed(case)
-    assert_same_bits(after, case.error_before(), "error")
-    assert (values[:-1, case.slot] == 0).all()
-    assert values[-1, case.slot, 0] == 0
-    assert values[-1, case.slot, 1:].isnan().all()  # padding: one element is kept of a tail of one
+    grad, after, rows, slot = case.gradient(), case.error_before(), case.poisoned_window(), torch.tensor([case.slot])
+    keys, others = [KEY] if error == BITS4 else [], [KEY + 1] if error == BITS4 else []
+    assert not reference.compress_([grad], [after], [rows], slot, keys)
+    reference.undo_compress_([grad], [after], [rows], slot, torch.tensor(False), others)
+    for block, length in enumerate(lengths(case)):
+        k = count(case, length)
+        assert (rows.values[block, case.slot, :k] == 0).all()
+        assert rows.indices[block, case.slot, :k].tolist() == list(range(k))
+        assert rows.values[block, case.slot, k:].isnan().all()  # padding
+
+    def floats(error):
+        numbers = decoded_blocks(error, case.blocks) if case.few_bits else [error]
+        return torch.cat([number.double().flatten() for number in numbers])
+
+    before, now = floats(case.error_before()), floats(after)
+    largest = max(before.abs().max(), grad[grad.isfinite()].abs().double().max())
+    rounding = {FLOAT32: 2.0**-23, BFLOAT16: 2.0**-7, FLOAT64: 2.0**-23, BITS8: 2 / 127, BITS4: 3 / 7}[error]
+    assert (now - before).abs().max() <= rounding * largest
+    skipped = [not part.isfinite().all() for part in grad.split(256)]
+    assert sum(skipped) == 2
+    for whole, one, other in zip(skipped, before.split(256), now.split(256), strict=True):
+        assert torch.equal(one, other) or not whole
 
 
 @settings(max_examples=50, deadline=None)
@@ -189,7 +318,7 @@ def test_permuted_blocks_give_a_permuted_row(data, number, size, density):
         values = torch.empty(number, 1, blocks.kept)
         indices = torch.empty(number, 1, blocks.kept, dtype=blocks.index_dtype)
         rows = [SparseRows(values, indices, blocks)]
-        reference.compress_([grad], [error], rows, torch.tensor([0]), torch.tensor(True))
+        reference.compress_([grad], [error], rows, torch.tensor([0]))
         return values, indices, error.view(number, size)
 
     permuted = row(a.view(number, size)[order].flatten())
@@ -255,6 +384,21 @@ def test_apply_adds_a_weighted_sum_of_dense_rows(case, with_momentum, target_fac
         torch.testing.assert_close(momentum, update.to(case.grad), **TOLERANCE[case.grad])
 
 
+@windows
+def test_square_weights_divide_by_the_root_of_a_weighted_sum_of_squares(case):
+    window = case.random_window()
+    weights, square_weights = torch.linspace(-1.5, 2.0, case.window), torch.linspace(0.5, 0.1, case.window).double()
+    target, rows = case.target(), dense(case, window)
+    update = weights.double() @ rows / ((square_weights @ rows**2).sqrt() + 1e-3)
+    expected = 0.75 * target.double() - 0.3 * update
+    target_factor, update_factor, eps = torch.tensor([0.75, -0.3, 1e-3], dtype=FLOAT64)
+    applied_as = Update(weights, target_factor, update_factor, square_weights=square_weights, eps=eps)
+    reference.window_apply_([target], [], [window], applied_as)
+    torch.testing.assert_close(target, expected.to(case.grad), **TOLERANCE[case.grad])
+    untouched = (rows == 0).all(0)
+    assert torch.equal(target[untouched], (0.75 * case.target()[untouched]).to(case.grad))
+
+
 def test_a_momentum_is_rounded_but_the_update_taken_from_it_is_not():
     """1 + 2⁻⁹ is no bfloat16; what it adds to −1 is."""
     blocks = Blocks(1, 1, 1.0)
@@ -271,7 +415,7 @@ def test_a_parameter_without_gradient_gets_a_row_of_zeros_and_no_other_change():
     case = Case(4097, 256, 0.1)
     rows, error = case.random_window(), case.error_before()
     before = [tensor.clone() for tensor in rows[:2]]
-    reference.compress_([None], [error], [rows], torch.tensor([case.slot]), torch.tensor(True))
+    assert reference.compress_([None], [error], [rows], torch.tensor([case.slot]))
     for part in case.blocks.parts(1 << 18):
         before[0][part.blocks, case.slot, : part.kept] = 0.0
         rows.values[part.blocks, case.slot, part.kept :] = float("nan")  # padding: nobody minds
@@ -285,15 +429,19 @@ GROUPS = [
     Case(4097, 256, 0.1, kind="ties", error=BFLOAT16),
     Case(4097, 4096, 0.01, finite=False, grad=BFLOAT16),
     Case(4097, 1000, 0.3, error=None, values=FLOAT32, grad=FLOAT64),
+    Case(4097, 1000, 0.3, error=BITS8),
+    Case(4097, 257, 0.1, error=BITS4),
 ]
 
 
 def one_at_a_time(compress_):
     """`compress_` as calls for one parameter each."""
 
-    def each(grads, errors, rows, slot, finite):
+    def each(grads, errors, rows, slot, keys=()):
+        finite = torch.tensor(True)
         for i, (grad, row) in enumerate(zip(grads, rows, strict=True)):
-            compress_([grad], errors[i : i + 1], [row], slot, finite)
+            finite &= compress_([grad], errors[i : i + 1], [row], slot, keys[i : i + 1])
+        return finite
 
     return each
 
@@ -334,6 +482,7 @@ def test_work_in_parts_gives_the_same_bits(monkeypatch):
 
     def run():
         values, indices, error = compressed(case)
+        few = [before_and_after(Case(10003, 301, 0.1, error=few_bits))[2] for few_bits in (BITS8, BITS4)]
         targets, momenta = applied(reference.window_apply_, case, "float", torch.linspace(0, 1, 5), writes=True)
         small = momenta_of(case, "8 bits")
         reference.average_(small, [member.gradient() for member in case.group], BETA, torch.tensor(True))
@@ -341,7 +490,7 @@ def test_work_in_parts_gives_the_same_bits(monkeypatch):
         reference.add_lowbit_(targets, numbers)
         dots = [*reference.window_dots([case.random_window()], torch.tensor([2]), small[1:2])]
         tolerant.append(dots)
-        return values, indices, error, *targets, *momenta, *parts_of([*small, *numbers])
+        return values, indices, error, *few, *targets, *momenta, *parts_of([*small, *numbers])
 
     whole = run()
     monkeypatch.setattr(reference, "PART", 1)

@@ -19,6 +19,8 @@ from efcp.perf.gpu.gpusim import SimulationError, why_unavailable
 from tests.kernels.kernel_cases import (
     BETA,
     BFLOAT16,
+    BITS4,
+    BITS8,
     FINITE,
     FLOAT16,
     FLOAT32,
@@ -33,6 +35,7 @@ from tests.kernels.kernel_cases import (
     check_dots,
     check_lowbit,
     check_norm_is_finite,
+    check_undo,
     momenta_of,
     parts_of,
     tensors_of,
@@ -70,19 +73,37 @@ CASES = [
     Case(50003, 32768, 1.0, kind="ties"),  # too much for shared memory
     Case(50003, 32768, 1.0, finite=False),
 ]
+FEW_BITS = [  # of errors
+    *(
+        Case(4097, 4096, 0.01, kind=kind, window=5, slot=4, error=error)
+        for kind in ("wide", "ties", "equal", "signed zero", "denormal")
+        for error in (BITS8, BITS4)
+    ),
+    Case(63, 7, 0.37, kind="ties", error=BITS4, arch=120),
+    Case(63, 1, 1.0, error=BITS8, arch=80),
+    Case(9000, 300, 0.1, grad=BFLOAT16, error=BITS8),
+    Case(9000, 301, 0.1, grad=BFLOAT16, error=BITS4),
+    Case(9000, 4096, 0.1, grad=BFLOAT16, error=BITS4, finite=False),
+    Case(9000, 1024, 0.05, grad=FLOAT64, error=BITS4, arch=100),
+    Case(9000, 1024, 0.05, grad=FLOAT64, error=BITS8, finite=False),
+    Case(99999, 32768, 0.01, kind="ties", error=BITS8, arch=80),
+    Case(99999, 32768, 0.01, error=BITS4),
+]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 PORTABLE = [case for case in CASES if case.kind == "random" and case.finite]
 
 
-@cases
+@pytest.mark.parametrize("case", [*CASES, *FEW_BITS], ids=str)
 def test_compress_gives_the_bits_of_the_definition(case):
     with simulate(case.arch, check_races=True) as simulator:
         check_compress(triton_ops.compress_, case, simulator.allow)
+        check_undo(triton_ops.undo_compress_, case, simulator.allow)
 
 
-def test_compress_without_gradients():
+@pytest.mark.parametrize("error", [FLOAT32, BITS8, BITS4], ids=["floats", "8 bits", "4 bits"])
+def test_compress_without_gradients(error):
     with simulate(90) as simulator:
-        check_compress_without_gradients(triton_ops.compress_, Case(9000, 4096, 0.01), simulator.allow)
+        check_compress_without_gradients(triton_ops.compress_, Case(9000, 4096, 0.01, error=error), simulator.allow)
 
 
 @cases
@@ -174,10 +195,18 @@ def test_the_order_of_warps_and_programs_does_not_matter(operations, seed):
         with simulated(*tensors_of([rows]), target, momentum, error, grad, schedule=schedule):
             products = operations.window_dots([rows], torch.tensor([2]), [momentum])
             operations.window_apply_([target], [momentum], [rows], update)
-            triton_ops.compress_([grad], [error], [rows], torch.tensor([case.slot]), torch.tensor(True))
+            triton_ops.compress_([grad], [error], [rows], torch.tensor([case.slot]))
         return products, target, momentum, error, rows.values, rows.indices
 
     assert_all_same_bits(run(seed), run(None), "output")
+
+
+@pytest.mark.parametrize("error", [BITS8, BITS4], ids=["8 bits", "4 bits"])
+@pytest.mark.parametrize("seed", range(3))
+def test_errors_in_few_bits_do_not_depend_on_the_order_of_warps(error, seed):
+    """Also where a block is so long that its last elements are read again in every pass."""
+    with simulate(90, schedule=seed, check_races=True) as simulator:
+        check_compress(triton_ops.compress_, Case(99999, 32768, 0.01, error=error), simulator.allow)
 
 
 def collide(density):
@@ -266,7 +295,8 @@ def test_tensors_that_begin_anywhere(shift):
             found += [x.values, x.indices] if isinstance(x, SparseRows) else parts_of([x])
         return found
 
-    check_compress(moved(triton_ops.compress_), case)
+    for error in (FLOAT32, BITS8, BITS4):
+        check_compress(moved(triton_ops.compress_), replace(case, error=error))
     check_average(moved(triton_ops.average_), case)
     check_lowbit([moved(operation) for operation in LOWBIT], case)
     check_dots(moved(triton_ops.window_dots), case)
@@ -282,16 +312,18 @@ def far_away(modules, monkeypatch):
     def shifted(rows, **others):
         table = launch_of(rows, **others)
         parameters = table.parameters.clone()
-        momenta = others.pop("momenta", ())
-        columns = [*others.values(), *[(), momenta][len(others) :]]
+        y = others.pop("errors", ()) or others.pop("momenta", ())
+        x = next((own for name, own in others.items() if name in ("grads", "targets")), ())
+        four = 2 if y and isinstance(y[0], LowBit) and y[0].codes.dtype == BITS4 else 1  # numbers of a byte
         for entry, (values, indices, blocks) in zip(parameters, rows, strict=True):
             entries = FAR * values.shape[1] * blocks.kept
-            sizes = [parts_of(some)[0].element_size() if some else 0 for some in columns]
-            entry[:4] -= torch.tensor([FAR * blocks.block_size * size for size in sizes] + [
-                entries * values.element_size(), entries * indices.element_size()
+            sizes = [parts_of(some)[0].element_size() if some else 0 for some in (x, y)]
+            entry[:4] -= torch.tensor([
+                FAR * blocks.block_size * sizes[0], FAR * blocks.block_size * sizes[1] // four,
+                entries * values.element_size(), entries * indices.element_size(),
             ])  # fmt: skip
             entry[4] += FAR
-            entry[6] -= FAR * blocks.block_size // 64 * 4  # of a float32
+            entry[6] -= FAR * blocks.block_size // (64 * four) * 4  # of a float32
         return table._replace(parameters=parameters, owners=table.owners + FAR)
 
     for module in modules:
@@ -313,13 +345,20 @@ def test_addresses_are_computed_in_64_bits(monkeypatch, operators):
             for make in (Case.random_window, Case.gradient, Case.error_before, Case.target, Case.target)
         )
         small = [encoded(momentum, torch.int8) for momentum in momenta]
-        with simulated(*tensors_of(rows), *grads, *errors, *targets, *momenta, *parts_of(small)):
+        few = [[replace(member, error=error).error_before() for member in members] for error in (BITS8, BITS4)]
+        keys = [torch.tensor([5])] * 2
+        tensors = [*grads, *errors, *targets, *momenta, *parts_of([*small, *few[0], *few[1]]), *keys]
+        with simulated(*tensors_of(rows), *tensors):
             operations = operators if there else reference
             products = [operations.window_dots(rows, slot, *own) for own in ((), (momenta,), (small,))]
             operations.window_apply_(targets, momenta, rows, update)
             operations.window_apply_(targets, small, rows, update._replace(writes_momenta=False))
-            (triton_ops if there else reference).compress_(grads, errors, rows, slot, torch.tensor(True))
-        results.append([*products, *targets, *momenta, *errors, *tensors_of(rows)])
+            operations = triton_ops if there else reference
+            for some in (*few, errors):
+                operations.compress_(grads, some, rows, slot, keys)
+            for some in (*few, errors):
+                operations.undo_compress_(grads, some, rows, slot, torch.tensor(False), keys)
+        results.append([*products, *tensors, *tensors_of(rows)])
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 

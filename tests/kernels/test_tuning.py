@@ -2,13 +2,15 @@
 
 import inspect
 import json
+import re
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
 
 from efcp.perf.gpu.gpusim import simulate, why_unavailable
-from tests.kernels.kernel_cases import Case, check_apply, check_compress, check_dots, parts_of, tensors_of
+from tests.kernels.kernel_cases import BITS4, BITS8, Case, check_apply, check_compress, check_dots, parts_of, tensors_of
 
 if reason := why_unavailable():
     pytest.skip(reason, allow_module_level=True)
@@ -48,10 +50,10 @@ def run(monkeypatch):
     for module in (compress, dots, apply):
         monkeypatch.setattr(module, "launch_of", allowing(module.launch_of))
 
-    def check(name):
+    def check(name, case=CASE):
         with simulate(90) as simulator:
             simulators.append(simulator)
-            CHECKS[name](getattr(triton_ops, name), CASE, simulator.allow)
+            CHECKS[name](getattr(triton_ops, name), case, simulator.allow)
 
     return check
 
@@ -83,13 +85,22 @@ def test_the_fastest_is_kept_and_used_from_then_on(name, run, last_is_fastest, f
     run(name)
     tried = list(last_is_fastest)
     saved = json.loads((folder / "configurations.json").read_text())
-    assert len(saved) == {"compress_": 1, "window_dots": 1, "window_apply_": 3}[name]  # none, float, 8 bits
-    assert all(key.startswith(f"{name} cuda:90 B=1024 density=0.05 m=40") for key in saved)
+    assert len(saved) == {"compress_": 1, "window_dots": 1, "window_apply_": 5}[name]  # none, float, 8 bits; squares, 2
+    squares = "( with squares)?" if name == "window_apply_" else ""
+    assert all(re.match(f"{name}{squares} cuda:90 B=1024 density=0.05 m=40", key) for key in saved)
     assert len(tried) > len(saved)
     assert list(saved.values())[-1] == tried[-1]
     tuning._known.cache_clear()  # as in another process
     run(name)
     assert last_is_fastest == tried  # nothing was tried again
+
+
+@pytest.mark.parametrize(("error", "name"), [(BITS8, "int8"), (BITS4, "uint8")], ids=["8 bits", "4 bits"])
+def test_errors_in_few_bits_have_a_choice_of_their_own(error, name, run, last_is_fastest, folder):
+    run("compress_", replace(CASE, error=error))
+    run("compress_")
+    keys = json.loads((folder / "configurations.json").read_text())
+    assert [key.rsplit(" ", 1)[1] for key in keys] == [f"float32/{name}/bfloat16", "float32/float32/bfloat16"]
 
 
 @pytest.mark.parametrize(

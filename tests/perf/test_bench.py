@@ -160,7 +160,15 @@ def test_floors() -> None:
     assert floors["compress_"] == (12 << 20) + row
     assert floors["window_dots"] == 256 * row
     assert floors["window_apply_"] == 256 * row + (8 << 20)
-    assert floors["step"] == sum(floors[operation] for operation in floors if operation != "step")
+    assert floors["step"] == sum(floors[operation] for operation in ("compress_", "window_dots", "window_apply_"))
+
+
+@pytest.mark.parametrize(("error", "size"), [("int8", 64 + 4), ("int4", 32 + 4)])  # codes and a scale of 64 elements
+def test_floors_of_errors_in_few_bits(error: str, size: int) -> None:
+    case = replace(TINY, block_size=64, dtype=f"fp32/{error}/bf16")
+    draws = 8 if error == "int4" else 0
+    row = case.window_bytes // case.window
+    assert case.floors["compress_"] == 4 * case.numel + 2 * (case.numel // 64 * size + draws) + row
 
 
 @pytest.mark.parametrize("quick", [True, False])

@@ -11,9 +11,14 @@ from efcp.perf import compare, plots, report
 from efcp.perf.tables import NEEDED, read_measured, write_csv
 from tests.damage import damaged
 from tests.perf.bench_rows import bench_rows
-from tests.perf.test_report import breakdown_rows, memory_rows
+from tests.perf.test_report import breakdown_rows, memory_rows, optimizer_rows
 
-FILES = {"bench.csv": bench_rows, "breakdown.csv": breakdown_rows, "memory.csv": memory_rows}
+FILES = {
+    "bench.csv": bench_rows,
+    "breakdown.csv": breakdown_rows,
+    "memory.csv": memory_rows,
+    "optimizers.csv": optimizer_rows,
+}
 
 
 @pytest.fixture

@@ -39,11 +39,24 @@ def memory_rows() -> pd.DataFrame:
     return pd.DataFrame([*rows, {**row, "optimizer": "Adam", "how": "measured"}])
 
 
+def optimizer_rows() -> pd.DataFrame:
+    row = {"model": "a", "d": 1000, "settings": "", "status": "ok", "device": "cpu", "threads": 1, "of parameters": 0.5}
+    row |= dict.fromkeys(("timer", "machine", "versions", "commit"), "x")
+    numbers = [("AdamW, fused", "PyTorch", 2.0, 8.0), ("SparseMFAC", "efcp, Top-k", 4.0, 5.0)]
+    rows = [
+        {**row, "optimizer": name, "family": family, "p50_ms": ms, "times AdamW": ms / 2.0, "per parameter": size}
+        for name, family, ms, size in numbers
+    ]
+    missing = {"optimizer": "AdamW, 8 bits", "family": "torchao", "status": "ModuleNotFoundError: torchao is missing"}
+    return pd.DataFrame([*rows, {**row, **missing}])
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write_csv(bench_rows(), tmp_path / "bench.csv")
     write_csv(breakdown_rows(), tmp_path / "breakdown.csv")
     write_csv(memory_rows(), tmp_path / "memory.csv")
+    write_csv(optimizer_rows(), tmp_path / "optimizers.csv")
     return tmp_path
 
 
@@ -60,9 +73,9 @@ def test_all_follows_from_the_csvs_alone(folder: Path) -> None:
     assert text.strip() in printed.getvalue()
 
 
-@pytest.mark.parametrize("kept", ["breakdown.csv", "memory.csv"])
+@pytest.mark.parametrize("kept", ["breakdown.csv", "memory.csv", "optimizers.csv"])
 def test_what_is_missing_is_left_out(folder: Path, kept: str) -> None:
-    for name in {"bench.csv", "breakdown.csv", "memory.csv"} - {kept}:
+    for name in {"bench.csv", "breakdown.csv", "memory.csv", "optimizers.csv"} - {kept}:
         (folder / name).unlink()
     report.make(folder, io.StringIO())
     drawn = {path.name for path in folder.glob("*.png")}
@@ -75,14 +88,14 @@ def test_nothing_breaks_where_nothing_has_a_time(folder: Path) -> None:
     write_csv(frame, folder / "bench.csv")
     report.make(folder, io.StringIO())
     assert "| wrong |" in (folder / "tables.md").read_text()
-    assert {path.name for path in folder.glob("*.png")} == {"memory.png", "breakdown.png"}
+    assert {path.name for path in folder.glob("*.png")} == {"memory.png", "breakdown.png", "optimizers.png"}
 
 
 @pytest.mark.parametrize("empty", [True, False], ids=["empty", "nowhere"])
 def test_plots_need_a_folder_with_csvs(tmp_path: Path, capsys: pytest.CaptureFixture[str], empty: bool) -> None:
     with pytest.raises(SystemExit, match="2"):
         plots.main([str(tmp_path if empty else tmp_path / "none")])
-    message = "holds none of bench.csv, breakdown.csv, memory.csv" if empty else "there is no folder"
+    message = "holds none of bench.csv, breakdown.csv, memory.csv, optimizers.csv" if empty else "there is no folder"
     assert message in capsys.readouterr().err
 
 
@@ -96,6 +109,13 @@ def test_ratios_and_where_ours_is_behind() -> None:
     assert set(behind["implementation"]) == {"Adam, fused"}
     assert behind["times ours"].to_numpy() == pytest.approx(6.0 / 50.0)
     assert len(report.behind(bench_rows(), density=0.01)) == len(CASES) - 1
+
+
+def test_optimizers_are_a_table_for_each_model(folder: Path) -> None:
+    report.make(folder, io.StringIO())
+    text = (folder / "tables.md").read_text()
+    assert "| SparseMFAC |  | 4 | 2 | 5 | 50 |" in text
+    assert "| a | AdamW, 8 bits | ModuleNotFoundError: torchao is missing |" in text
 
 
 def test_series_vary_one_thing() -> None:

@@ -45,6 +45,18 @@ def test_bandwidth_counts_what_is_read_and_written(monkeypatch: pytest.MonkeyPat
     assert float(transfers["read"][0]()) == 1000
 
 
+def test_temporaries_are_the_most_that_lives_at_once() -> None:
+    vector, results = torch.ones(1000), []
+
+    def run() -> None:
+        first = vector + 1
+        del first
+        results.append((vector + 2) * 3)
+
+    assert 8000 <= Timer(torch.device("cpu")).temporary_bytes(run) < 8500
+    assert Timer(torch.device("cpu")).temporary_bytes(lambda: vector.add_(0)) < 500
+
+
 def test_unknown_device() -> None:
     with pytest.raises(ValueError, match="device must be of type cpu or cuda, got 'meta'"):
         Timer(torch.device("meta"))

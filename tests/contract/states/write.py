@@ -30,6 +30,7 @@ OPTIONS = {
     "DenseGGT": {"beta2": 0.9, "refresh_every": 2, "eps": 1e-3},
     "MFACW": {"rank": 2, "weight_decay": 0.1},
     "KroneckerW": {"rank": 2, "refresh_every": 2},
+    "MicroAdam": {"density": 0.25, "block_size": 16, "weight_decay": 0.1, "correction": "step"},
     "LowRankGGT": {"rank": 2, "power_iterations": 2, "beta1": 0.5, "beta2": 0.9, "refresh_every": 2, "eps": 1e-3},
 }
 

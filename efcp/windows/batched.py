@@ -106,6 +106,9 @@ class Batched(Separate):
         return total if momenta else total[0]
 
     def apply_(self, targets: Sequence[Tensor | None], momenta: Momenta, update: Update) -> None:
+        if update.square_weights is not None:
+            super().apply_(targets, momenta, update)
+            return
         batches, alone = self._by_rows.of(targets)
         for batch in batches:
             chosen = [target for n in batch if (target := targets[n]) is not None]

@@ -162,7 +162,7 @@ class Training(RuleBasedStateMachine):
 
     @invariant()
     def gram_is_that_of_the_window(self):
-        if not self.steps or self.edited:
+        if not self.steps or self.edited or not self.optimizer.preconditioner.uses_gram:
             return
         windowed = [p for p in self.params if "numel" in self.optimizer.state.get(p, {})]
         rows = torch.cat([window_rows(self.optimizer, p) for p in windowed], dim=1)

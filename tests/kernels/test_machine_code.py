@@ -324,13 +324,13 @@ def test_a_kernel_that_does_not_compile_says_why(folder: Path, monkeypatch: pyte
 STEPS = """
 import sys, warnings
 import torch
-from efcp import SparseMFAC
+from efcp import EFCP, TopK
 from efcp.kernels import backend_name, reference, use_backend
 
 def steps():
     generator = torch.Generator().manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(5000, generator=generator))
-    optimizer = SparseMFAC([parameter], lr=0.1)
+    optimizer = EFCP([parameter], 0.1, TopK(), beta1=0.5, window=64)  # with beta1 it asks for norm_is_finite
     for _ in range(4):
         parameter.grad = parameter.detach() + torch.randn(5000, generator=generator)
         optimizer.step()

@@ -5,6 +5,7 @@ weights that are f(S) e_t; and so has the next step of what was saved in between
 """
 
 import copy
+import gc
 import inspect
 import io
 import pickle
@@ -424,11 +425,13 @@ class Calls:
 
     def step(self, task):
         task.set_gradients()
+        gc.disable()  # it would call finalizers anywhere, and the calls of two steps would differ in number
         sys.setprofile(self)
         try:
             task.optimizer.step()
         finally:
             sys.setprofile(None)
+            gc.enable()
 
 
 def places(task):

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from efcp.analysis.methods import ADAM_BYTES
 from efcp.analysis.summary import Finished, at_chosen, measure, without_classes
@@ -42,7 +42,7 @@ def comparison_figures(
     }
     for figure in drawn.values():
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        columns = 3 if len(figure.axes) > 1 else 2
+        columns = 3 if len(figure.axes) > 1 else 1 if max(map(len, labels)) > 36 else 2
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return drawn
 
@@ -56,7 +56,7 @@ def overview_figure(finished: Finished, title: str) -> Figure:
         rows, columns, figsize=(2.9 * columns, 2.6 * rows + 0.6), layout="constrained", squeeze=False
     )
     plt.close(figure)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10 if columns > 1 else 8)
     look = _look(labels)
     for axes, (name, (runs, _, curves)) in zip(panels.flat, finished.items(), strict=False):
         final = curves[curves["run"].isin(at_chosen(runs)["run"])]
@@ -79,7 +79,7 @@ def overview_figure(finished: Finished, title: str) -> Figure:
     for axes in panels[:, 0]:
         axes.set_ylabel(f"{measure(runs)}, median", fontsize=8)
     handles, names = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
     return figure
 
 
@@ -159,7 +159,9 @@ def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str, 
             row["bytes_per_parameter"], row["test_mean"], row["test_std"], **style, capsize=3, label=str(label)
         )
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(ADAM_BYTES, color="0.6", linewidth=1)
     axes.annotate(" Adam's 8 bytes", (ADAM_BYTES, axes.get_ylim()[1]), va="top", fontsize=8, color="0.4")
     axes.set_xlabel("optimizer state, bytes a parameter")

@@ -17,7 +17,7 @@ from efcp.analysis.data import DataSet, Split
 from efcp.analysis.equations import EQUATIONS, Equation, equation
 
 SINGLE = "-float32"
-"""What the name of a data set ends in if it is in float32; others are in float64."""
+"""The end of the name of a data set in float32. All others are in float64."""
 DATA_SETS = (*EQUATIONS, *(f"{name}{SINGLE}" for name in EQUATIONS))
 POINTS = 1024
 _HELD_OUT = 2000  # points of validation; the test has twice as many

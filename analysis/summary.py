@@ -27,7 +27,7 @@ _TEXTS = (
 )
 _FLAGS = ("error_feedback", "diverged")
 KINDS: Kinds = {name: str if name in _TEXTS else bool if name in _FLAGS else float for name in COLUMNS}
-"""What the columns of runs.csv hold."""
+"""The type of each column of runs.csv."""
 _TUNED = ("diverged",)
 _MEASURED = ("train_size", "epochs", "batch_size", "numel", "state_bytes", "bytes_per_parameter")
 _FILLED: dict[str, tuple[str, ...]] = {
@@ -70,7 +70,7 @@ def without_classes(runs: pd.DataFrame) -> bool:
 
 
 def measure(runs: pd.DataFrame) -> str:
-    """What runs are compared by, in words."""
+    """Names the quantity that runs are compared by."""
     if not without_classes(runs):
         return "accuracy, %"
     return "relative error" if runs["network"].eq("pinn").any() else "loss"

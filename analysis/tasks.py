@@ -45,7 +45,7 @@ WITHOUT_CLASSES = ("autoencoder", "conv-autoencoder", "gpt", "pinn")
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what, for how long.
+    """A network, the data that it is trained on, and for how long.
 
     Attributes:
         network: one of `DATA_SETS`.
@@ -126,7 +126,7 @@ class Task:
 
     @torch.no_grad()
     def error(self, model: nn.Module, split: Split) -> float:
-        """What runs without classes are compared by: the mean loss over a split; of a PINN its relative error."""
+        """Returns what runs without classes are compared by: the mean loss, or the relative error of a PINN."""
         if self.network == "pinn":
             return pinns.relative_error(self.data_set, model, split)
         pairs = zip(split.inputs.split(EVALUATED), split.labels.split(EVALUATED), strict=True)

@@ -135,7 +135,7 @@ class Run:
 
     @property
     def tested(self) -> bool:
-        """Whether it may look at the test split."""
+        """Is true for runs that may look at the test split: the final ones."""
         return self.phase == "final"
 
 

@@ -30,7 +30,7 @@ def norms_and_rotation(
         sets: each parameter that has a window by itself.
         preconditioner: that of the newest update.
     """
-    local = isinstance(preconditioner, LocalPreconditioner)  # its updates are not recomputed
+    local = isinstance(preconditioner, LocalPreconditioner)  # its updates are not sums of rows
     state, slot = gram.state, _newest(gram)
     known = [gram.matrix.diagonal()[slot].squeeze(0).sqrt(), state["update_norm"], state["inner_product"]]
     if not preconditioner.gives_length:

@@ -231,7 +231,7 @@ class ParameterSet:
                 u = preconditioner.update(own[0], metrics[batch[0]], floats(numbers[0], dtype=dtype))[None]
             norm, length = torch.linalg.vector_norm(u, dim=1), self.group["update_rms"] * numels[0] ** 0.5
             scale = torch.where(finite & (norm > 0), update_factor * length / norm, 0.0)
-            step = torch.where(finite, u, 0.0).mul_(scale[:, None])
+            step = u.masked_fill_(~finite, 0.0).mul_(scale[:, None])
             targets = [flat(p) for p in params]
             torch._foreach_mul_(targets, target_factor)
             torch._foreach_add_(targets, step.unbind())

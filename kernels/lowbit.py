@@ -87,11 +87,20 @@ def pieces(numbers: LowBit, size: int, first: int, count: int, length: int) -> L
     return LowBit(*views)
 
 
-def parts(numel: int, block: int, max_elements: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks from first to last, in parts of at most max_elements numbers: slices of numbers, and of blocks."""
-    step = max(1, max_elements // block)
-    for first in range(0, -(-numel // block), step):
-        yield slice(first * block, min((first + step) * block, numel)), slice(first, first + step)
+def parts(numel: int, block: int, max_elements: int) -> Iterator[slice]:
+    """Numbers from first to last, in parts of whole blocks: at most max_elements numbers, or one block."""
+    step = max(1, max_elements // block) * block
+    return (slice(first, min(first + step, numel)) for first in range(0, numel, step))
+
+
+def view(numbers: LowBit, elements: slice) -> LowBit:
+    """A view of some numbers, which begin where a block does, and end where one does or where all end."""
+    block = BLOCK[numbers.codes.dtype]
+    in_byte = 1 if numbers.codes.dtype == torch.int8 else 2
+    return LowBit(
+        numbers.codes[elements.start // in_byte : -(-elements.stop // in_byte)],
+        numbers.scales[elements.start // block : -(-elements.stop // block)],
+    )
 
 
 def hashed(number: Tensor) -> Tensor:
@@ -112,12 +121,10 @@ def uniform(key: Tensor, first: int, count: int) -> Tensor:
     return (hashed(position ^ hashed(key ^ hashed(key >> 32))) >> 8).float() * 2.0**-24
 
 
-def decoded(numbers: LowBit, elements: slice, blocks: slice) -> Tensor:
-    """Some blocks as float32."""
-    codes = numbers.codes[elements]
-    if codes.dtype == torch.uint8:
-        codes = numbers.codes[elements.start // 2 : (elements.stop + 1) // 2]
-    return decoded_pieces(LowBit(codes[None], numbers.scales[None, blocks]), elements.stop - elements.start)[0]
+def decoded(numbers: LowBit, elements: slice) -> Tensor:
+    """Some numbers, as of `view`, as float32."""
+    codes, scales = view(numbers, elements)
+    return decoded_pieces(LowBit(codes[None], scales[None]), elements.stop - elements.start)[0]
 
 
 def decoded_blocks(numbers: LowBit, blocks: Blocks) -> Iterator[Tensor]:
@@ -175,10 +182,7 @@ def encoded_pieces(values: Tensor, dtype: torch.dtype, first: int = 0, key: Tens
     return LowBit((pairs[..., 0] | pairs[..., 1] << 4).to(torch.uint8), scales)
 
 
-def replace_(numbers: LowBit, new: LowBit, elements: slice, blocks: slice, finite: Tensor) -> None:
-    """Stores some blocks; where `finite`, () bool, is false all stays as it is, bit for bit."""
-    codes = numbers.codes[elements]
-    if numbers.codes.dtype == torch.uint8:
-        codes = numbers.codes[elements.start // 2 : (elements.stop + 1) // 2]
-    for own, others in ((codes, new.codes), (numbers.scales[blocks], new.scales)):
+def replace_(numbers: LowBit, new: LowBit, elements: slice, finite: Tensor) -> None:
+    """Stores some numbers, as of `view`; where `finite`, () bool, is false all stays as it is, bit for bit."""
+    for own, others in zip(view(numbers, elements), new, strict=True):
         own.copy_(torch.where(finite, others, own))

@@ -155,14 +155,14 @@ def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, fini
     total = torch.zeros((), dtype=torch.float64, device=finite.device)
     for momentum, grad in zip(momenta, grads, strict=True):
         numel = momentum.codes.numel() if isinstance(momentum, LowBit) else momentum.numel()
-        for elements, blocks in parts(numel, BLOCK[torch.int8], PART):
-            old = decoded(momentum, elements, blocks) if isinstance(momentum, LowBit) else momentum[elements]
+        for elements in parts(numel, BLOCK[torch.int8], PART):
+            old = decoded(momentum, elements) if isinstance(momentum, LowBit) else momentum[elements]
             if grad is not None:
                 dtype = accumulation_dtype(old.dtype)
                 new = old.to(dtype) * beta + grad[elements].to(dtype) * (1 - beta)
                 if isinstance(momentum, LowBit):
-                    replace_(momentum, encoded(new, torch.int8), elements, blocks, finite)
-                    old = decoded(momentum, elements, blocks)
+                    replace_(momentum, encoded(new, torch.int8), elements, finite)
+                    old = decoded(momentum, elements)
                 else:
                     old = momentum[elements].copy_(torch.where(finite, new, old.to(dtype)))
             total += old.double().square().sum()
@@ -172,8 +172,8 @@ def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, fini
 def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
     check_lowbit(targets, numbers)
     for target, own in zip(targets, numbers, strict=True):
-        for elements, blocks in parts(target.numel(), BLOCK[own.codes.dtype], PART):
-            target[elements] += decoded(own, elements, blocks)
+        for elements in parts(target.numel(), BLOCK[own.codes.dtype], PART):
+            target[elements] += decoded(own, elements)
 
 
 def store_lowbit_(
@@ -182,9 +182,9 @@ def store_lowbit_(
     check_lowbit(values, numbers, finite, keys)
     for number, (own, value) in enumerate(zip(numbers, values, strict=True)):
         dtype, key = own.codes.dtype, keys[number] if keys else None
-        for elements, blocks in parts(value.numel(), BLOCK[dtype], PART):
+        for elements in parts(value.numel(), BLOCK[dtype], PART):
             new = encoded(value[elements].float(), dtype, elements.start, key)
-            replace_(own, new, elements, blocks, finite)
+            replace_(own, new, elements, finite)
 
 
 def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ()) -> Tensor:
@@ -210,10 +210,9 @@ def _numbers(momentum: Tensor | LowBit, elements: slice) -> Tensor:
     if isinstance(momentum, Tensor):
         return momentum[elements].double()
     block = BLOCK[momentum.codes.dtype]
-    first, last = elements.start // block, -(-elements.stop // block)
-    whole = slice(first * block, min(last * block, momentum.codes.numel()))
+    whole = slice(elements.start // block * block, min(-(-elements.stop // block) * block, momentum.codes.numel()))
     skipped = elements.start - whole.start
-    return decoded(momentum, whole, slice(first, last))[skipped : skipped + elements.stop - elements.start].double()
+    return decoded(momentum, whole)[skipped : skipped + elements.stop - elements.start].double()
 
 
 def dense_dots(rows: Tensor, vector: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Windows of several parameters, where small ones are handled together: a few operations for all of them.
+"""Windows of several parameters, where small ones are handled together, and large ones in parts.
 
 A small matrix takes longer to start on than to compute with. So
 
@@ -6,12 +6,13 @@ A small matrix takes longer to start on than to compute with. So
     dense      rows of any lengths are laid side by side: (m, n₁ + n₂ + …)
 
 In both cases the numbers of one parameter follow those of another, in what is called a buffer here: (N,). A batch has
-at most BATCH numbers, so what is large is alone. It goes through the methods of `SingleWindow`, which copy
-nothing, and are the definition of all results: those of batches differ from it in the order of sums.
+at most BATCH numbers, so what is large is alone. It goes through the methods of `SingleWindow`, part by part, so that
+no temporary is as large as the parameter. These are the definition of all results: those of batches differ from it in
+the order of sums.
 """
 
 from abc import abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,11 +21,12 @@ import torch
 from torch import Tensor
 
 from efcp.gram import is_on_cpu
-from efcp.kernels import LowBit, Momenta, Update, accumulation_dtype, add_lowbit_
-from efcp.kernels.lowbit import BLOCK
-from efcp.windows.base import Separate, SingleWindow
+from efcp.kernels import LowBit, Momenta, Update, accumulation_dtype, add_lowbit_, lowbit
+from efcp.windows.base import Separate, SingleWindow, floats
 
 BATCH = 1 << 18  # numbers of parameters, or of their windows, in a batch
+CPU_PART, PART = 1 << 18, 1 << 24  # elements in a part; on a CPU they should stay in its cache
+ALIGNED = 128  # elements; parts begin at multiples of it, so that no scale of numbers in few bits is in two of them
 
 
 class BatchableWindow(SingleWindow):
@@ -47,6 +49,10 @@ class BatchableWindow(SingleWindow):
     @abstractmethod
     def row_numel(self) -> int:
         """How many numbers are kept of a row."""
+
+    def parts(self) -> Iterator[tuple[slice, "BatchableWindow"]]:
+        """Windows of consecutive elements of the parameter, each with these: about `part_numel` of them, or all."""
+        yield slice(0, self.numel), self
 
     @classmethod
     @abstractmethod
@@ -100,21 +106,23 @@ class Batched(Separate):
             own = [momenta[n] for n in batch if momenta]
             vectors = buffer_of(own, numels_of(windows), torch.float64) if own else None
             total += windows[0].dots_all(windows, slot, vectors)
-        if alone:
-            own = [momenta[n] for n in alone if momenta]
-            total += Separate(self._chosen(alone)).dots(slot, own).view_as(total)
+        for n in alone:
+            total[0] += self.windows[n].dots(slot)
+            for some, part in self.windows[n].parts() if momenta else ():
+                total[1] += part.products(floats(view(momenta[n], some)))
         return total if momenta else total[0]
 
     def apply_(self, targets: Sequence[Tensor | None], momenta: Momenta, update: Update) -> None:
-        if update.square_weights is not None:
-            super().apply_(targets, momenta, update)
-            return
-        batches, alone = self._by_rows.of(targets)
+        everyone = self._by_rows if update.square_weights is None else Plan([], list(range(len(targets))))
+        batches, alone = everyone.of(targets)
         for batch in batches:
             chosen = [target for n in batch if (target := targets[n]) is not None]
             _apply_(self._chosen(batch), chosen, [momenta[n] for n in batch if momenta], update)
-        own = [momenta[n] for n in alone if momenta]
-        Separate(self._chosen(alone)).apply_([targets[n] for n in alone], own, update)
+        for n in alone:
+            if (target := targets[n]) is not None:
+                for some, part in self.windows[n].parts():
+                    own = [view(momenta[n], some)] if momenta else []
+                    Separate([part]).apply_([target[some]], own, update)
 
     def _chosen(self, numbers: Sequence[int]) -> list[Any]:
         return [self.windows[n] for n in numbers]
@@ -158,6 +166,16 @@ def _plan(kinds: Sequence[Hashable], costs: Sequence[int]) -> Plan:
     return Plan([batch for of_kind in batches.values() for batch in of_kind], alone)
 
 
+def part_numel(device: torch.device) -> int:
+    """About how many elements of a large parameter are worked on at a time."""
+    return CPU_PART if device.type == "cpu" else PART
+
+
+def view(numbers: Tensor | LowBit, some: slice) -> Tensor | LowBit:
+    """A view of some elements, which begin at a multiple of ALIGNED."""
+    return numbers[some] if isinstance(numbers, Tensor) else lowbit.view(numbers, some)
+
+
 def numels_of(windows: Sequence[BatchableWindow]) -> list[int]:
     return [window.numel for window in windows]
 
@@ -167,15 +185,15 @@ def buffer_of(numbers: Momenta, numels: Sequence[int], dtype: torch.dtype) -> Te
     floating = [x for x in numbers if isinstance(x, Tensor)]
     if floating:
         return torch.cat(floating).to(dtype)
-    lowbit = [x for x in numbers if not isinstance(x, Tensor)]
-    buffer = torch.zeros(sum(numels), dtype=dtype, device=lowbit[0].codes.device)
-    add_numbers_(buffer, lowbit, numels)
+    codes = [x for x in numbers if not isinstance(x, Tensor)]
+    buffer = torch.zeros(sum(numels), dtype=dtype, device=codes[0].codes.device)
+    add_numbers_(buffer, codes, numels)
     return buffer
 
 
 def add_numbers_(buffer: Tensor, numbers: Sequence[LowBit], numels: Sequence[int]) -> None:
     """Adds vectors of n numbers each in few bits to those of a buffer."""
-    block = BLOCK[numbers[0].codes.dtype]
+    block = lowbit.BLOCK[numbers[0].codes.dtype]
     if any(numel % block for numel in numels[:-1]):
         add_lowbit_(buffer.split(list(numels)), numbers)
     else:  # they are one vector

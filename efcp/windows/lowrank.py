@@ -16,20 +16,27 @@ Vectors and scalars, and matrices so small that their factors would be no smalle
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efcp.checks import require, require_integer
+from efcp.gram import is_on_cpu
 from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, store_lowbit_
 from efcp.windows.base import Compressor, Window, allocate_error, choose_dtypes, error_of
-from efcp.windows.batched import BatchableWindow, Batched, add_numbers_, replace_rows
+from efcp.windows.batched import (
+    ALIGNED,
+    BatchableWindow,
+    Batched,
+    add_numbers_,
+    part_numel,
+    replace_rows,
+    view,
+)
 from efcp.windows.dense import DenseWindow, Identity, check_rows
-
-PART = 1 << 22  # entries of factors in a temporary
 
 
 @dataclass(frozen=True)
@@ -139,17 +146,20 @@ class LowRankWindow(BatchableWindow):
         return len(self.left)
 
     def push(self, grad: Tensor, slot: Tensor, finite: Tensor) -> None:
-        A = grad.to(self.basis.dtype, copy=True).masked_fill_(~finite, 0.0)
-        if isinstance(self.error, LowBit):
-            add_lowbit_([A.view(-1)], [self.error])
-        elif self.error is not None:
-            A.add_(self.error)
-        A = A.view(self.left.shape[2], self.right.shape[2])
-        Q = self.basis
+        parts = list(self.parts())
+        whole = self._wanted(grad, finite) if len(parts) == 1 else None
+
+        def matrices() -> Iterator[tuple["LowRankWindow", Tensor]]:
+            """A by its rows, which takes less memory than to keep it."""
+            for some, part in parts:
+                yield part, part._wanted(grad[some], finite) if whole is None else whole
+
+        heights, Q = [part.left.shape[2] for _, part in parts], self.basis
         for _ in range(self.power_iterations):
             # Products of few rows are several times as fast as those of few columns.
-            P = torch.linalg.qr((Q.t() @ A.t()).t()).Q  # (R, r); Householder's is orthonormal whatever the rank of AQ
-            Q = (P.t() @ A).t()  # (C, r)
+            P = torch.cat([Q.t() @ A.t() for _, A in matrices()], 1).t()
+            P = torch.linalg.qr(P).Q  # (R, r); Householder's is orthonormal whatever the rank of AQ
+            Q = reduce(torch.add, (p.t() @ A for p, (_, A) in zip(P.split(heights), matrices(), strict=True))).t()
         longest = Q.abs().amax(0)  # a column of zeros, or of a size that overflows when squared, would be a bad start
         self.basis.copy_(torch.where(finite & (longest > 0), Q / longest, self.basis))
 
@@ -158,13 +168,41 @@ class LowRankWindow(BatchableWindow):
         self.right.index_copy_(0, slot, right.t().unsqueeze(0))
         if self.error is None:
             return
-        rest = A.addmm_(left.to(A.dtype), right.to(A.dtype).t(), alpha=-1).view(-1)  # the error where not finite
-        if isinstance(self.error, LowBit):
-            store_lowbit_([self.error], [rest], finite, [] if self.draws is None else [self.draws])
-            if self.draws is not None:
-                self.draws.add_(1)
-        else:
-            self.error.copy_(rest)
+        kept = right.to(Q.dtype).t()
+        for number, (own, (part, A)) in enumerate(zip(left.split(heights), matrices(), strict=True)):
+            rest = A.addmm_(own.to(A.dtype), kept, alpha=-1).view(-1)  # the error where not finite
+            if isinstance(part.error, Tensor):
+                part.error.copy_(rest)
+            elif part.error is not None:
+                keys = [] if self.draws is None else [self.draws + (number << 48)]  # no two parts draw the same
+                store_lowbit_([part.error], [rest], finite, keys)
+        if self.draws is not None:
+            self.draws.add_(1)
+
+    def _wanted(self, grad: Tensor, finite: Tensor) -> Tensor:
+        """A, the gradient and the error as a matrix (R, C); zero and the error where not finite."""
+        if not (is_on_cpu(finite) and finite):  # else a pass fewer
+            grad = torch.where(finite, grad, 0.0)
+        grad, shape = grad.to(self.basis.dtype), (self.left.shape[2], self.right.shape[2])
+        if not isinstance(self.error, LowBit):
+            return (grad.clone() if self.error is None else grad + self.error).view(shape)
+        A = grad.clone()
+        add_lowbit_([A], [self.error])
+        return A.view(shape)
+
+    def parts(self) -> Iterator[tuple[slice, "LowRankWindow"]]:
+        """By rows of the matrix."""
+        (_, _, rows), columns = self.left.shape, self.right.shape[2]
+        unit = ALIGNED // math.gcd(columns, ALIGNED)
+        step = max(1, part_numel(self.left.device) // (columns * unit)) * unit
+        if step >= rows:
+            yield slice(0, self.numel), self
+            return
+        right = self.right.to(self.basis.dtype)  # once for all parts
+        for first in range(0, rows, step):
+            some = slice(first * columns, min(first + step, rows) * columns)
+            error = None if self.error is None else view(self.error, some)
+            yield some, replace(self, left=self.left[..., first : first + step], right=right, error=error)
 
     def clear(self, slot: Tensor) -> None:
         self.right.index_fill_(0, slot, 0.0)
@@ -194,7 +232,7 @@ class LowRankWindow(BatchableWindow):
         (window_size, rank, rows), columns = self.left.shape, self.right.shape[2]
         A, left = vector.view(rows, columns), self.left.double().flatten(0, 1)  # (m r, R)
         dots = torch.zeros(window_size * rank, dtype=torch.float64, device=vector.device)
-        step = max(256, PART // (rows + 2 * len(left)))
+        step = max(256, 2 * part_numel(vector.device) // (rows + 2 * len(left)))
         for first in range(0, columns, step):
             some = slice(first, first + step)
             dots += (left @ A[:, some].double()).mul_(self.right[..., some].flatten(0, 1)).sum(1)
@@ -203,7 +241,7 @@ class LowRankWindow(BatchableWindow):
     def _parts(self) -> Iterator[slice]:
         """Rows in parts, so that no temporary grows with the window."""
         window_size, rank, rows = self.left.shape
-        step = max(1, PART // (rank * (rows + self.right.shape[2])))
+        step = max(1, 2 * part_numel(self.left.device) // (rank * (rows + self.right.shape[2])))
         return (slice(first, first + step) for first in range(0, window_size, step))
 
     # ---- several of the same shape, stacked: p matrices A are (p, R, C)

@@ -5,7 +5,7 @@ from itertools import chain
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -274,12 +274,77 @@ def test_temporaries_are_bounded(batch_of):
         assert max(operations.allocated) <= 8 * batched.BATCH
 
 
-def test_what_is_large_is_alone_and_not_copied(batch_of):
-    """The temporaries of two matrices are those of one: gradient plus error."""
-    batch_of(1 << 12)
-    shape = (128, 64)
-    operations = step_of([shape] * 2, LowRank(2), momentum=0.9)
-    assert [size for size in operations.allocated if size >= 4 * 128 * 64] == [4 * 128 * 64] * 2
+@pytest.mark.parametrize("direction", ["row", "heavy ball", "momentum", "momentum in 8 bits"])
+@pytest.mark.parametrize("error_dtype", [torch.float32, torch.int8, torch.int4], ids=str)
+def test_what_is_large_is_alone_and_no_temporary_has_its_size(direction, error_dtype, monkeypatch):
+    for name in ("BATCH", "CPU_PART"):
+        monkeypatch.setattr(batched, name, 1 << 12)
+    operations = step_of([(512, 384)] * 2, LowRank(2, error_dtype=error_dtype), **DIRECTIONS[direction])
+    assert max(operations.allocated) <= 16 * batched.CPU_PART < 384 * 512
+
+
+# ---- large parameters, in parts
+
+
+@given(
+    shapes=st.lists(
+        st.sampled_from([(40, 33), (33, 40), (130, 7), (7, 130), (12, 4, 4, 8), (6, 128)]), min_size=1, max_size=3
+    ),
+    data=st.data(),
+    rank=st.integers(1, 4),
+    iterations=st.integers(1, 2),
+    value_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    error_dtype=st.sampled_from([None, torch.bfloat16, torch.float32, torch.int8]),
+    direction=st.sampled_from(sorted(DIRECTIONS)),
+    numel=st.integers(1, 1500),
+)
+@settings(max_examples=100, deadline=None)
+def test_parts_of_a_matrix_give_what_the_whole_gives(
+    shapes, data, rank, iterations, value_dtype, error_dtype, direction, numel
+):
+    kind = st.sampled_from(["random"] * 6 + ["none"])
+    kinds = data.draw(st.lists(st.tuples(*[kind] * len(shapes)), min_size=2, max_size=5))
+    compressor = LowRank(rank, iterations, value_dtype, error_dtype)
+    before, results = (batched.BATCH, batched.CPU_PART), []
+    try:
+        batched.BATCH = -1
+        for batched.CPU_PART in (1 << 17, numel):
+            results.append(run(shapes, kinds, compressor, **DIRECTIONS[direction]))
+    finally:
+        batched.BATCH, batched.CPU_PART = before
+    assert_same(*results, TOLERANCE[DIRECTIONS[direction].get("momentum_dtype") or torch.float64])
+
+
+@given(rows=st.integers(1, 300), columns=st.integers(1, 300), numel=st.integers(1, 1 << 16))
+@settings(deadline=None)
+def test_parts_are_consecutive_and_begin_where_no_scale_is_shared(rows, columns, numel):
+    assume(rows + columns < rows * columns)
+    param, compressor = torch.empty(rows, columns), LowRank(1, error_dtype=torch.int4)
+    (window,) = compressor.bind([compressor.allocate(param, 2)], [param]).windows
+    before = batched.CPU_PART
+    try:
+        batched.CPU_PART = numel
+        parts = list(window.parts())
+    finally:
+        batched.CPU_PART = before
+    assert [some.start for some, _ in parts] == [0, *(some.stop for some, _ in parts[:-1])]
+    assert parts[-1][0].stop == rows * columns
+    for some, part in parts:
+        assert some.start % batched.ALIGNED == 0
+        assert some.stop - some.start <= max(numel, batched.ALIGNED * columns)
+        assert part.numel == some.stop - some.start
+        assert part.error.codes.numel() == -(-part.numel // 2)
+
+
+def test_random_numbers_of_parts_differ(monkeypatch):
+    monkeypatch.setattr(batched, "BATCH", -1)
+    monkeypatch.setattr(batched, "CPU_PART", 16 * 32)
+    p = torch.nn.Parameter(torch.zeros(32, 32))
+    optimizer = EFCP([p], 0.1, LowRank(2, error_dtype=torch.int4), MFAC(), window=2)
+    p.grad = torch.randn(16, 32).repeat(2, 1)
+    optimizer.step()
+    first, second = optimizer.state[p]["error_codes"].chunk(2)
+    assert (first != second).any()
 
 
 @given(

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efcp import EFCP, MFAC, Identity, LowRank, LowRankGGT, LowRankMFAC, estimate_memory
+from efcp.windows import batched
 from tests.efcp.problems import Problem, window_rows
 from tests.efcp.test_step import Operations
 
@@ -132,9 +133,11 @@ def test_first_dimension_is_the_rows(shape):
 def test_products_do_not_depend_on_the_parts(shape, value_dtype, monkeypatch):
     gradients = [torch.randn(shape) for _ in range(6)]
     _, p = run(gradients, LowRank(3, value_dtype=value_dtype), torch.float32)
-    monkeypatch.setattr("efcp.windows.lowrank.PART", 5000)
+    monkeypatch.setattr(batched, "BATCH", -1)
+    monkeypatch.setattr(batched, "CPU_PART", 2500)
     parts, q = run(gradients, LowRank(3, value_dtype=value_dtype), torch.float32)
-    torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-4 * p.abs().max().item())
+    tolerance = 1e-4 if value_dtype == torch.float32 else 1e-2  # a factor may be rounded to the other neighbour
+    torch.testing.assert_close(p, q, rtol=0, atol=tolerance * p.abs().max().item())
     G = window_rows(parts, q)
     torch.testing.assert_close(parts.shared["gram"], G @ G.t(), rtol=1e-12, atol=1e-9)
 
@@ -302,16 +305,14 @@ def test_memory_of_a_large_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_step_has_one_temporary_of_the_size_of_a_parameter_at_a_time(dtype):
-    """The sum of gradient and error, which then becomes the error; with bfloat16 also the update in float32."""
+def test_step_has_no_temporary_of_the_size_of_a_parameter(dtype):
     p = torch.nn.Parameter(torch.zeros(2048, 1024, dtype=dtype))
     optimizer = LowRankMFAC([p], window=8, rank=2, momentum=0.9, weight_decay=0.1, max_update_norm=1.0)
     p.grad = torch.randn_like(p)
     optimizer.step()
     with Operations() as operations:
         optimizer.step()
-    large = [size for size in operations.allocated if size >= p.numel()]
-    assert large == [4 * p.numel()] * (1 if dtype == torch.float32 else 2)
+    assert max(operations.allocated) <= 8 * batched.CPU_PART <= p.numel()
 
 
 def test_non_contiguous_parameters_and_gradients():

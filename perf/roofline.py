@@ -166,7 +166,8 @@ def _operation(
 
 def _times_floor(operation: str, case: Case, traffic: pd.DataFrame) -> float:
     rows = traffic[(traffic["operation"] == operation) & (traffic["launch"] == "all")]
-    rows = rows[(rows["density"] == case.density) & (rows["support"] != "trained") & (rows["error"] != "bfloat16")]
+    rows = rows[(rows["density"] == case.density) & (rows["support"] != "trained")]
+    rows = rows[rows["error"].isna() | (rows["error"] == "float32")]
     rows = rows[rows["m"].notna() & rows["times floor"].notna()]
     if rows.empty:
         raise ValueError(f"traffic.csv must have {operation} at a density of {case.density:g}")

@@ -3,8 +3,8 @@
     python -m efcp.perf.gpu.traffic    # results/gpu/traffic.csv and .md; some minutes
 
 The kernels work on one parameter of 256 blocks of 4096 elements in float32, with error in float32 (for `compress_` also
-in bfloat16), values in bfloat16, and indices in int16. A row of the CSV is one launch, or the sum `all` over the
-launches of an operation. The floor:
+in bfloat16, and in 8 and 4 bits), values in bfloat16, and indices in int16. A row of the CSV is one launch, or the sum
+`all` over the launches of an operation. The floor:
 
 | operation | bytes |
 |---|---|
@@ -44,11 +44,13 @@ from efcp.kernels import Blocks, SparseRows, Update
 from efcp.kernels import triton as triton_ops
 from efcp.perf.gpu.gpusim import Access, simulate
 from efcp.perf.tables import table, write_csv
+from efcp.windows.base import allocate_error, error_of
 
 __all__ = ["Overlap", "Window", "count", "measure", "overlap", "random_window", "trained_window"]
 
 BLOCK_SIZE, BLOCKS = 4096, 256
 BATCH = 64
+ERRORS = (torch.float32, torch.bfloat16, torch.int8, torch.int4)  # type: ignore[attr-defined]
 RESULTS = Path("results/gpu")
 
 
@@ -169,7 +171,7 @@ def measure(arch: int, densities: Iterable[float], windows: Sequence[int]) -> pd
         at_chance, trained = random_window(m, density), trained_window(m, density)
         runs = [_dots(at_chance, "random"), _dots(trained, "trained"), _apply(at_chance)]
         if m == windows[0]:
-            runs += [_compress(at_chance, dtype) for dtype in (torch.float32, torch.bfloat16)]
+            runs += [_compress(at_chance, dtype) for dtype in ERRORS]
         for run in runs:
             frame = count(arch, run.call, run.reached, run.floor)
             columns = {"operation": run.operation, "density": density, "m": m, **run.about}
@@ -220,18 +222,22 @@ class _Counted:
 
 
 def _compress(window: Window, error_dtype: torch.dtype) -> _Counted:
-    rows = window.rows
-    grad, error = torch.randn(rows.blocks.numel), torch.zeros(rows.blocks.numel, dtype=error_dtype)
-    slot = torch.tensor([window.slot])
+    rows, slot = window.rows, torch.tensor([window.slot])
+    state = allocate_error(rows.blocks.numel, error_dtype, slot.device, BLOCK_SIZE)
+    grad, error, draws = torch.randn(rows.blocks.numel), error_of(state), state.get("error_draws")
+    assert error is not None
     values, indices = rows.values.clone(), rows.indices.clone()  # the newest row is overwritten
     written = SparseRows(values, indices, rows.blocks)
-    floor = grad.nbytes + 2 * error.nbytes + (values[:, 0].nbytes + indices[:, 0].nbytes)
+    tensors = [tensor for name, tensor in state.items() if name != "error_draws"]
+    row_bytes = values[:, 0].nbytes + indices[:, 0].nbytes
+    floor = grad.nbytes + 2 * sum(tensor.nbytes for tensor in tensors) + row_bytes
 
     def run() -> None:
-        triton_ops.compress_([grad], [error], [written], slot)
+        triton_ops.compress_([grad], [error], [written], slot, [] if draws is None else [draws])
 
     about: dict[str, object] = {"error": str(error_dtype).removeprefix("torch.")}
-    return _Counted("compress_", about, run, [grad, error, values, indices], floor)
+    reached = [grad, *state.values(), values, indices]
+    return _Counted("compress_", about, run, reached, floor)
 
 
 def _dots(window: Window, support: str) -> _Counted:

@@ -112,7 +112,8 @@ def test_writes_tables(monkeypatch, tmp_path):
     totals = pd.read_csv(csv).query("launch == 'all'").set_index(["operation", "error", "support"])
     elements, row = 2 * 4096, 2 * 41 * 4
     floors = totals["floor"].droplevel(["error", "support"])
-    assert list(floors["compress_"]) == [12 * elements + row, 8 * elements + row]
+    bytes_of = (12, 8, 4 + 2 * (1 + 4 / 64), 4 + 2 * (0.5 + 4 / 128))  # of an element, by the dtype of the error
+    assert list(floors["compress_"]) == [each * elements + row for each in bytes_of]
     assert list(floors["window_dots"]) == [32 * row] * 2
     assert floors["window_apply_"] == 32 * row + 8 * elements
     assert "sm_80" in text.read_text()

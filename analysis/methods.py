@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from efcp import (
     EFCP,
+    MFAC,
     MFACW,
+    AdamStats,
     DenseGGT,
     DenseMFAC,
     KroneckerW,
@@ -21,9 +23,11 @@ from efcp import (
     MicroAdam,
     SparseGGT,
     SparseMFAC,
+    TopK,
     estimate_memory,
     param_groups,
 )
+from efcp.gram import Gram
 
 ADAM_BYTES = 8.0  # of state per parameter, float32: the line that memory is measured against
 _GGT_DENSITY = 0.01
@@ -85,6 +89,18 @@ class AdamThenLBFGS(Optimizer):
         return self.adam.step(closure)
 
 
+@dataclass(frozen=True)
+class MFACOverAdam(MFAC):
+    """M-FAC's sum of rows, divided entry by entry by the root of Adam's second moment of the rows."""
+
+    def square_weights(self, gram: Gram, slot: Tensor) -> tuple[Tensor, Tensor]:
+        return AdamStats().square_weights(gram, slot)
+
+
+def _mfac_over_adam(params: Any, lr: float, window: int, density: float, damping: float) -> Optimizer:
+    return EFCP(params, lr, TopK(density), MFACOverAdam(damping, relative=True), window=window)
+
+
 FLOATS = {"momentum_dtype": None, "error_dtype": None}
 MOMENTUM = {"direction": "momentum", "relative_damping": True, "update_rms": 0.2, "momentum": 0.9}
 SPLIT = {"split": True}
@@ -109,6 +125,7 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "sparse GGT": (SparseGGT, {}),
     "low-rank GGT": (LowRankGGT, {}),
     "MicroAdam": (MicroAdam, {}),
+    "M-FAC over Adam": (_mfac_over_adam, {}),
     "MFACW": (MFACW, {}),
     "MFACW, split": (MFACW, SPLIT),
     "MFACW, float state": (MFACW, FLOATS),

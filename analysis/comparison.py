@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
 from efcp.analysis.methods import ADAM_BYTES
 from efcp.analysis.summary import Finished, at_chosen, measure, without_classes
@@ -38,12 +38,10 @@ def comparison_figures(
     drawn = {
         "curves": _curves(runs, curves, look, title),
         "rates": _rates(runs, look, title),
-        "memory": _memory(summary, look, title, measure(runs)),
+        "memory": _memory(runs, summary, look, title),
     }
     for figure in drawn.values():
-        handles, labels = figure.axes[0].get_legend_handles_labels()
-        columns = 3 if len(figure.axes) > 1 else 1 if max(map(len, labels)) > 36 else 2
-        figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+        _legend(figure, figure.axes[0])
     return drawn
 
 
@@ -68,9 +66,7 @@ def overview_figure(finished: Finished, title: str) -> Figure:
             )
             axes.plot(own["x"], own["y"], **(style | {"marker": ""}), label=label)
         axes.set_title(name, fontsize=9)
-        if without_classes(runs):
-            axes.set_yscale("log")
-        axes.grid(alpha=0.3)
+        _scale(axes, runs)
         axes.tick_params(which="both", labelsize=7)
     for axes in panels.flat[len(finished) :]:
         axes.set_visible(False)
@@ -78,9 +74,16 @@ def overview_figure(finished: Finished, title: str) -> Figure:
         axes.set_xlabel("seconds, one thread", fontsize=8)
     for axes in panels[:, 0]:
         axes.set_ylabel(f"{measure(runs)}, median", fontsize=8)
-    handles, names = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    _legend(figure, panels.flat[0])
     return figure
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Adds the legend of all axes below them, in as many columns as fit."""
+    handles, labels = axes.get_legend_handles_labels()
+    inches = 0.062 * max(map(len, labels)) + 0.65  # of a column
+    columns = max(1, min(4, int(figure.get_figwidth() / inches)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
 
 
 def _look(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -113,8 +116,9 @@ def _scale(axes: Axes, runs: pd.DataFrame) -> None:
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     if high < 30 * low:
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(2, 3, 5) if high > 4 * low else range(2, 10)))
     axes.tick_params(axis="y", which="minor", labelsize=7)
 
 
@@ -149,7 +153,7 @@ def _rates(runs: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> F
     return figure
 
 
-def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str, what: str) -> Figure:
+def _memory(runs: pd.DataFrame, summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str) -> Figure:
     """Draws what the final runs reached in the test against bytes of state, with standard deviations over seeds."""
     figure = _figure(1, title)
     axes = figure.axes[0]
@@ -163,10 +167,10 @@ def _memory(summary: pd.DataFrame, look: dict[str, dict[str, Any]], title: str, 
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.axvline(ADAM_BYTES, color="0.6", linewidth=1)
-    axes.annotate(" Adam's 8 bytes", (ADAM_BYTES, axes.get_ylim()[1]), va="top", fontsize=8, color="0.4")
+    axes.annotate(
+        " Adam's 8 bytes", (ADAM_BYTES, 0.98), xycoords=("data", "axes fraction"), va="top", fontsize=8, color="0.4"
+    )
     axes.set_xlabel("optimizer state, bytes a parameter")
-    axes.set_ylabel(f"test {what}")
-    if summary["test_mean"].max() > 30 * summary["test_mean"].min():
-        axes.set_yscale("log")
-    axes.grid(alpha=0.3)
+    axes.set_ylabel(f"test {measure(runs)}")
+    _scale(axes, runs)
     return figure

@@ -3,7 +3,7 @@
 | part | file | what |
 |---|---|---|
 | sweep | bench.csv | each operation and the whole step, by density, block size, window, parameter size and dtype |
-| breakdown | breakdown.csv | where the time of a step goes, for three models (`breakdown.py`) |
+| breakdown | breakdown.csv | where the time of a step goes, for five models (`breakdown.py`) |
 | memory | memory.csv | state and temporaries, measured beside the estimate (`memory.py`) |
 | optimizers | optimizers.csv | steps and state of all optimizers that a user could choose (`optimizers.py`) |
 

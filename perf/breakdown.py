@@ -1,10 +1,12 @@
-"""Measures where the time of a SparseMFAC step goes, for models with many parameters.
+"""Measures where the time of a SparseMFAC step goes, and what each phase would take by its bytes alone.
 
 The phases are compress (`compress_` and `undo_compress_`), dots, apply, algebra (the Gram matrix and M-FAC's weights)
 and Python (the rest of the step). On a GPU the first four are times between CUDA events, including the gaps in which
 the GPU waits for Python. Python is then the rest of a step by the host's clock, which stops when the GPU has finished.
 
-A row of breakdown.csv is one phase of one model: quantiles over steps in ms. The phase `step` is the whole step.
+A row of breakdown.csv is one phase of one model: quantiles over steps in ms. The phase `step` is the whole step. The
+floor of a phase is the time in which a copy, measured just before, moves the bytes that the phase has to move: each
+tensor read or written once. Algebra and Python have none.
 """
 
 import time
@@ -24,16 +26,24 @@ from efcp import MFAC, SparseMFAC, kernels
 from efcp.gram import Gram
 from efcp.perf import models
 from efcp.perf.tables import write_csv
+from efcp.perf.timing import Timer
 
-__all__ = ["PHASES", "measure", "phases_of_steps"]
+__all__ = ["PHASES", "floors", "measure", "phases_of_steps"]
 
 PHASES = ("compress", "dots", "algebra", "apply", "Python")
 COLUMNS = [
-    *("model", "d", "parameters", "device", "m", "density", "threads", "status", "phase"),
-    *("p20_ms", "p50_ms", "p80_ms", "steps"),
+    *("model", "d", "parameters", "device", "m", "density", "error", "threads", "status", "phase"),
+    *("p20_ms", "p50_ms", "p80_ms", "steps", "floor_ms"),
 ]
-MEASURED = ("CNN, 95k", "small transformer, 4.3M", "ResNet-18, 11.7M")
-WINDOW, DENSITY = 256, 0.01
+MEASURED: tuple[tuple[str, int, torch.dtype], ...] = (  # model, window, dtype of the error
+    ("CNN, 95k", 256, torch.float32),
+    ("small transformer, 4.3M", 256, torch.float32),
+    ("ResNet-18, 11.7M", 256, torch.float32),
+    ("one vector, 4.2M", 32, torch.int8),
+    ("one vector, 16.8M", 32, torch.int8),
+)
+DENSITY = 0.01
+COPIES = 7  # of which the median is the speed of memory
 TIMED: tuple[tuple[Any, str, str], ...] = (  # owner, name, phase
     (kernels, "compress_", "compress"),
     (kernels, "undo_compress_", "compress"),
@@ -108,14 +118,34 @@ def phases_of_steps(optimizer: SparseMFAC, steps: int, device: torch.device) -> 
     return pd.DataFrame(rows, columns=[*PHASES, "step"])
 
 
-def full_optimizer(shapes: models.Shapes, device: torch.device, window: int) -> SparseMFAC:
+def floors(optimizer: SparseMFAC) -> dict[str, int]:
+    """The fewest bytes that the phases of a step have to move: everything is read or written once."""
+    sizes: dict[str, int] = defaultdict(int)
+    for param, state in optimizer.state.items():
+        assert param.grad is not None
+        sizes["grad"] += param.grad.nbytes
+        sizes["param"] += param.nbytes
+        sizes["window"] += state["values"].nbytes + state["indices"].nbytes
+        sizes["row"] += (state["values"].nbytes + state["indices"].nbytes) // state["values"].shape[1]
+        sizes["error"] += sum(state[name].nbytes for name in ("error", "error_codes", "error_scales") if name in state)
+    parts = {
+        "compress": sizes["grad"] + 2 * sizes["error"] + sizes["row"],
+        "dots": sizes["window"],
+        "apply": sizes["window"] + 2 * sizes["param"],
+    }
+    return {**parts, "step": sum(parts.values())}
+
+
+def full_optimizer(
+    shapes: models.Shapes, device: torch.device, window: int, error_dtype: torch.dtype = torch.float32
+) -> SparseMFAC:
     """An optimizer with a full window, after `window` steps with random gradients of norm 1 over all parameters.
 
     The gradients are the same in each step. The rows still differ, since error feedback brings up other entries.
     """
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.zeros(shape, device=device)) for shape in shapes]
-    optimizer = SparseMFAC(params, 1e-3, window=window, density=DENSITY, damping=1e-2)
+    optimizer = SparseMFAC(params, 1e-3, window=window, density=DENSITY, damping=1e-2, error_dtype=error_dtype)
     length = sum(param.numel() for param in params) ** 0.5
     for param in params:
         param.grad = torch.randn_like(param) / length
@@ -127,22 +157,29 @@ def full_optimizer(shapes: models.Shapes, device: torch.device, window: int) -> 
 def measure(device: torch.device, path: Path, steps: int) -> pd.DataFrame:
     """Measures the models of `MEASURED`; writes breakdown.csv and returns its rows."""
     rows: list[dict[str, Any]] = []
-    for name in tqdm(MEASURED, desc="breakdown", unit="model"):
+    timer = Timer(device)
+    copy, copied_bytes = timer.transfers["copy"]
+    for name, window, error_dtype in tqdm(MEASURED, desc="breakdown", unit="model"):
         shapes = models.MODELS[name]()
+        known = {"model": name, "device": device.type, "m": window, "error": str(error_dtype).removeprefix("torch.")}
         try:
-            optimizer = full_optimizer(shapes, device, WINDOW)
+            optimizer = full_optimizer(shapes, device, window, error_dtype)
             phases_of_steps(optimizer, 2, device)  # warm-up
+            byte_ms = float(np.median([timer.milliseconds(copy) for _ in range(COPIES)])) / copied_bytes
             frame = phases_of_steps(optimizer, steps, device)
         except Exception as error:
-            rows.append({"model": name, "device": device.type, "status": f"{type(error).__name__}: {error}"})
+            rows.append({**known, "status": f"{type(error).__name__}: {error}"})
             continue
+        least = floors(optimizer)
         for phase in frame:
             p20, p50, p80 = np.quantile(frame[phase], (0.2, 0.5, 0.8))
             rows.append(
                 {
-                    **{"model": name, "d": models.numel(shapes), "parameters": len(shapes), "device": device.type},
-                    **{"m": WINDOW, "density": DENSITY, "threads": torch.get_num_threads(), "status": "ok"},
+                    **known,
+                    **{"d": models.numel(shapes), "parameters": len(shapes), "density": DENSITY},
+                    **{"threads": torch.get_num_threads(), "status": "ok"},
                     **{"phase": phase, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "steps": steps},
+                    "floor_ms": least[phase] * byte_ms if phase in least else None,
                 }
             )
     frame = pd.DataFrame(rows, columns=COLUMNS)

@@ -56,6 +56,8 @@ MODELS: dict[str, Callable[[], Shapes]] = {
     "ResNet-18, 11.7M": resnet18,
     "BERT-base, 109M": lambda: encoder(12, 768, 30522, 512),
     "TinyLlama, 1.1B": decoder,
+    "one vector, 4.2M": lambda: [(1 << 22,)],
+    "one vector, 16.8M": lambda: [(1 << 24,)],
 }
 
 

@@ -188,6 +188,8 @@ def roofline(bench: pd.DataFrame) -> Figure | None:
 def breakdown(frame: pd.DataFrame) -> Figure | None:
     """Stacked bars of the phases' shares of a step's time, with the whole step in ms beside each bar."""
     rows = timed(frame)
+    settings = rows["m"].map("\nm = {:.0f}, error ".format) + rows["error"].fillna("")
+    rows = rows.assign(model=rows["model"] + settings)
     table = rows.pivot_table("p50_ms", "model", "phase", sort=False).reindex(columns=[*PHASES, "step"]).dropna()
     if table.empty:
         return None
@@ -209,7 +211,7 @@ def breakdown(frame: pd.DataFrame) -> Figure | None:
     axes.set_xlabel("share of the median times of the phases, %")
     first = rows.iloc[0]
     device = f"{first['device']}, {first['threads']:.0f} threads" if first["device"] == "cpu" else first["device"]
-    text = f"Where a step of SparseMFAC goes: m = {first['m']:.0f}, {100 * first['density']:g}%; {device}"
+    text = f"Where a step of SparseMFAC goes: {100 * first['density']:g}%; {device}"
     axes.set_title(text, fontsize=10)
     return _with_legend(figure, [axes], columns=len(PHASES))
 

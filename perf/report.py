@@ -25,6 +25,7 @@ __all__ = ["behind", "make", "ratios"]
 REPORTS = Path(__file__).parent / "results"  # reports on the compiled kernels, the same on every machine
 PREDICTED = 1 << 24  # elements
 GIGA = 1e9
+BREAKDOWN_TABLES = {"p50_ms": "Medians in ms.", "floor_ms": "What the bytes alone take, in ms: see `breakdown.py`."}
 OPTIMIZER_COLUMNS = {
     "p50_ms": "ms",
     "times AdamW": "in times of fused AdamW",
@@ -73,8 +74,11 @@ def _sections(out: Path) -> Iterator[str]:
         if not without.empty:
             yield "Without a measurement:\n\n" + markdown(without[["model", "optimizer", "status"]])
     if (breakdown := _read(out / "breakdown.csv")) is not None and not (rows := timed(breakdown)).empty:
-        table = rows.pivot_table(index=["model", "d"], columns="phase", values="p50_ms", sort=False).reset_index()
-        yield "## Where a step's time goes\n\nMedians in ms, m = 256, density 1%.\n\n" + markdown(table)
+        yield "## Where a step's time goes"
+        for column, what in BREAKDOWN_TABLES.items():
+            yield what
+            index = ["model", "d", "m", "density", "error"]
+            yield markdown(rows.pivot_table(column, index, "phase", sort=False).reset_index())
     if (memory := _read(out / "memory.csv")) is not None:
         kept = ["model", "optimizer", "m", "density", "values", "error", "how", "state bytes", "estimated bytes"]
         kept += ["per parameter", "resident bytes", "temporary bytes", "peak bytes"]

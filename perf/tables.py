@@ -39,7 +39,10 @@ NEEDED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             *("timer", "machine", "threads", "versions", "commit"),
         ),
     ),
-    "breakdown.csv": (("model", "status"), ("d", "device", "m", "density", "threads", "phase", "p50_ms")),
+    "breakdown.csv": (
+        ("model", "status"),
+        ("d", "device", "m", "density", "error", "threads", "phase", "p50_ms", "floor_ms"),
+    ),
     "memory.csv": (
         ("model", "d", "optimizer", "how", "status"),
         (

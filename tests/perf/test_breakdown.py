@@ -10,6 +10,7 @@ from efcp import MFAC, kernels
 from efcp.gram import Gram
 from efcp.perf import breakdown, models
 from efcp.perf.breakdown import PHASES, full_optimizer, phases_of_steps
+from efcp.perf.problems import Case
 
 OPERATIONS = (kernels.compress_, kernels.undo_compress_, kernels.window_dots, kernels.window_apply_)
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def test_the_window_is_full_and_valid() -> None:
 
 
 def test_the_csv_tells_of_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(breakdown, "MEASURED", ("large", "tiny"))
+    monkeypatch.setattr(breakdown, "MEASURED", (("large", 4, torch.float32), ("tiny", 4, torch.int8)))
     monkeypatch.setitem(models.MODELS, "large", lambda: [(1 << 60,)])
     monkeypatch.setitem(models.MODELS, "tiny", lambda: SHAPES)
     breakdown.measure(CPU, tmp_path / "breakdown.csv", steps=2)
@@ -56,3 +57,15 @@ def test_the_csv_tells_of_failures(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "memory" in frame.loc["large", "status"]
     assert set(frame.loc["tiny", "phase"]) == {*PHASES, "step"}
     assert set(frame.loc["tiny", "d"]) == {7063}
+    assert set(frame.loc["tiny", "error"]) == {"int8"}
+    floors = frame.loc["tiny"].set_index("phase")["floor_ms"]
+    assert floors["step"] == pytest.approx(floors[["compress", "dots", "apply"]].sum(), abs=1e-8)
+    assert floors[["algebra", "Python"]].isna().all()
+
+
+@pytest.mark.parametrize("error", ["float32", "int8"])
+def test_floors_are_those_of_the_benchmark(error: str) -> None:
+    case = Case(1 << 15, 5, 0.01, dtype="fp32/fp32/bf16" if error == "float32" else f"fp32/{error}/bf16")
+    found = breakdown.floors(full_optimizer([(1 << 15,)], CPU, 5, getattr(torch, error)))
+    names = {"compress": "compress_", "dots": "window_dots", "apply": "window_apply_", "step": "step"}
+    assert found == {phase: case.floors[name] for phase, name in names.items()}

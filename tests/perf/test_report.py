@@ -25,8 +25,10 @@ def breakdown_rows() -> pd.DataFrame:
         "device": "cpu",
         "m": 4,
         "density": 0.1,
+        "error": "int8",
         "threads": 1,
         "status": "ok",
+        "floor_ms": 1.0,
     }
     return pd.DataFrame([{**fixed, "phase": phase, "p50_ms": 2.0} for phase in (*PHASES, "step")])
 

@@ -12,7 +12,7 @@ FOLDERS := kernels perf analysis
 CORE_TESTS := tests/efcp tests/contract/test_generic.py tests/contract/test_parameters.py tests/contract/test_training.py \
 	tests/kernels/test_reference.py tests/kernels/test_cpu.py tests/kernels/test_blocks.py
 
-.PHONY: help demo test test-slow test-oldest test-newest docs lint check-kernels bench bench-quick compile-report traffic paper clean
+.PHONY: help demo test test-slow test-oldest test-newest docs lint check-kernels gpu bench bench-quick compile-report traffic paper clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ lint: $(DEVELOPED) build/types  ## check style, formatting and types
 
 check-kernels: $(DEVELOPED)  ## compile Triton kernels for absent GPUs; fails on spills, narrow accesses, too little in flight
 	$(BIN)/python -m efcp.perf.gpu.report --quick --check
+
+gpu:  ## check and measure the kernels on a GPU, into results/gpu (ten minutes; needs nothing but PyTorch with its Triton)
+	$(PYTHON) -m efcp.perf.gpu.measure
 
 bench: $(DEVELOPED)  ## measure operations, steps and memory, into results/bench (about 15 minutes on a quiet machine)
 	$(BIN)/python -m efcp.perf.bench

@@ -41,13 +41,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from efcp.kernels import backend_name
 from efcp.perf import breakdown, memory, optimizers, report
 from efcp.perf.command import PROVIDERS, ending, locked, reason
-from efcp.perf.implementations import DEFINITION, OPERATIONS, OURS, PUBLISHED, Implementation
+from efcp.perf.implementations import DEFINITION, OPERATIONS, OURS, PUBLISHED, Implementation, agree
 from efcp.perf.machine import available_bytes, environment
 from efcp.perf.problems import Case, Problem
 from efcp.perf.tables import write_csv
@@ -66,7 +65,6 @@ PARTS = {"sweep": "bench.csv", "breakdown": "breakdown.csv", "memory": "memory.c
 
 DENSITIES = (0.0005, 0.001, 0.005, 0.01, 0.02, 0.05, 0.1)
 GRAPH = ", graph"
-COMPARED = 1 << 22  # elements compared at once, so that no temporary is large
 SMALL, MEDIUM, LARGE = 25 << 12, 1 << 22, 1 << 24  # 102,400, 4.2M and 16.8M elements
 LARGEST = 24415 << 12  # 100 million
 Grid = list[tuple[Case, Sequence[str]]]
@@ -99,16 +97,6 @@ def grid(quick: bool) -> Grid:
 def needed_bytes(case: Case) -> int:
     """An upper bound on what all implementations of an operation take together: windows, vectors and matrices."""
     return 5 * case.window_bytes + 120 * case.numel + 64 * case.window**2
-
-
-def agree(results: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
-    """Whether results differ from the expected ones by at most tolerance times the largest expected magnitude."""
-    for result, right in zip(results, expected, strict=True):
-        allowed = tolerance * right.float().abs().max()  # float() because booleans have no abs()
-        for some, correct in zip(result.flatten().split(COMPARED), right.flatten().split(COMPARED), strict=True):
-            if not (some.double() - correct.double()).abs().max() <= allowed:  # NaN does not agree
-                return False
-    return True
 
 
 def measure(operation: str, problem: Problem, timer: Timer, seconds: float) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@
 | `torch.sparse` | products with the window in CSR format; the newest row and the transpose are made beforehand |
 | `Adam`, `SGD` | foreach (up to 16.8M elements) and fused, SGD with momentum; checked against their plain loops |
 
-Each works on tensors of its own, except in `compress_`: there all but `published` write the same row of the window.
+Those of others can be left out. Each works on tensors of its own, except in `compress_`: there all but `published`
+write the same row of the window.
 """
 
 from collections.abc import Callable
@@ -28,13 +29,14 @@ from efcp.perf.problems import DEFAULT_DTYPE, DTYPES, Problem
 from efcp.perf.published import PublishedMFAC, RowMajorWindow
 from efcp.windows.base import error_of
 
-__all__ = ["DEFINITION", "OPERATIONS", "OURS", "PUBLISHED", "Implementation"]
+__all__ = ["DEFINITION", "OPERATIONS", "OURS", "PUBLISHED", "Implementation", "agree"]
 
 OURS, DEFINITION, PUBLISHED = "efcp", "definition", "published"
 PUBLISHED_ENTRIES = 220_000_000
 FOREACH_ELEMENTS = 1 << 24  # in a parameter; with more, memory is short
 LR = 1e-3
 MOMENTUM = 0.9
+COMPARED = 1 << 22  # elements compared at once, so that no temporary is large
 FLOAT32_SUMS = 1e-3  # tolerance for sums of millions of terms in float32
 
 
@@ -64,6 +66,16 @@ def rounding(tensor: Tensor) -> float:
     return max(torch.finfo(tensor.dtype).eps, 4 * torch.finfo(torch.float32).eps)
 
 
+def agree(results: list[Tensor], expected: list[Tensor], tolerance: float) -> bool:
+    """Whether results differ from the expected ones by at most tolerance times the largest expected magnitude."""
+    for result, right in zip(results, expected, strict=True):
+        allowed = tolerance * right.float().abs().max()  # float() because booleans have no abs()
+        for some, correct in zip(result.flatten().split(COMPARED), right.flatten().split(COMPARED), strict=True):
+            if not (some.double() - correct.double()).abs().max() <= allowed:  # NaN does not agree
+                return False
+    return True
+
+
 def has_published(p: Problem) -> bool:
     return p.case.dtype == DEFAULT_DTYPE and p.case.entries <= PUBLISHED_ENTRIES
 
@@ -78,14 +90,14 @@ def returning(function: Callable[[], Tensor], **options: Any) -> Implementation:
     return Implementation(run, lambda: returned, **options)
 
 
-def finite_implementations(p: Problem) -> dict[str, Implementation]:
+def finite_implementations(p: Problem, others: bool = True) -> dict[str, Implementation]:
     return {
         OURS: returning(lambda: dispatched.norm_is_finite([p.grad]), capturable=True),
         DEFINITION: returning(lambda: reference.norm_is_finite([p.grad])),
     }
 
 
-def compress_implementations(p: Problem) -> dict[str, Implementation]:
+def compress_implementations(p: Problem, others: bool = True) -> dict[str, Implementation]:
     def build(compress_: Callable[..., object], **options: Any) -> Implementation:
         state = {name: tensor.clone() for name, tensor in p.error_state.items()}
         keys = [state.pop("error_draws")] if "error_draws" in state else []
@@ -104,9 +116,9 @@ def compress_implementations(p: Problem) -> dict[str, Implementation]:
         OURS: build(dispatched.compress_, capturable=True),
         DEFINITION: build(reference.compress_),
     }
-    if p.case.dtype == DEFAULT_DTYPE:
+    if others and p.case.dtype == DEFAULT_DTYPE:
         implementations["torch.topk"] = build(composition, tolerance=lost)
-    if has_published(p):
+    if others and has_published(p):
         window, slot = RowMajorWindow.of(p.values, p.indices, p.case.block_size), int(p.slot)
         error = p.error_state["error"].clone()
         dense: list[Tensor] = []
@@ -118,12 +130,12 @@ def compress_implementations(p: Problem) -> dict[str, Implementation]:
     return implementations
 
 
-def dots_implementations(p: Problem) -> dict[str, Implementation]:
+def dots_implementations(p: Problem, others: bool = True) -> dict[str, Implementation]:
     implementations = {
         OURS: returning(lambda: dispatched.window_dots(p.rows, p.slot), tolerance=1e-9, capturable=True),
         DEFINITION: returning(lambda: reference.window_dots(p.rows, p.slot)),
     }
-    if p.case.dtype == DEFAULT_DTYPE:
+    if others and p.case.dtype == DEFAULT_DTYPE:
         matrix, newest = p.csr(), p.newest_row()
         implementations["torch.sparse"] = returning(lambda: matrix @ newest, tolerance=FLOAT32_SUMS)
         if has_published(p):
@@ -132,7 +144,7 @@ def dots_implementations(p: Problem) -> dict[str, Implementation]:
     return implementations
 
 
-def apply_implementations(p: Problem) -> dict[str, Implementation]:
+def apply_implementations(p: Problem, others: bool = True) -> dict[str, Implementation]:
     one = torch.ones((), dtype=torch.float64, device=p.device)
 
     def build(apply: Callable[[Tensor], object], **options: Any) -> Implementation:
@@ -146,7 +158,7 @@ def apply_implementations(p: Problem) -> dict[str, Implementation]:
         OURS: build(partial(ours, dispatched.window_apply_), tolerance=rounding(p.target), capturable=True),
         DEFINITION: build(partial(ours, reference.window_apply_)),
     }
-    if p.case.dtype == DEFAULT_DTYPE:
+    if others and p.case.dtype == DEFAULT_DTYPE:
         matrix, weights = p.transposed_csr(), p.weights.float()
         implementations["torch.sparse"] = build(
             lambda target: torch.addmv(target, matrix, weights, out=target), tolerance=FLOAT32_SUMS
@@ -159,7 +171,7 @@ def apply_implementations(p: Problem) -> dict[str, Implementation]:
     return implementations
 
 
-def step_implementations(p: Problem) -> dict[str, Implementation]:
+def step_implementations(p: Problem, others: bool = True) -> dict[str, Implementation]:
     """Steps with a full window. The damping is the mean of S_ii / m, where no way to compute an update loses digits."""
     gram = p.gram()
     damping = float(gram.diagonal().mean()) / p.case.window
@@ -213,7 +225,7 @@ def step_implementations(p: Problem) -> dict[str, Implementation]:
         OURS: efcp(None, tolerance=rounding(p.grad), capturable=True),
         DEFINITION: efcp("reference"),
     }
-    if p.case.dtype == DEFAULT_DTYPE:
+    if others and p.case.dtype == DEFAULT_DTYPE:
         if has_published(p):
             own = param()
             window = RowMajorWindow.of(p.values, p.indices, p.case.block_size)
@@ -227,10 +239,11 @@ def step_implementations(p: Problem) -> dict[str, Implementation]:
     return implementations
 
 
-OPERATIONS: dict[str, Callable[[Problem], dict[str, Implementation]]] = {
+OPERATIONS: dict[str, Callable[..., dict[str, Implementation]]] = {
     "norm_is_finite": finite_implementations,
     "compress_": compress_implementations,
     "window_dots": dots_implementations,
     "window_apply_": apply_implementations,
     "step": step_implementations,
 }
+"""By operation, what makes its implementations on a problem: ours, the definition, and, unless told not to, others."""

@@ -3,7 +3,7 @@
 Before each run a tensor larger than the last cache is read (on a CPU) or overwritten (on a GPU), so that operands come
 from memory. A CPU is timed by the wall clock. On a GPU, CUDA events are recorded around the run, as
 `triton.testing.do_bench` does. A run that Python launches too slowly to fill the GPU can be replayed from a CUDA graph
-(`as_graph`).
+(`as_graph`). This module needs nothing but PyTorch.
 """
 
 import os
@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -71,7 +70,7 @@ class Timer:
 
     def in_turn(
         self, runs: Mapping[str, Call], seconds: Mapping[str, float], first: Mapping[str, float] | None = None
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, list[float]]:
         """The milliseconds of several runs, repeated in turn, so that all meet the same disturbances.
 
         Args:
@@ -93,7 +92,7 @@ class Timer:
                 before = time.perf_counter()
                 times[name].append(self.milliseconds(runs[name]))
                 spent[name] += time.perf_counter() - before
-        return {name: np.array(t) for name, t in times.items()}
+        return times
 
     def temporary_bytes(self, run: Call) -> int:
         """The most bytes that PyTorch allocates during a run beyond those before it.

@@ -11,7 +11,6 @@ the lowest positions are taken.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import triton
@@ -385,8 +384,12 @@ def compress_(
         if bits:
             error = [allocate_lowbit(numel, bits, device, example.blocks.size)]
         keys = [torch.zeros_like(slot)] if bits == 4 else []
-        tried = launch_of([example], grads=[grad], errors=error, keys=keys)
-        return partial(launch, tried, squares.new_empty(tried.blocks))
+        own = squares.new_empty(example.blocks.count)
+
+        def run(configuration: Configuration) -> None:  # it keeps the tensors alive whose addresses are in the table
+            launch(launch_of([example], grads=[grad], errors=error, keys=keys), own, configuration)
+
+        return run
 
     candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, warp_size())
     launch(table, squares, choose("compress_", rows, (dtype, error_dtype), candidates, trial))

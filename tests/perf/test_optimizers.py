@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("numba")
 
 import efcp
-from efcp.perf import machine, optimizers, plots, timing
-from efcp.perf.optimizers import ADAMW, LR, OPTIMIZERS, Entry, flat, gpt, layers
+from efcp.perf import machine, optimizers, plots, steps, timing
+from efcp.perf.steps import ADAMW, LR, OPTIMIZERS, Entry, flat, gpt, layers
 from tests.perf.test_command import run_without
 
 CPU = torch.device("cpu")
@@ -98,7 +98,7 @@ def test_what_fails_says_why_and_loses_nothing_else(tmp_path: Path, monkeypatch:
 
 
 def test_what_does_not_fit_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizers, "available_bytes", lambda device: 1 << 10)
+    monkeypatch.setattr(steps, "available_bytes", lambda device: 1 << 10)
     frame = measured(tmp_path, monkeypatch, {"SGD": entry(sgd())})
     assert frame["status"].str.startswith("may need ").all()
 
@@ -123,14 +123,14 @@ def test_a_cycle_counts_as_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_no_optimizer_needs_more_than_is_checked() -> None:
     """On the models of the full run, whose windows outweigh everything else where parameters are small."""
-    for make in optimizers.MODELS.values():
+    for make in steps.MODELS.values():
         with torch.device("meta"):
             model = make()
         for own in OPTIMIZERS.values():
             if own.family.startswith("efcp") and not (own.matrices and all(p.dim() < 2 for p in model.parameters())):
                 for optimizer in own.build(own.params(model)):
                     optimizer.allocate_state()
-                    assert 2 * efcp.memory_report(optimizer).per_parameter < optimizers.NEEDED
+                    assert 2 * efcp.memory_report(optimizer).per_parameter < steps.NEEDED
 
 
 def test_the_model_is_of_the_shape_of_a_gpt() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from efcp.kernels.addresses import Momenta, average_addresses
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.lowbit import LowBit
-from efcp.kernels.triton.launch import DTYPES, find_block, stored_dtype, tables, triton_accumulation_dtype, warp_size
+from efcp.kernels.triton.gpu import launch_kernel, warp_size
+from efcp.kernels.triton.launch import DTYPES, find_block, stored_dtype, tables, triton_accumulation_dtype
 from efcp.kernels.triton.lowbit import to_8_bits
 
 SIZE = 4096  # numbers of a program
@@ -94,10 +95,10 @@ def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, fini
     )
     squares = torch.empty(table.blocks, dtype=torch.float64, device=device)
     if table.blocks > 0:
-        with torch.cuda.device_of(squares):
-            _average_kernel[(table.blocks,)](
-                table.parameters, table.owners, finite.view(torch.uint8), squares, float(beta), 1.0 - beta,
-                MOMENTUM=DTYPES[own], GRAD=DTYPES[grad], DTYPE=triton_accumulation_dtype(own), SIZE=SIZE,
-                num_warps=THREADS // warp_size(), enable_fp_fusion=False,
-            )  # fmt: skip
+        launch_kernel(
+            _average_kernel, (table.blocks,), squares,
+            table.parameters, table.owners, finite.view(torch.uint8), squares, float(beta), 1.0 - beta,
+            MOMENTUM=DTYPES[own], GRAD=DTYPES[grad], DTYPE=triton_accumulation_dtype(own), SIZE=SIZE,
+            num_warps=THREADS // warp_size(device), enable_fp_fusion=False,
+        )  # fmt: skip
     return squares.sum()

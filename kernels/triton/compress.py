@@ -22,15 +22,14 @@ from efcp.kernels.addresses import Errors, check_numbers
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.lowbit import allocate_lowbit
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.triton.gpu import at_most_registers, launch_kernel, warp_size
 from efcp.kernels.triton.launch import (
     DTYPES,
     Launch,
-    at_most_registers,
     find_block,
     launch_of,
     stored_dtype,
     triton_accumulation_dtype,
-    warp_size,
 )
 from efcp.kernels.triton.lowbit import numbers_of, to_4_bits, to_8_bits
 from efcp.kernels.triton.tuning import Configuration, choose
@@ -38,21 +37,22 @@ from efcp.kernels.triton.tuning import Configuration, choose
 UNDO_CHUNK = 128  # elements of a block that `undo_compress_` treats at a time
 
 
-def configurations(size: int, bytes: int, width: int, warp: int) -> list[Configuration]:
-    """The configurations for blocks of `size` elements of `bytes` each. The first one is the default.
+def configurations(size: int, bytes: int, width: int, device: torch.device) -> list[Configuration]:
+    """The configurations for blocks of `size` elements of `bytes` each on a device. The first one is the default.
 
     A chunk is what all threads read with one access each, of `width` elements. Prefix sums are taken over one chunk at
     a time, which leaves most registers to the block. A thread makes four accesses for a block, or more where that would
     need too many threads. Beyond 128 bytes a thread, only the first RESIDENT chunks stay in registers; the others are
     read again in every pass.
     """
+    warp = warp_size(device)
     size = max(warp * width, triton.next_power_of_2(size))
     # Without the limits of registers the assembler spills some to raise occupancy, which is of no use here.
     if size * bytes > 512 * 128:
-        return [_configuration(size, bytes, width, warp, 256) | at_most_registers(255)]
+        return [_configuration(size, bytes, width, warp, 256) | at_most_registers(255, device)]
     default = max(warp, min(512, size // (4 * width)))
     return [
-        _configuration(size, bytes, width, warp, threads) | at_most_registers(128)
+        _configuration(size, bytes, width, warp, threads) | at_most_registers(128, device)
         for threads in (default, 2 * default, default // 2)
         if warp <= threads <= 512 and threads * 128 >= size * bytes and threads * width <= size
     ]
@@ -370,13 +370,13 @@ def compress_(
     width = max(4, 16 // dtype.itemsize) if bits else 16 // min(dtype.itemsize, (error_dtype or dtype).itemsize)
 
     def launch(table: Launch, squares: Tensor, configuration: Configuration) -> None:
-        with torch.cuda.device_of(slot):
-            _compress_kernel[(table.blocks,)](
-                table.parameters, table.owners, slot, squares, values.shape[1],
-                GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
-                VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=accumulated,
-                SIZE=blocks.block_size, WIDTH=width, BITS=bits, **configuration, enable_fp_fusion=False,
-            )  # fmt: skip
+        launch_kernel(
+            _compress_kernel, (table.blocks,), slot,
+            table.parameters, table.owners, slot, squares, values.shape[1],
+            GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
+            VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=accumulated,
+            SIZE=blocks.block_size, WIDTH=width, BITS=bits, **configuration, enable_fp_fusion=False,
+        )  # fmt: skip
 
     def trial(example: SparseRows) -> Callable[[Configuration], None]:
         numel, device = example.blocks.numel, slot.device
@@ -388,7 +388,7 @@ def compress_(
         tried = launch_of([example], grads=[grad], errors=error, keys=keys)
         return partial(launch, tried, squares.new_empty(tried.blocks))
 
-    candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, warp_size())
+    candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, slot.device)
     launch(table, squares, choose("compress_", rows, (dtype, error_dtype), candidates, trial))
     return squares.sum().isfinite()
 
@@ -408,11 +408,11 @@ def undo_compress_(
     dtype, error_dtype, bits = _dtypes(grads, errors)
     values, indices, blocks = rows[0]
     size = max(UNDO_CHUNK, triton.next_power_of_2(blocks.block_size))
-    with torch.cuda.device_of(slot):
-        _undo_kernel[(table.blocks,)](
-            table.parameters, table.owners, slot, finite.view(torch.uint8), values.shape[1],
-            GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
-            VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=triton_accumulation_dtype(dtype),
-            SIZE=blocks.block_size, CHUNKS=size // UNDO_CHUNK, CHUNK=UNDO_CHUNK, BITS=bits, num_warps=4,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    launch_kernel(
+        _undo_kernel, (table.blocks,), slot,
+        table.parameters, table.owners, slot, finite.view(torch.uint8), values.shape[1],
+        GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
+        VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=triton_accumulation_dtype(dtype),
+        SIZE=blocks.block_size, CHUNKS=size // UNDO_CHUNK, CHUNK=UNDO_CHUNK, BITS=bits, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip

@@ -283,8 +283,8 @@ def _compress_kernel(parameters, owners, slot, squares, window_size,
 
 @triton.jit
 def _scales_and_key(row, block, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """Where the scales of a block's error begin, and the key of its random numbers; None for what it has not."""
-    scales, key = None, None
+    """Where the scales of a block's error begin, and the key of its random numbers; 0 for what it has not."""
+    scales, key = 0, 0  # not None, which functions of Triton 3.4 cannot return
     if BITS != 0:  # each block by itself: no byte and no scale belongs to two
         PER_SCALE: tl.constexpr = 64 * 8 // BITS
         scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + block * ((SIZE + PER_SCALE - 1) // PER_SCALE)

@@ -55,12 +55,13 @@ def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest:
     scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + block * ROWS + number
     position = number[:, None] * PER_ROW + tl.arange(0, PER_ROW)[None, :]
     beta, rest = beta.to(DTYPE), rest.to(DTYPE)
-    scale = None
     if (length == SIZE) & aligned:
         momentum, grad = tl.multiple_of(momentum, 16), tl.multiple_of(grad, 16)
         old = tl.load(momentum + position)  # stream
         if MOMENTUM == tl.int8:
             scale = tl.load(scales)
+        else:
+            scale = 0  # not None, which functions of Triton 3.4 cannot return
         g = tl.load(grad + position, mask=writes, other=0.0)  # stream
         new, scale, square = _averaged(old, scale, g, writes, beta, rest, MOMENTUM, DTYPE)
         tl.store(momentum + position, new, mask=writes)  # stream
@@ -72,6 +73,8 @@ def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest:
         old = tl.load(momentum + position, mask=inside, other=0)
         if MOMENTUM == tl.int8:
             scale = tl.load(scales, mask=first, other=0.0)
+        else:
+            scale = 0
         g = tl.load(grad + position, mask=inside & writes, other=0.0)
         new, scale, square = _averaged(old, scale, g, writes, beta, rest, MOMENTUM, DTYPE)
         tl.store(momentum + position, new, mask=inside & writes)

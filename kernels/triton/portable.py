@@ -25,7 +25,9 @@ from efcp.kernels.triton.launch import (
 )
 from efcp.kernels.update import Update
 
-TILE = 2048  # entries of the window that a program has in flight
+TILE = 2048  # entries of the window that `window_apply_` reads at a time, at most
+DOTS_TILE = 1024  # the same for `window_dots`: more would not fit into registers, nor would sums of more than
+MOST_ROWS = 512
 PROGRAMS = 1056  # the most programs, a few for each multiprocessor
 
 
@@ -97,10 +99,8 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
     values, indices, blocks = rows[0]
     check_numbers(values, slot=slot)
     window_size, size = values.shape[1], blocks.block_size
-    # With a third number for each entry, and a second sum for each row, more would not fit into registers.
-    tile, most_rows = (TILE // 2, 512) if momenta else (TILE, TILE)
-    columns = min(triton.next_power_of_2(kept(size, blocks.density)), tile)
-    tile_rows = min(tile // columns, most_rows)
+    columns = min(triton.next_power_of_2(kept(size, blocks.density)), DOTS_TILE)
+    tile_rows = min(DOTS_TILE // columns, MOST_ROWS)
     per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
     programs = triton.cdiv(table.blocks, per_program)
     own, vectors = stored_dtype(momenta), (2,) if momenta else ()

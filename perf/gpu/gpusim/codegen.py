@@ -17,9 +17,11 @@ def main(libtriton: str, source: str, target: str, cpu: str, fp_fusion: str) -> 
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.llvm.init_targets()  # all, but only those of GPUs since Triton 3.9
     library = ctypes.CDLL(libtriton)
-    for part in ("TargetInfo", "Target", "TargetMC", "AsmPrinter"):  # since 3.9, Triton prepares only those of GPUs
-        getattr(library, f"LLVMInitializeX86{part}")()
+    for part in ("TargetInfo", "Target", "TargetMC", "AsmPrinter"):
+        if hasattr(library, f"LLVMInitializeX86{part}"):
+            getattr(library, f"LLVMInitializeX86{part}")()
     ir, triple = Path(source).read_text(), "x86_64-unknown-linux-gnu"
     arguments = [ir, triple, cpu, "", [], fp_fusion == "True", True]  # features, flags, fp_fusion, is_object
     try:

@@ -96,7 +96,7 @@ class Launcher:
 
     def __init__(self, src: Any, metadata: Any) -> None:
         for name, wanted in (("num_ctas", 1), ("global_scratch_size", 0), ("profile_scratch_size", 0)):
-            if getattr(metadata, name) != wanted:
+            if getattr(metadata, name, wanted) != wanted:
                 raise UnsupportedError(f"{metadata.name}: {name}={getattr(metadata, name)}")
         llir = get_cache_manager(metadata.hash).get_file(f"{src.name[:150]}.llir")
         if llir is None:

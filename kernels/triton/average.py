@@ -58,10 +58,7 @@ def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest:
     if (length == SIZE) & aligned:
         momentum, grad = tl.multiple_of(momentum, 16), tl.multiple_of(grad, 16)
         old = tl.load(momentum + position)  # stream
-        if MOMENTUM == tl.int8:
-            scale = tl.load(scales)
-        else:
-            scale = 0  # not None, which functions of Triton 3.4 cannot return
+        scale = tl.load(scales) if MOMENTUM == tl.int8 else 0  # not None, which functions of Triton 3.4 cannot return
         g = tl.load(grad + position, mask=writes, other=0.0)  # stream
         new, scale, square = _averaged(old, scale, g, writes, beta, rest, MOMENTUM, DTYPE)
         tl.store(momentum + position, new, mask=writes)  # stream
@@ -71,10 +68,7 @@ def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest:
     else:
         inside, first = position < length, number * PER_ROW < length
         old = tl.load(momentum + position, mask=inside, other=0)
-        if MOMENTUM == tl.int8:
-            scale = tl.load(scales, mask=first, other=0.0)
-        else:
-            scale = 0
+        scale = tl.load(scales, mask=first, other=0.0) if MOMENTUM == tl.int8 else 0
         g = tl.load(grad + position, mask=inside & writes, other=0.0)
         new, scale, square = _averaged(old, scale, g, writes, beta, rest, MOMENTUM, DTYPE)
         tl.store(momentum + position, new, mask=inside & writes)

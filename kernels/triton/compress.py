@@ -166,6 +166,32 @@ def _reaching(a, number, grad, error, scales, finite, length,
 
 
 @triton.jit
+def _apart(x, WIDTH: tl.constexpr):
+    """A thread has WIDTH neighbouring elements of x: a tuple of WIDTH tensors, with one of these each."""
+    pieces = (x,)
+    for level in tl.static_range(4):
+        if WIDTH >> level > 1:
+            halves = ()
+            for i in tl.static_range(1 << level):
+                even, odd = tl.split(tl.reshape(pieces[i], (pieces[i].numel // 2, 2)))
+                halves = halves + (even, odd)  # noqa: RUF005
+            pieces = halves  # type: ignore[assignment]
+    return pieces
+
+
+@triton.jit
+def _store_entries(row, place, entry, WIDTH: tl.constexpr):
+    """row[place] = entry, where place is not negative.
+
+    Elements of a thread are stored one by one. As one tensor, Triton would move them through shared memory first, to
+    threads that it thinks better for stores.
+    """
+    places, entries = _apart(place, WIDTH), _apart(entry, WIDTH)
+    for i in tl.static_range(WIDTH):
+        tl.store(row + places[i], entries[i], mask=places[i] >= 0)
+
+
+@triton.jit
 def _write(a, threshold, ties, before, chunk, length, error, scales, key, first, values, indices, finite,
            CHUNK: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Writes a chunk's error, where finite, and those of its elements that are selected.
@@ -181,12 +207,9 @@ def _write(a, threshold, ties, before, chunk, length, error, scales, key, first,
     rank = (counts & 0xFFFF) + tl.minimum(tied, ties) - 1
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     stored = a.to(values.dtype.element_ty)
-    # These hints are not true. They make each thread store the elements that it has loaded; without them, Triton would
-    # move all elements through shared memory first. No store becomes wider, since the mask is for single elements.
-    place = tl.multiple_of(tl.max_contiguous(values + rank, WIDTH), 16)
-    tl.store(place, stored, mask=chosen)
-    place = tl.multiple_of(tl.max_contiguous(indices + rank, WIDTH), 16)
-    tl.store(place, position.to(indices.dtype.element_ty), mask=chosen)
+    place = tl.where(chosen, rank.to(tl.int32), -1)
+    _store_entries(values, place, stored, WIDTH)
+    _store_entries(indices, place, position.to(indices.dtype.element_ty), WIDTH)
     if BITS != 0:
         rest = tl.where(chosen, a - stored.to(a.dtype), a)
         _encode(rest, error, scales, key, first, chunk, length, finite, CHUNK, BITS, MASKED)

@@ -85,9 +85,8 @@ def main(arguments: list[str] | None = None) -> int:
 def _rows_of(folder: Path | None, quick: bool) -> list[dict[str, Any]]:
     """The rows of a version, made in a process of its own."""
     print(f"{folder or f'triton {triton.__version__}'} …", file=sys.stderr)
-    root = Path(triton_ops.__file__).parents[2]  # where `efcp` lies if it is not installed
     path = [str(folder.resolve())] if folder else []
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, str(root), os.environ.get("PYTHONPATH", "")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")])}
     with tempfile.TemporaryDirectory() as scratch:
         into = Path(scratch) / "rows.json"
         command = [sys.executable, "-m", "efcp.perf.gpu.versions", "--into", str(into), *["--quick"] * quick]
@@ -135,7 +134,8 @@ def agreement() -> str:
     try:
         with simulate(TARGET.arch, check_races=True) as simulator:
             actual = _results(triton_ops, simulator.allow)
-            for name, expected in _results(reference, lambda _: None):
+            for operation, expected in _results(reference, lambda _: None):
+                name = operation
                 for ours, theirs in zip(next(actual)[1], expected, strict=True):
                     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     except Exception as error:  # of any kind

@@ -35,24 +35,27 @@ from efcp.kernels.triton.lowbit import numbers_of, to_4_bits, to_8_bits
 from efcp.kernels.triton.tuning import Configuration, choose
 
 UNDO_CHUNK = 128  # elements of a block that `undo_compress_` treats at a time
+BEFORE_3_8 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 
 
-def configurations(size: int, bytes: int, width: int, device: torch.device) -> list[Configuration]:
+def configurations(size: int, bytes: int, width: int, bits: int, device: torch.device) -> list[Configuration]:
     """The configurations for blocks of `size` elements of `bytes` each on a device. The first one is the default.
 
-    A chunk is what all threads read with one access each, of `width` elements. Prefix sums are taken over one chunk at
-    a time, which leaves most registers to the block. A thread makes four accesses for a block, or more where that would
-    need too many threads. Beyond 128 bytes a thread, only the first RESIDENT chunks stay in registers; the others are
-    read again in every pass.
+    `bits` are those of the error; 0 for floating point. A chunk is what all threads read with one access each, of
+    `width` elements. Prefix sums are taken over one chunk at a time, which leaves most registers to the block. A thread
+    makes four accesses for a block, or more where that would need too many threads. Beyond 128 bytes a thread, only the
+    first RESIDENT chunks stay in registers; the others are read again in every pass.
     """
     warp = warp_size(device)
     size = max(warp * width, triton.next_power_of_2(size))
+    # Compilers before that of Triton 3.8 do not get by with 128 where a thread has many elements in few bits.
+    limit = 144 if BEFORE_3_8 and bits and width > 4 else 128
     # Without the limits of registers the assembler spills some to raise occupancy, which is of no use here.
     if size * bytes > 512 * 128:
         return [_configuration(size, bytes, width, warp, 256) | at_most_registers(255, device)]
     default = max(warp, min(512, size // (4 * width)))
     return [
-        _configuration(size, bytes, width, warp, threads) | at_most_registers(128, device)
+        _configuration(size, bytes, width, warp, threads) | at_most_registers(limit, device)
         for threads in (default, 2 * default, default // 2)
         if warp <= threads <= 512 and threads * 128 >= size * bytes and threads * width <= size
     ]
@@ -174,7 +177,7 @@ def _apart(x, WIDTH: tl.constexpr):
             halves = ()
             for i in tl.static_range(1 << level):
                 even, odd = tl.split(tl.reshape(pieces[i], (pieces[i].numel // 2, 2)))
-                halves = halves + (even, odd)  # noqa: RUF005
+                halves = halves + (even, odd)  # type: ignore[assignment]  # noqa: RUF005
             pieces = halves  # type: ignore[assignment]
     return pieces
 
@@ -411,7 +414,7 @@ def compress_(
         tried = launch_of([example], grads=[grad], errors=error, keys=keys)
         return partial(launch, tried, squares.new_empty(tried.blocks))
 
-    candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, slot.device)
+    candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, bits, slot.device)
     launch(table, squares, choose("compress_", rows, (dtype, error_dtype), candidates, trial))
     return squares.sum().isfinite()
 

@@ -155,11 +155,11 @@ def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
     table = _table(check_lowbit(targets, numbers), targets)
     dtype, device = targets[0].dtype, targets[0].device
     if table.blocks > 0:
+        options = _options(numbers) | at_most_registers(96, device)  # else some are spilled
         launch_kernel(
             _add_kernel, (table.blocks,), targets[0],
             table.parameters, table.owners, TARGET=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
-            **_options(numbers), num_warps=THREADS // warp_size(device),
-            **at_most_registers(96, device),  # else some are spilled
+            num_warps=THREADS // warp_size(device), **options,
         )  # fmt: skip
 
 

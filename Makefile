@@ -8,14 +8,18 @@ DEVELOPED := $(VENV)/developed
 DOCUMENTED := $(VENV)/documented
 PAPER := $(VENV)/paper
 FOLDERS := kernels perf analysis
+# Triton with which the kernels are checked: of its oldest and newest version that work, and of those that come with
+# PyTorch in between.
+TRITONS := 3.4.0 3.6.0 3.7.1 3.8.0 3.9.0
+TRITON_ENDS := 3.4.0 3.9.0
 # Tests that need nothing but PyTorch, Numba and pytest, for other versions of these.
 CORE_TESTS := tests/efcp tests/contract/test_generic.py tests/contract/test_parameters.py tests/contract/test_training.py \
 	tests/kernels/test_reference.py tests/kernels/test_cpu.py tests/kernels/test_blocks.py
 
-.PHONY: help demo test test-slow test-oldest test-newest docs lint check-kernels gpu bench bench-quick compile-report traffic paper clean
+.PHONY: help demo test test-slow test-oldest test-newest docs lint check-kernels check-kernels-ends check-kernels-all gpu bench bench-quick compile-report traffic paper clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-18s %s\n", $$1, $$2}'
 
 demo: $(INSTALLED)  ## install, and draw the memory-accuracy trade-off (about 3 minutes; goes on from what is there)
 	$(BIN)/python -m efcp.analysis.tradeoff
@@ -45,6 +49,13 @@ check-kernels: $(DEVELOPED)  ## compile Triton kernels for absent GPUs; fails on
 
 gpu:  ## check and measure the kernels on a GPU, into results/gpu (ten minutes; needs nothing but PyTorch with its Triton)
 	$(PYTHON) -m efcp.perf.gpu.measure
+
+check-kernels-ends: $(DEVELOPED) $(TRITON_ENDS:%=build/triton/%)  ## compile some kernels and run them in gpusim with the oldest and newest Triton
+	$(BIN)/python -m efcp.perf.gpu.versions --quick --check $(TRITON_ENDS:%=build/triton/%)
+
+check-kernels-all: $(DEVELOPED) $(TRITONS:%=build/triton/%)  ## the same with each Triton, into perf/results/versions.md (10 minutes; downloads 1 GB)
+	$(BIN)/python -m efcp.perf.gpu.versions --quick --csv perf/results/versions.csv --markdown perf/results/versions.md \
+		$(TRITONS:%=build/triton/%)
 
 bench: $(DEVELOPED)  ## measure operations, steps and memory, into results/bench (about 15 minutes on a quiet machine)
 	$(BIN)/python -m efcp.perf.bench
@@ -90,6 +101,11 @@ build/newest/installed: pyproject.toml
 	build/newest/bin/python -m pip --disable-pip-version-check install --quiet --upgrade \
 		torch numba pytest hypothesis expecttest
 	touch $@
+
+build/triton/%: | $(VENV)/pyvenv.cfg
+	rm -rf $@.part
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --target $@.part --no-deps triton==$*
+	mv $@.part $@
 
 $(PAPER): $(INSTALLED)
 	$(PIP) --editable '.[analysis,cpu,paper]'

@@ -2,8 +2,9 @@
 
 A backend is a module with all operations: four on sparse windows, one on dense windows, and one on the m × m matrices
 of M-FAC. GPUs use `triton` and CPUs use `cpu`, where Triton or Numba is installed; everything else uses `reference`. If
-an installed package turns out not to work, `reference` takes its place, and one warning says why. The environment
-variable `EFCP_KERNELS` or the context `use_backend` forces a backend; if that one does not work, it is an error.
+an installed package turns out not to work, `reference` takes its place, and one warning says why. Where a single kernel
+of Triton does not compile, this holds for its operation alone. The environment variable `EFCP_KERNELS` or the context
+`use_backend` forces a backend; if that one does not work, it is an error.
 """
 
 import importlib
@@ -30,11 +31,15 @@ FASTEST = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}  # the fastest backe
 PACKAGES = {"cpu": "numba", "triton": "triton"}  # the package that a backend needs
 
 _forced: str | None = None
-_broken: set[str] = set()  # backends that turned out not to work
+_broken: set[str] = set()  # backends that turned out not to work, and operations of them: "triton.compress_"
 
 
 class BackendError(RuntimeError):
     """A backend does not work on this machine. It has not started the operation, so no tensor has changed."""
+
+
+class KernelError(BackendError):
+    """One kernel does not compile or load on this machine; others of its backend may. No tensor has changed."""
 
 
 def _checked(name: str | None, source: str) -> str | None:
@@ -74,11 +79,15 @@ def _module(name: str) -> ModuleType:
         raise BackendError(f"{type(error).__name__}: {error}") from error
 
 
-def _replace(name: str, error: BackendError) -> None:
-    """From now on, the definition runs in place of a backend that does not work. Warns once."""
-    _broken.add(name)
-    text = f"efcp: the definition runs in place of the kernels of {PACKAGES[name]}, and is slower: {error}"
-    warnings.warn(text, RuntimeWarning, stacklevel=2)
+def _replace(name: str, operation: str | None, error: BackendError) -> None:
+    """From now on, the definition runs in place of a backend, or of one operation of it. Warns once."""
+    _broken.add(name if operation is None else f"{name}.{operation}")
+    warn_of_slower(f"the definition runs in place of {operation or 'the kernels'} of {PACKAGES[name]}", error)
+
+
+def warn_of_slower(what: str, error: BackendError) -> None:
+    """Warns that something slower runs, and why."""
+    warnings.warn(f"efcp: {what}, and is slower: {error}", RuntimeWarning, stacklevel=3)
 
 
 @cache
@@ -89,13 +98,17 @@ def _can_import(name: str) -> bool:
     except BackendError as error:
         missing = isinstance(error.__cause__, ModuleNotFoundError) and importlib.util.find_spec(PACKAGES[name]) is None
         if not missing:  # the package is installed, but broken
-            _replace(name, error)
+            _replace(name, None, error)
         return False
     return True
 
 
 def _forced_name() -> str | None:
     return _forced or _checked(os.environ.get("EFCP_KERNELS") or None, "EFCP_KERNELS")
+
+
+def _forced_by() -> str:
+    return "use_backend" if _forced is not None else "the environment variable EFCP_KERNELS"
 
 
 def backend_name(device: torch.device) -> str:
@@ -118,10 +131,13 @@ def run(operation: str, tensor: Tensor, *arguments: Any) -> Any:
         BackendError: if a backend is forced and does not work.
     """
     name = "reference" if is_fake(tensor) else backend_name(tensor.device)
-    try:
-        return getattr(_module(name), operation)(*arguments)
-    except BackendError as error:
-        if _forced_name() is not None:
-            raise BackendError(f"the backend {name!r}, which is forced, does not work: {error}") from error
-        _replace(name, error)
+    forced = _forced_name() is not None
+    if forced or f"{name}.{operation}" not in _broken:
+        try:
+            return getattr(_module(name), operation)(*arguments)
+        except BackendError as error:
+            if forced:
+                text = f"the backend {name!r}, which {_forced_by()} asks for, does not work: {error}"
+                raise BackendError(text) from error
+            _replace(name, operation if isinstance(error, KernelError) else None, error)
     return getattr(_module("reference"), operation)(*arguments)

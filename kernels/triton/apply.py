@@ -25,12 +25,12 @@ from efcp.kernels.addresses import Momenta, check_momenta, check_numbers, check_
 from efcp.kernels.blocks import Blocks, SparseRows, kept
 from efcp.kernels.lowbit import LowBit, allocate_lowbit
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.triton.gpu import at_most_registers, launch_kernel
 from efcp.kernels.triton.launch import (
     DTYPES,
     SCALE_BITS,
     SCALE_MASK,
     Launch,
-    at_most_registers,
     find_block,
     find_scales,
     launch_of,
@@ -41,6 +41,8 @@ from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
 from efcp.kernels.update import Update
 
 find_block, find_scales = gluon.jit(find_block.fn), gluon.jit(find_scales.fn)
+Shared = gl.shared_memory_descriptor
+reinterpret = Shared.reinterpret if hasattr(Shared, "reinterpret") else Shared._reinterpret
 ALIGNED = gl.constexpr(16)  # entries; tiles begin at multiples of it, so that every access takes 128 bits
 
 
@@ -72,7 +74,7 @@ def configurations(
             chunk = min(room, 512 * num_warps)  # of the sum, taken at a time: more would not fit into registers
             configuration = {"TILE": tile, "COLUMNS": columns, "CHUNK": chunk, "num_warps": num_warps}
             # Without a limit the compiler spills registers to raise occupancy, which is of no use here.
-            configuration |= at_most_registers(128 if num_warps == 4 else 255)
+            configuration |= at_most_registers(128 if num_warps == 4 else 255, values.device)
             candidates.append((configuration, sums + tile * entry, tile * entry))
     return most_in_flight(candidates, shared)
 
@@ -137,7 +139,7 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
     end = gl.where(aligned, end, -1)  # -1 where no access may take 128 bits
 
     chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
-    total = chunks._reinterpret(DTYPE, [ROOM], SHARED)
+    total = reinterpret(chunks, DTYPE, [ROOM], SHARED)
     tile_values = gl.allocate_shared_memory(VALUES, [TILE], SHARED)
     tile_indices = gl.allocate_shared_memory(INDICES, [TILE], SHARED)
     shared_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
@@ -148,7 +150,7 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
         chunks.index(chunk).store(zero)
     if square_weights is not None:
         square_chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
-        squares = square_chunks._reinterpret(DTYPE, [ROOM], SHARED)
+        squares = reinterpret(square_chunks, DTYPE, [ROOM], SHARED)
         shared_square_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
         shared_square_weights.store(gl.load(square_weights + lanes, mask=lanes < window_size, other=0.0))
         for chunk in range(ROOM // CHUNK):
@@ -247,15 +249,15 @@ def window_apply_(
     own = stored_dtype(momenta)
 
     def launch(table: Launch, configuration: Configuration) -> None:
-        with torch.cuda.device_of(weights):
-            _apply_kernel[(table.blocks,)](
-                table.parameters, table.owners, weights, *update[1:4], square_weights, update.eps, values.shape[1],
-                TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
-                MOMENTUM=None if own is None else DTYPES[own], WRITES=writes,
-                DTYPE=triton_accumulation_dtype(dtype), WINDOW=triton.next_power_of_2(values.shape[1]),
-                SIZE=blocks.block_size,
-                ROOM=triton.next_power_of_2(blocks.block_size), **configuration,
-            )  # fmt: skip
+        launch_kernel(
+            _apply_kernel, (table.blocks,), weights,
+            table.parameters, table.owners, weights, *update[1:4], square_weights, update.eps, values.shape[1],
+            TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
+            MOMENTUM=None if own is None else DTYPES[own], WRITES=writes,
+            DTYPE=triton_accumulation_dtype(dtype), WINDOW=triton.next_power_of_2(values.shape[1]),
+            SIZE=blocks.block_size, ROOM=triton.next_power_of_2(blocks.block_size),
+            **configuration, enable_fp_fusion=True,
+        )  # fmt: skip
 
     def trial(example: SparseRows) -> Callable[[Configuration], None]:
         target = torch.zeros(example.blocks.numel, dtype=dtype, device=weights.device)

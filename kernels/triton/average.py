@@ -13,7 +13,8 @@ from torch import Tensor
 from efcp.kernels.addresses import Momenta, average_addresses
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.lowbit import LowBit
-from efcp.kernels.triton.launch import DTYPES, find_block, stored_dtype, tables, triton_accumulation_dtype, warp_size
+from efcp.kernels.triton.gpu import launch_kernel, warp_size
+from efcp.kernels.triton.launch import DTYPES, find_block, stored_dtype, tables, triton_accumulation_dtype
 from efcp.kernels.triton.lowbit import to_8_bits
 
 SIZE = 4096  # numbers of a program
@@ -54,12 +55,10 @@ def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest:
     scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + block * ROWS + number
     position = number[:, None] * PER_ROW + tl.arange(0, PER_ROW)[None, :]
     beta, rest = beta.to(DTYPE), rest.to(DTYPE)
-    scale = None
     if (length == SIZE) & aligned:
         momentum, grad = tl.multiple_of(momentum, 16), tl.multiple_of(grad, 16)
         old = tl.load(momentum + position)  # stream
-        if MOMENTUM == tl.int8:
-            scale = tl.load(scales)
+        scale = tl.load(scales) if MOMENTUM == tl.int8 else 0  # not None, which functions of Triton 3.4 cannot return
         g = tl.load(grad + position, mask=writes, other=0.0)  # stream
         new, scale, square = _averaged(old, scale, g, writes, beta, rest, MOMENTUM, DTYPE)
         tl.store(momentum + position, new, mask=writes)  # stream
@@ -69,8 +68,7 @@ def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest:
     else:
         inside, first = position < length, number * PER_ROW < length
         old = tl.load(momentum + position, mask=inside, other=0)
-        if MOMENTUM == tl.int8:
-            scale = tl.load(scales, mask=first, other=0.0)
+        scale = tl.load(scales, mask=first, other=0.0) if MOMENTUM == tl.int8 else 0
         g = tl.load(grad + position, mask=inside & writes, other=0.0)
         new, scale, square = _averaged(old, scale, g, writes, beta, rest, MOMENTUM, DTYPE)
         tl.store(momentum + position, new, mask=inside & writes)
@@ -94,10 +92,10 @@ def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, fini
     )
     squares = torch.empty(table.blocks, dtype=torch.float64, device=device)
     if table.blocks > 0:
-        with torch.cuda.device_of(squares):
-            _average_kernel[(table.blocks,)](
-                table.parameters, table.owners, finite.view(torch.uint8), squares, float(beta), 1.0 - beta,
-                MOMENTUM=DTYPES[own], GRAD=DTYPES[grad], DTYPE=triton_accumulation_dtype(own), SIZE=SIZE,
-                num_warps=THREADS // warp_size(), enable_fp_fusion=False,
-            )  # fmt: skip
+        launch_kernel(
+            _average_kernel, (table.blocks,), squares,
+            table.parameters, table.owners, finite.view(torch.uint8), squares, float(beta), 1.0 - beta,
+            MOMENTUM=DTYPES[own], GRAD=DTYPES[grad], DTYPE=triton_accumulation_dtype(own), SIZE=SIZE,
+            num_warps=THREADS // warp_size(device), enable_fp_fusion=False,
+        )  # fmt: skip
     return squares.sum()

@@ -21,37 +21,40 @@ from efcp.kernels.addresses import Errors, check_numbers
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.lowbit import allocate_lowbit
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.triton.gpu import at_most_registers, launch_kernel, warp_size
 from efcp.kernels.triton.launch import (
     DTYPES,
     Launch,
-    at_most_registers,
     find_block,
     launch_of,
     stored_dtype,
     triton_accumulation_dtype,
-    warp_size,
 )
 from efcp.kernels.triton.lowbit import numbers_of, to_4_bits, to_8_bits
 from efcp.kernels.triton.tuning import Configuration, choose
 
 UNDO_CHUNK = 128  # elements of a block that `undo_compress_` treats at a time
+BEFORE_3_8 = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 8)
 
 
-def configurations(size: int, bytes: int, width: int, warp: int) -> list[Configuration]:
-    """The configurations for blocks of `size` elements of `bytes` each. The first one is the default.
+def configurations(size: int, bytes: int, width: int, bits: int, device: torch.device) -> list[Configuration]:
+    """The configurations for blocks of `size` elements of `bytes` each on a device. The first one is the default.
 
-    A chunk is what all threads read with one access each, of `width` elements. Prefix sums are taken over one chunk at
-    a time, which leaves most registers to the block. A thread makes four accesses for a block, or more where that would
-    need too many threads. Beyond 128 bytes a thread, only the first RESIDENT chunks stay in registers; the others are
-    read again in every pass.
+    `bits` are those of the error; 0 for floating point. A chunk is what all threads read with one access each, of
+    `width` elements. Prefix sums are taken over one chunk at a time, which leaves most registers to the block. A thread
+    makes four accesses for a block, or more where that would need too many threads. Beyond 128 bytes a thread, only the
+    first RESIDENT chunks stay in registers; the others are read again in every pass.
     """
+    warp = warp_size(device)
     size = max(warp * width, triton.next_power_of_2(size))
+    # Compilers before that of Triton 3.8 do not get by with 128 where a thread has many elements in few bits.
+    limit = 144 if BEFORE_3_8 and bits and width > 4 else 128
     # Without the limits of registers the assembler spills some to raise occupancy, which is of no use here.
     if size * bytes > 512 * 128:
-        return [_configuration(size, bytes, width, warp, 256) | at_most_registers(255)]
+        return [_configuration(size, bytes, width, warp, 256) | at_most_registers(255, device)]
     default = max(warp, min(512, size // (4 * width)))
     return [
-        _configuration(size, bytes, width, warp, threads) | at_most_registers(128)
+        _configuration(size, bytes, width, warp, threads) | at_most_registers(limit, device)
         for threads in (default, 2 * default, default // 2)
         if warp <= threads <= 512 and threads * 128 >= size * bytes and threads * width <= size
     ]
@@ -165,6 +168,32 @@ def _reaching(a, number, grad, error, scales, finite, length,
 
 
 @triton.jit
+def _apart(x, WIDTH: tl.constexpr):
+    """A thread has WIDTH neighbouring elements of x: a tuple of WIDTH tensors, with one of these each."""
+    pieces = (x,)
+    for level in tl.static_range(4):
+        if WIDTH >> level > 1:
+            halves = ()
+            for i in tl.static_range(1 << level):
+                even, odd = tl.split(tl.reshape(pieces[i], (pieces[i].numel // 2, 2)))
+                halves = halves + (even, odd)  # type: ignore[assignment]  # noqa: RUF005
+            pieces = halves  # type: ignore[assignment]
+    return pieces
+
+
+@triton.jit
+def _store_entries(row, place, entry, WIDTH: tl.constexpr):
+    """row[place] = entry, where place is not negative.
+
+    Elements of a thread are stored one by one. As one tensor, Triton would move them through shared memory first, to
+    threads that it thinks better for stores.
+    """
+    places, entries = _apart(place, WIDTH), _apart(entry, WIDTH)
+    for i in tl.static_range(WIDTH):
+        tl.store(row + places[i], entries[i], mask=places[i] >= 0)
+
+
+@triton.jit
 def _write(a, threshold, ties, before, chunk, length, error, scales, key, first, values, indices, finite,
            CHUNK: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
     """Writes a chunk's error, where finite, and those of its elements that are selected.
@@ -180,12 +209,9 @@ def _write(a, threshold, ties, before, chunk, length, error, scales, key, first,
     rank = (counts & 0xFFFF) + tl.minimum(tied, ties) - 1
     position = chunk * CHUNK + tl.arange(0, CHUNK)
     stored = a.to(values.dtype.element_ty)
-    # These hints are not true. They make each thread store the elements that it has loaded; without them, Triton would
-    # move all elements through shared memory first. No store becomes wider, since the mask is for single elements.
-    place = tl.multiple_of(tl.max_contiguous(values + rank, WIDTH), 16)
-    tl.store(place, stored, mask=chosen)
-    place = tl.multiple_of(tl.max_contiguous(indices + rank, WIDTH), 16)
-    tl.store(place, position.to(indices.dtype.element_ty), mask=chosen)
+    place = tl.where(chosen, rank.to(tl.int32), -1)
+    _store_entries(values, place, stored, WIDTH)
+    _store_entries(indices, place, position.to(indices.dtype.element_ty), WIDTH)
     if BITS != 0:
         rest = tl.where(chosen, a - stored.to(a.dtype), a)
         _encode(rest, error, scales, key, first, chunk, length, finite, CHUNK, BITS, MASKED)
@@ -282,8 +308,8 @@ def _compress_kernel(parameters, owners, slot, squares, window_size,
 
 @triton.jit
 def _scales_and_key(row, block, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """Where the scales of a block's error begin, and the key of its random numbers; None for what it has not."""
-    scales, key = None, None
+    """Where the scales of a block's error begin, and the key of its random numbers; 0 for what it has not."""
+    scales, key = 0, 0  # not None, which functions of Triton 3.4 cannot return
     if BITS != 0:  # each block by itself: no byte and no scale belongs to two
         PER_SCALE: tl.constexpr = 64 * 8 // BITS
         scales = tl.load(row + 6).to(tl.pointer_type(tl.float32)) + block * ((SIZE + PER_SCALE - 1) // PER_SCALE)
@@ -369,13 +395,13 @@ def compress_(
     width = max(4, 16 // dtype.itemsize) if bits else 16 // min(dtype.itemsize, (error_dtype or dtype).itemsize)
 
     def launch(table: Launch, squares: Tensor, configuration: Configuration) -> None:
-        with torch.cuda.device_of(slot):
-            _compress_kernel[(table.blocks,)](
-                table.parameters, table.owners, slot, squares, values.shape[1],
-                GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
-                VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=accumulated,
-                SIZE=blocks.block_size, WIDTH=width, BITS=bits, **configuration, enable_fp_fusion=False,
-            )  # fmt: skip
+        launch_kernel(
+            _compress_kernel, (table.blocks,), slot,
+            table.parameters, table.owners, slot, squares, values.shape[1],
+            GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
+            VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=accumulated,
+            SIZE=blocks.block_size, WIDTH=width, BITS=bits, **configuration, enable_fp_fusion=False,
+        )  # fmt: skip
 
     def trial(example: SparseRows) -> Callable[[Configuration], None]:
         numel, device = example.blocks.numel, slot.device
@@ -391,7 +417,7 @@ def compress_(
 
         return run
 
-    candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, warp_size())
+    candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, bits, slot.device)
     launch(table, squares, choose("compress_", rows, (dtype, error_dtype), candidates, trial))
     return squares.sum().isfinite()
 
@@ -411,11 +437,11 @@ def undo_compress_(
     dtype, error_dtype, bits = _dtypes(grads, errors)
     values, indices, blocks = rows[0]
     size = max(UNDO_CHUNK, triton.next_power_of_2(blocks.block_size))
-    with torch.cuda.device_of(slot):
-        _undo_kernel[(table.blocks,)](
-            table.parameters, table.owners, slot, finite.view(torch.uint8), values.shape[1],
-            GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
-            VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=triton_accumulation_dtype(dtype),
-            SIZE=blocks.block_size, CHUNKS=size // UNDO_CHUNK, CHUNK=UNDO_CHUNK, BITS=bits, num_warps=4,
-            enable_fp_fusion=False,
-        )  # fmt: skip
+    launch_kernel(
+        _undo_kernel, (table.blocks,), slot,
+        table.parameters, table.owners, slot, finite.view(torch.uint8), values.shape[1],
+        GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
+        VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=triton_accumulation_dtype(dtype),
+        SIZE=blocks.block_size, CHUNKS=size // UNDO_CHUNK, CHUNK=UNDO_CHUNK, BITS=bits, num_warps=4,
+        enable_fp_fusion=False,
+    )  # fmt: skip

@@ -23,10 +23,12 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from efcp.kernels.addresses import check_numbers
 from efcp.kernels.blocks import Blocks, SparseRows, kept
-from efcp.kernels.triton.launch import DTYPES, Launch, at_most_registers, find_block, launch_of
+from efcp.kernels.triton.gpu import at_most_registers, launch_kernel
+from efcp.kernels.triton.launch import DTYPES, Launch, find_block, launch_of
 from efcp.kernels.triton.tuning import Configuration, choose, most_in_flight
 
 find_block = gluon.jit(find_block.fn)
+load_async = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 ALIGNED = gl.constexpr(16)  # entries; tiles begin at multiples of it, so that every access takes 128 bits
 PROGRAMS = 1056  # the most programs, a few for each multiprocessor
 SKIP_DENSITY = 0.1  # SKIP is the default up to it; on windows from training, a third of the groups is then read
@@ -55,7 +57,7 @@ def configurations(values: Tensor, blocks: Blocks, shared: int) -> list[Configur
         configuration = {"TILE": tile, "ROWS": rows, "ROWS_ROOM": rows_room, "COLUMNS": columns, "SKIP": skip}
         # Without this limit registers are spilled on some targets; with a higher one, fewer programs are resident.
         registers = min(128, 64 + 4 * tile // threads) if index_bytes > 1 else 144
-        configuration |= {"num_warps": threads // 32} | at_most_registers(registers)
+        configuration |= {"num_warps": threads // 32} | at_most_registers(registers, values.device)
         candidates.append((configuration, taken, tiles))
     fit = most_in_flight(candidates, shared)
     return [*fit[:1], *(default | {"SKIP": 1 - skip} for default in fit[:1]), *fit[1:]]
@@ -74,7 +76,7 @@ def _tile(tensor, tile, step, here, last):
 
 @gluon.jit
 def _copy(shared, tensor, number, mask):
-    async_copy.async_copy_global_to_shared(shared, tensor + number, mask)  # stream
+    load_async(shared, tensor + number, mask)  # stream
 
 
 @gluon.jit
@@ -220,13 +222,13 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, candidates: Sequence[C
         programs = triton.cdiv(table.blocks, per_program)
         partial = torch.empty(programs, values.shape[1], dtype=torch.float64, device=slot.device)
         if programs > 0:
-            with torch.cuda.device_of(slot):
-                _dots_kernel[(programs,)](
-                    table.parameters, table.owners, slot, partial, values.shape[1], table.blocks,
-                    VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], SIZE=blocks.block_size,
-                    ROOM=triton.next_power_of_2(blocks.block_size), PER_PROGRAM=per_program,
-                    **configuration,
-                )  # fmt: skip
+            launch_kernel(
+                _dots_kernel, (programs,), slot,
+                table.parameters, table.owners, slot, partial, values.shape[1], table.blocks,
+                VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], SIZE=blocks.block_size,
+                ROOM=triton.next_power_of_2(blocks.block_size), PER_PROGRAM=per_program,
+                **configuration, enable_fp_fusion=True,
+            )  # fmt: skip
         return partial
 
     def trial(example: SparseRows) -> Callable[[Configuration], object]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from efcp.kernels.addresses import gradient_addresses
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.triton.gpu import launch_kernel
 from efcp.kernels.triton.launch import DTYPES, find_block, tables, triton_accumulation_dtype
 
 SIZE = 8192  # elements that a program reads
@@ -39,9 +40,9 @@ def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
     table = tables(device, tuple((at, 0, 0, 0, Blocks(n, SIZE, 1.0)) for at, n in zip(found, numels, strict=True)))
     squares = torch.empty(table.blocks, dtype=accumulation_dtype(dtype), device=device)
     if table.blocks > 0:
-        with torch.cuda.device_of(squares):
-            _squares_kernel[(table.blocks,)](
-                table.parameters, table.owners, squares, GRAD=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
-                SIZE=SIZE, num_warps=NUM_WARPS,
-            )  # fmt: skip
+        launch_kernel(
+            _squares_kernel, (table.blocks,), squares,
+            table.parameters, table.owners, squares, GRAD=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
+            SIZE=SIZE, num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
     return squares.sum().isfinite()

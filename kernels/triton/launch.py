@@ -124,18 +124,6 @@ def stored_dtype(numbers: Momenta) -> torch.dtype | None:
     return first.codes.dtype if isinstance(first, LowBit) else first.dtype
 
 
-def warp_size() -> int:
-    """Threads of a warp of the current GPU."""
-    return 32 if triton.knobs.runtime.interpret else int(triton.runtime.driver.active.get_current_target().warp_size)
-
-
-def at_most_registers(number: int) -> dict[str, int]:
-    """The launch option that lets a thread use at most so many registers; empty where there is no such option."""
-    if triton.knobs.runtime.interpret or triton.runtime.driver.active.get_current_target().backend != "cuda":
-        return {}
-    return {"maxnreg": number}
-
-
 @triton.jit
 def find_block(parameters, owners, program, SIZE: tl.constexpr):
     """Finds a program's block: (row, block, length, kept, stride, aligned).

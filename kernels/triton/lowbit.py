@@ -16,15 +16,8 @@ from torch import Tensor
 from efcp.kernels.addresses import check_lowbit
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.lowbit import MIX, SMALLEST_SCALE, LowBit
-from efcp.kernels.triton.launch import (
-    DTYPES,
-    Launch,
-    at_most_registers,
-    find_block,
-    tables,
-    triton_accumulation_dtype,
-    warp_size,
-)
+from efcp.kernels.triton.gpu import at_most_registers, launch_kernel, warp_size
+from efcp.kernels.triton.launch import DTYPES, Launch, find_block, tables, triton_accumulation_dtype
 
 SIZE = 4096  # numbers of a program
 THREADS = 256  # of a program; for each, 16 bytes of codes in 8 bits
@@ -160,13 +153,14 @@ def _options(numbers: Sequence[LowBit]) -> dict[str, Any]:
 
 def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
     table = _table(check_lowbit(targets, numbers), targets)
-    dtype = targets[0].dtype
+    dtype, device = targets[0].dtype, targets[0].device
     if table.blocks > 0:
-        with torch.cuda.device_of(targets[0]):
-            _add_kernel[(table.blocks,)](
-                table.parameters, table.owners, TARGET=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
-                **_options(numbers), num_warps=THREADS // warp_size(), **at_most_registers(96),  # else some are spilled
-            )  # fmt: skip
+        options = _options(numbers) | at_most_registers(96, device)  # else some are spilled
+        launch_kernel(
+            _add_kernel, (table.blocks,), targets[0],
+            table.parameters, table.owners, TARGET=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
+            num_warps=THREADS // warp_size(device), **options,
+        )  # fmt: skip
 
 
 def store_lowbit_(
@@ -175,8 +169,8 @@ def store_lowbit_(
     table = _table(check_lowbit(values, numbers, finite, keys), values)
     options = _options(numbers)
     if table.blocks > 0:
-        with torch.cuda.device_of(values[0]):
-            _store_kernel[(table.blocks,)](
-                table.parameters, table.owners, finite.view(torch.uint8), VALUES=DTYPES[values[0].dtype],
-                **options, num_warps=THREADS * options["BITS"] // 8 // warp_size(),
-            )  # fmt: skip
+        launch_kernel(
+            _store_kernel, (table.blocks,), values[0],
+            table.parameters, table.owners, finite.view(torch.uint8), VALUES=DTYPES[values[0].dtype],
+            **options, num_warps=THREADS * options["BITS"] // 8 // warp_size(values[0].device),
+        )  # fmt: skip

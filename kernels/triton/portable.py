@@ -13,10 +13,10 @@ from torch import Tensor
 from efcp.kernels.addresses import Momenta, check_momenta, check_numbers, check_weights
 from efcp.kernels.blocks import SparseRows, kept
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.triton.gpu import at_most_registers, launch_kernel
 from efcp.kernels.triton.launch import (
     DTYPES,
     SCALE_BITS,
-    at_most_registers,
     find_block,
     find_scales,
     launch_of,
@@ -25,7 +25,9 @@ from efcp.kernels.triton.launch import (
 )
 from efcp.kernels.update import Update
 
-TILE = 2048  # entries of the window that a program has in flight
+TILE = 2048  # entries of the window that `window_apply_` reads at a time, at most
+DOTS_TILE = 1024  # the same for `window_dots`: more would not fit into registers, nor would sums of more than
+MOST_ROWS = 512
 PROGRAMS = 1056  # the most programs, a few for each multiprocessor
 
 
@@ -97,10 +99,8 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
     values, indices, blocks = rows[0]
     check_numbers(values, slot=slot)
     window_size, size = values.shape[1], blocks.block_size
-    # With a third number for each entry, and a second sum for each row, more would not fit into registers.
-    tile, most_rows = (TILE // 2, 512) if momenta else (TILE, TILE)
-    columns = min(triton.next_power_of_2(kept(size, blocks.density)), tile)
-    tile_rows = min(tile // columns, most_rows)
+    columns = min(triton.next_power_of_2(kept(size, blocks.density)), DOTS_TILE)
+    tile_rows = min(DOTS_TILE // columns, MOST_ROWS)
     per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
     programs = triton.cdiv(table.blocks, per_program)
     own, vectors = stored_dtype(momenta), (2,) if momenta else ()
@@ -108,15 +108,18 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
     if programs > 0:
         newest = torch.zeros(table.blocks * size, dtype=values.dtype, device=slot.device)
         dtypes = {"VALUES": DTYPES[values.dtype], "INDICES": DTYPES[indices.dtype]}
-        with torch.cuda.device_of(slot):
-            _spread_kernel[(table.blocks,)](
-                table.parameters, table.owners, slot, newest, window_size, **dtypes, SIZE=size, COLUMNS=columns
-            )
-            _portable_dots_kernel[(programs, triton.cdiv(window_size, tile_rows))](
-                table.parameters, table.owners, newest, partial, window_size, table.blocks, PER_PROGRAM=per_program,
-                **dtypes, MOMENTUM=None if own is None else DTYPES[own], SIZE=size, ROWS=tile_rows, COLUMNS=columns,
-                **at_most_registers(128),  # else some are spilled
-            )  # fmt: skip
+        launch_kernel(
+            _spread_kernel, (table.blocks,), slot,
+            table.parameters, table.owners, slot, newest, window_size, **dtypes, SIZE=size, COLUMNS=columns,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+        launch_kernel(
+            _portable_dots_kernel, (programs, triton.cdiv(window_size, tile_rows)), slot,
+            table.parameters, table.owners, newest, partial, window_size, table.blocks, PER_PROGRAM=per_program,
+            **dtypes, MOMENTUM=None if own is None else DTYPES[own], SIZE=size, ROWS=tile_rows, COLUMNS=columns,
+            **at_most_registers(128, slot.device),  # else some are spilled
+            enable_fp_fusion=True,
+        )  # fmt: skip
     return partial.sum(0)
 
 
@@ -194,12 +197,13 @@ def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[Sp
     programs = min(table.blocks, PROGRAMS)
     sums = 1 if square_weights is None else 2
     scratch = torch.empty(sums * programs * size, dtype=accumulation_dtype(dtype), device=weights.device)
-    with torch.cuda.device_of(weights):
-        _portable_apply_kernel[(programs,)](
-            table.parameters, table.owners, weights, *update[1:4], square_weights, update.eps, scratch,
-            values.shape[1], table.blocks,
-            TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
-            MOMENTUM=None if own is None else DTYPES[own], WRITES=update.writes_momenta and len(momenta) > 0,
-            DTYPE=triton_accumulation_dtype(dtype), SIZE=size, COLUMNS=columns,
-            num_warps=max(1, min(8, columns // 64)), **at_most_registers(168),  # else some are spilled
-        )  # fmt: skip
+    launch_kernel(
+        _portable_apply_kernel, (programs,), weights,
+        table.parameters, table.owners, weights, *update[1:4], square_weights, update.eps, scratch,
+        values.shape[1], table.blocks,
+        TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
+        MOMENTUM=None if own is None else DTYPES[own], WRITES=update.writes_momenta and len(momenta) > 0,
+        DTYPE=triton_accumulation_dtype(dtype), SIZE=size, COLUMNS=columns, num_warps=max(1, min(8, columns // 64)),
+        **at_most_registers(168, weights.device),  # else some are spilled
+        enable_fp_fusion=True,
+    )  # fmt: skip

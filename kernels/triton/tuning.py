@@ -19,7 +19,9 @@ import triton
 from torch import Tensor
 
 from efcp.kernels.blocks import Blocks, SparseRows
+from efcp.kernels.dispatch import KernelError
 from efcp.kernels.gpus import architecture
+from efcp.kernels.triton.gpu import target_of
 
 Configuration = dict[str, int]  # constants and options of a launch
 NUMEL = 1 << 22  # elements of the parameter that configurations are tried on
@@ -65,7 +67,7 @@ def choose(
     values, _, blocks = rows[0]
     if triton.knobs.runtime.interpret or len(candidates) == 1:
         return candidates[0]
-    target = triton.runtime.driver.active.get_current_target()
+    target = target_of(values.device)
     names = "/".join(str(dtype).removeprefix("torch.") for dtype in (*dtypes, values.dtype))
     layout = f"B={blocks.block_size} density={blocks.density} m={values.shape[1]}"
     key = f"{operation} {target.backend}:{target.arch} {layout} {names}"
@@ -88,7 +90,7 @@ def _autotuning(device: torch.device) -> bool:
 def _milliseconds(launch: Callable[[], object]) -> float:
     try:
         return float(triton.testing.do_bench(launch, return_mode="median"))
-    except triton.runtime.errors.OutOfResources:
+    except KernelError:
         return float("inf")
 
 

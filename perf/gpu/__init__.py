@@ -3,6 +3,7 @@
 | file | what |
 |---|---|
 | `report.py` | compiles kernels for all targets: spills, accesses, instructions, occupancy |
+| `versions.py` | compiles and simulates kernels with several versions of Triton |
 | `traffic.py` | counts the bytes that kernels load and store |
 | `offline.py` | compiles for a GPU that is not there |
 | `code.py` | reads accesses, instructions and loops from compiled code |

@@ -22,6 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
+from efcp.perf.gpu.gpusim.driver import stand_in
+
 __all__ = ["Compiled", "GPUTarget", "compile_for"]
 
 
@@ -54,15 +56,10 @@ def compile_for(target: GPUTarget) -> Iterator[list[Compiled]]:
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: kernels are interpreted, not compiled")
-    before = triton.runtime.driver._active
     driver = _Driver(target)
-    triton.runtime.driver.set_active(driver)
-    try:
-        with triton.knobs.compilation.scope():
-            triton.knobs.compilation.listener = driver.note_time
-            yield driver.compiled
-    finally:
-        triton.runtime.driver.set_active(before)
+    with stand_in(driver), triton.knobs.compilation.scope():
+        triton.knobs.compilation.listener = driver.note_time
+        yield driver.compiled
 
 
 class _Driver:

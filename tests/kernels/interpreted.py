@@ -67,7 +67,20 @@ def round_to_bfloat16(convert):
     return converted
 
 
+def splat_booleans(splat):
+    """Where a comparison of scalars is spread out, the interpreter makes int32 of it: no mask for Triton 3.9."""
+
+    def spread(builder, shape, scalar):
+        result = splat(builder, shape, scalar)
+        if scalar.data.dtype == bool:
+            result.data = result.data.astype(bool)
+        return result
+
+    return spread
+
+
 if __name__ == "__main__":
+    interpreter.InterpreterBuilder.create_splat = splat_booleans(interpreter.InterpreterBuilder.create_splat)
     interpreter._convert_float = round_to_bfloat16(interpreter._convert_float)
     interpreter._implicit_cvt = float64_arguments(interpreter._implicit_cvt)
     for case in CASES:

@@ -316,9 +316,9 @@ def refusing_backend(request, monkeypatch):
 
         if triton_ops.HAS_GLUON:
             monkeypatch.setattr(triton_ops, "HAS_GLUON", request.param == "triton")
-            monkeypatch.setattr(triton_ops, "_shared_memory", lambda: architecture(120).program_shared)
+            monkeypatch.setattr(triton_ops, "_shared_memory", lambda *_: architecture(120).program_shared)
             for module in (triton_ops.apply, triton_ops.dots):
-                monkeypatch.setattr(module, "at_most_registers", lambda number: {})
+                monkeypatch.setattr(module, "at_most_registers", lambda *_: {})
         elif request.param == "triton":
             pytest.skip("this version of Triton has no Gluon")
     with use_backend(name):

@@ -304,7 +304,7 @@ def test_the_definition_takes_over_where_a_kernel_cannot_be_compiled(
     for result in results:
         for ours, theirs in zip(result, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
-    forced = "^the backend 'cpu', which is forced, does not work: LLVM ERROR$"
+    forced = "^the backend 'cpu', which use_backend asks for, does not work: LLVM ERROR$"
     with use_backend("cpu"), pytest.raises(BackendError, match=forced):
         run(operation)
 

@@ -4,6 +4,7 @@ A program of its own, because LLVM ends the process on errors; it loads nothing 
     python codegen.py LIBTRITON IR_FILE OBJECT_FILE CPU FP_FUSION
 """
 
+import ctypes
 import importlib.util
 import sys
 from pathlib import Path
@@ -16,10 +17,17 @@ def main(libtriton: str, source: str, target: str, cpu: str, fp_fusion: str) -> 
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    module.llvm.init_targets()
+    module.llvm.init_targets()  # all, but only those of GPUs since Triton 3.9
+    library = ctypes.CDLL(libtriton)
+    for part in ("TargetInfo", "Target", "TargetMC", "AsmPrinter"):
+        if hasattr(library, f"LLVMInitializeX86{part}"):
+            getattr(library, f"LLVMInitializeX86{part}")()
     ir, triple = Path(source).read_text(), "x86_64-unknown-linux-gnu"
-    # positional only: features, flags, fp_fusion, is_object, canonicalize_gep
-    code = module.llvm.translate_to_asm(ir, triple, cpu, "", [], fp_fusion == "True", True, False)
+    arguments = [ir, triple, cpu, "", [], fp_fusion == "True", True]  # features, flags, fp_fusion, is_object
+    try:
+        code = module.llvm.translate_to_asm(*arguments, False)  # canonicalize_gep
+    except TypeError:  # before Triton 3.8
+        code = module.llvm.translate_to_asm(*arguments)
     Path(target).write_bytes(code)
 
 

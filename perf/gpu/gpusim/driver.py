@@ -2,10 +2,11 @@
 
 Triton specialises and compiles a kernel as it would for the GPU that the driver names, PTX and cubin included. Where
 the CUDA driver loads the cubin, this one lowers the kernel's LLVM IR for the host; a launch goes to the simulator.
-The names and signatures are what Triton 3.8 expects.
+The names and signatures are what Triton 3.4 to 3.9 expect.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -77,12 +78,25 @@ class Driver:
         return [milliseconds] * len(quantiles) if quantiles else milliseconds
 
 
+@contextmanager
+def stand_in(driver: Any) -> Iterator[None]:
+    """Within the context, Triton uses this driver, and looks for no GPU."""
+    drivers = triton.runtime.driver
+    name = "_active" if hasattr(drivers, "_active") else "active"  # 3.4 has only the latter; later ones look for a GPU
+    before = getattr(drivers, name)
+    drivers.set_active(driver)
+    try:
+        yield
+    finally:
+        setattr(drivers, name, before)
+
+
 class Launcher:
     """Passes the launches of a kernel to the simulator. Triton makes one for every compiled kernel."""
 
     def __init__(self, src: Any, metadata: Any) -> None:
         for name, wanted in (("num_ctas", 1), ("global_scratch_size", 0), ("profile_scratch_size", 0)):
-            if getattr(metadata, name) != wanted:
+            if getattr(metadata, name, wanted) != wanted:
                 raise UnsupportedError(f"{metadata.name}: {name}={getattr(metadata, name)}")
         llir = get_cache_manager(metadata.hash).get_file(f"{src.name[:150]}.llir")
         if llir is None:

@@ -4,7 +4,7 @@ import os
 import platform
 import shutil
 
-TRITON_VERSION = (3, 8)  # the one whose LLVM IR and driver interface this is made for
+TRITON_VERSION = (3, 4)  # the first one
 CPU_FEATURES = {"avx2", "bmi2", "f16c", "fma"}  # of x86-64-v3, the target of compilation
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import triton
 
 from .arguments import Extent, extent, merge, pack
 from .build import runtime
 from .counters import Access, Counters, Launch
-from .driver import SHARED_BYTES, Driver
+from .driver import SHARED_BYTES, Driver, stand_in
 from .errors import (
     DataRaceError,
     DeadlockError,
@@ -60,12 +59,8 @@ def simulate(
     if arch not in SHARED_BYTES:
         raise ValueError(f"arch must be one of {sorted(SHARED_BYTES)}, not {arch!r}")
     simulator = Simulator(arch, check_races, counters, schedule, drop_barriers, time_limit)
-    previous = triton.runtime.driver._active  # not `active`, which would look for a GPU
-    triton.runtime.driver.set_active(Driver(simulator))
-    try:
+    with stand_in(Driver(simulator)):
         yield simulator
-    finally:
-        triton.runtime.driver.set_active(previous)
 
 
 @dataclass

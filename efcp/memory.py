@@ -20,7 +20,7 @@ class MemoryReport:
     Attributes:
         tensors: bytes by the name of a tensor in `optimizer.state[p]`, such as "values" or "error", summed over all
             parameters. A list of tensors counts as one. What a wrapper keeps in `optimizer.state[name]` counts under
-            that name.
+            that name. "tables" are the tables of addresses that launches on a GPU read.
         numel: the number of elements of all parameters.
     """
 
@@ -61,6 +61,8 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
         for name, value in _tensors(state):
             name = name if isinstance(owner, Tensor) else str(owner)
             tensors[name] = tensors.get(name, 0) + value.numel() * value.element_size()
+    if isinstance(optimizer, EFCP) and optimizer._tables.bytes:
+        tensors["tables"] = optimizer._tables.bytes
     return MemoryReport(tensors, sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
 
 

@@ -9,6 +9,7 @@ Each function here is the contract of an operation. It calls the backend that `d
 | `update.py` | the weights and factors of `window_apply_` |
 | `lowbit.py` | numbers in 8 and 4 bits |
 | `addresses.py` | checks that compiled code can read and write a tensor, and its address |
+| `tables.py` | tables of addresses on a device, and who keeps them |
 | `dispatch.py` | the choice of a backend |
 | `cpu/` | compiled by Numba, for CPUs |
 | `triton/` | Triton kernels, for GPUs |
@@ -26,6 +27,7 @@ from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks, SparseRows
 from efcp.kernels.dispatch import BACKENDS, BackendError, backend_name, use_backend
 from efcp.kernels.lowbit import LowBit, allocate_lowbit, decoded_blocks
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.tables import Tables, is_capturing
 from efcp.kernels.update import Update
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "Blocks",
     "LowBit",
     "SparseRows",
+    "Tables",
     "Update",
     "accumulation_dtype",
     "add_lowbit_",
@@ -45,6 +48,7 @@ __all__ = [
     "decoded_blocks",
     "dense_dots",
     "has_plain_storage",
+    "is_capturing",
     "is_fake",
     "norm_is_finite",
     "store_lowbit_",

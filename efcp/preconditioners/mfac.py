@@ -123,7 +123,7 @@ class MFAC(Preconditioner):
         window_size = len(S)
         ridge = window_size * self.damping
         x, residual = kernels.update_inverse_root_(R, column, S, slot, ridge)
-        capturing = R.is_cuda and torch.cuda.is_current_stream_capturing()  # each replay would do it, or none
+        capturing = kernels.is_capturing(R.device)  # each replay would do it, or none
         if (state["inverse_age"] >= window_size or state["inverse_damping"] != self.damping) and not capturing:
             x, residual = self._refreshed_column(gram, slot)
         state["inverse_age"] += 1

@@ -21,7 +21,7 @@ from efcp.kernels.triton.launch import (
     Launch,
     at_most_registers,
     find_block,
-    tables,
+    launch_at,
     triton_accumulation_dtype,
     warp_size,
 )
@@ -73,12 +73,12 @@ def to_4_bits(x, key, first, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _store_kernel(parameters, owners, finite, VALUES: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr):
+def _store_kernel(table, parameters, finite, VALUES: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr):
     PER_ROW: tl.constexpr = 64 if BITS == 8 else 128  # numbers; a row is a block, with a scale
     ROWS: tl.constexpr = SIZE // PER_ROW
     WIDTH: tl.constexpr = 64  # bytes of a row
     program = tl.program_id(0).to(tl.int64)
-    row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
+    row, block, length, _, _, aligned = find_block(table, parameters, program, SIZE)
     finite = tl.load(finite) != 0
     values = tl.load(row).to(tl.pointer_type(VALUES)) + block * SIZE
     codes = tl.load(row + 1).to(tl.pointer_type(tl.int8 if BITS == 8 else tl.uint8)) + block * (ROWS * WIDTH)
@@ -117,12 +117,12 @@ def numbers_of(code, scale, BITS: tl.constexpr):
 
 
 @triton.jit
-def _add_kernel(parameters, owners, TARGET: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr):
+def _add_kernel(table, parameters, TARGET: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr):
     PER_ROW: tl.constexpr = 64 if BITS == 8 else 128  # numbers; a row is a block, with a scale
     ROWS: tl.constexpr = SIZE // PER_ROW
     WIDTH: tl.constexpr = 64  # bytes of a row
     program = tl.program_id(0).to(tl.int64)
-    row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
+    row, block, length, _, _, aligned = find_block(table, parameters, program, SIZE)
     target = tl.load(row).to(tl.pointer_type(TARGET)) + block * SIZE
     codes = tl.load(row + 1).to(tl.pointer_type(tl.int8 if BITS == 8 else tl.uint8)) + block * (ROWS * WIDTH)
     number = tl.arange(0, ROWS)
@@ -144,14 +144,10 @@ def _add_kernel(parameters, owners, TARGET: tl.constexpr, BITS: tl.constexpr, DT
         tl.store(target + position, (old + x.to(DTYPE)).to(TARGET), mask=inside)
 
 
-def _table(found: Sequence[list[int]], values: Sequence[Tensor]) -> Launch:
-    return tables(
-        values[0].device,
-        tuple(
-            (x, codes, 0, 0, Blocks(value.numel(), SIZE, 1.0), scales, key)
-            for x, codes, scales, key, value in zip(*found, values, strict=True)
-        ),
-    )
+def _group(found: Sequence[list[int]], values: Sequence[Tensor]) -> Launch:
+    x, codes, scales, keys = found
+    layouts = [Blocks(value.numel(), SIZE, 1.0) for value in values]
+    return launch_at(values[0].device, layouts, x, codes, scales=scales, keys=keys)
 
 
 def _options(numbers: Sequence[LowBit]) -> dict[str, Any]:
@@ -159,12 +155,12 @@ def _options(numbers: Sequence[LowBit]) -> dict[str, Any]:
 
 
 def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
-    table = _table(check_lowbit(targets, numbers), targets)
+    group = _group(check_lowbit(targets, numbers), targets)
     dtype = targets[0].dtype
-    if table.blocks > 0:
+    if group.blocks > 0:
         with torch.cuda.device_of(targets[0]):
-            _add_kernel[(table.blocks,)](
-                table.parameters, table.owners, TARGET=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
+            _add_kernel[(group.blocks,)](
+                group.table, group.parameters, TARGET=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
                 **_options(numbers), num_warps=THREADS // warp_size(), **at_most_registers(96),  # else some are spilled
             )  # fmt: skip
 
@@ -172,11 +168,11 @@ def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
 def store_lowbit_(
     numbers: Sequence[LowBit], values: Sequence[Tensor], finite: Tensor, keys: Sequence[Tensor] = ()
 ) -> None:
-    table = _table(check_lowbit(values, numbers, finite, keys), values)
+    group = _group(check_lowbit(values, numbers, finite, keys), values)
     options = _options(numbers)
-    if table.blocks > 0:
+    if group.blocks > 0:
         with torch.cuda.device_of(values[0]):
-            _store_kernel[(table.blocks,)](
-                table.parameters, table.owners, finite.view(torch.uint8), VALUES=DTYPES[values[0].dtype],
+            _store_kernel[(group.blocks,)](
+                group.table, group.parameters, finite.view(torch.uint8), VALUES=DTYPES[values[0].dtype],
                 **options, num_warps=THREADS * options["BITS"] // 8 // warp_size(),
             )  # fmt: skip

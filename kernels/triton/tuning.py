@@ -20,6 +20,7 @@ from torch import Tensor
 
 from efcp.kernels.blocks import Blocks, SparseRows
 from efcp.kernels.gpus import architecture
+from efcp.kernels.tables import is_capturing
 
 Configuration = dict[str, int]  # constants and options of a launch
 NUMEL = 1 << 22  # elements of the parameter that configurations are tried on
@@ -82,7 +83,7 @@ def choose(
 def _autotuning(device: torch.device) -> bool:
     if os.environ.get("EFCP_AUTOTUNE", "0") != "1":
         return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not is_capturing(device)
 
 
 def _milliseconds(launch: Callable[[], object]) -> float:

@@ -54,7 +54,7 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
             first, or ask `estimate_memory`.
 
     Returns:
-        The bytes of every tensor in `optimizer.state`.
+        The bytes of every tensor in `optimizer.state`, and of `tables` on GPUs.
     """
     tensors: dict[str, int] = {}
     for owner, state in optimizer.state.items():
@@ -71,7 +71,8 @@ def estimate_memory(
 ) -> MemoryReport:
     """Says how much memory an optimizer's state will take, before anything is allocated.
 
-    It equals, to the byte, what `memory_report` says once every parameter has had a gradient.
+    It equals, to the byte, what `memory_report` says once every parameter has had a gradient, but for `tables` of a few
+    hundred bytes a parameter tensor on a GPU.
 
     >>> estimate_memory(model, SparseMFAC, window=64, density=0.01).total
     >>> estimate_memory(25_557_032, window=1024, density=0.01).per_parameter  # ResNet-50 as one float32 vector

@@ -1,7 +1,7 @@
 """Tables of numbers on a device, such as the addresses by which one launch reaches many tensors, and who keeps them.
 
-Whoever repeats launches owns a `Tables`, as an optimizer does, and enters it for each of its steps. A step takes a table
-over from the step before where its numbers are the same. Only others travel, through pinned memory that PyTorch keeps
+Whoever repeats launches owns a `Tables`, as an optimizer does, and enters it for each of its steps. A step takes tables
+over from the step before where their numbers are the same. Only others travel, through pinned memory that PyTorch keeps
 for that. Tables that a step has not used are given up.
 
 A captured CUDA graph reads its tables at each replay, and copies those anew that were made during the capture. So all

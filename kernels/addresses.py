@@ -14,6 +14,7 @@ from torch.nn import Parameter
 
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.lowbit import BLOCK, LowBit, lengths_in_pieces
+from efcp.kernels.row_step import RowStep
 from efcp.kernels.update import Update
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -371,6 +372,19 @@ def check_inverse_root(R: Tensor, column: Tensor, S: Tensor, slot: Tensor) -> No
     for name, tensor, numel in (("R", R, window_size**2), ("column", column, window_size), ("S", S, window_size**2)):
         addresses(name, [tensor], torch.float64, R.device, [numel], fake=fake)
     check_numbers(R, slot=slot)
+
+
+def check_row_step(state: RowStep, dots: Tensor, slot: Tensor, finite: Tensor) -> None:
+    """Checks the arguments of `mfac_row_step_`, and raises errors as `addresses` does."""
+    check_inverse_root(state.inverse_root, state.inverse_column, state.gram, slot)
+    window_size, device, fake = len(state.inverse_root), dots.device, is_fake(dots)
+    for name, tensor in (("weights", state.weights), ("dots", dots)):
+        addresses(name, [tensor], torch.float64, device, [window_size], fake=fake)
+    for name, tensor in state._asdict().items():
+        if name not in ("gram", "inverse_root", "inverse_column", "weights"):
+            floats = ("factor", "update_norm", "inner_product")
+            addresses(name, [tensor], torch.float64 if name in floats else torch.int64, device, [1], fake=fake)
+    check_numbers(dots, finite=finite)
 
 
 def floating(name: str, tensor: Tensor) -> torch.dtype:

@@ -54,7 +54,8 @@ class Tables:
         if table is None:
             table = next((t for t in self._before if t.known_by == known_by and t.device == device), None)
             if table is None:
-                numbers = make()
+                with torch.device("cpu"):
+                    numbers = make()
                 if device.type == "cuda":
                     numbers = numbers.pin_memory()  # so that the host does not wait for the copy
                 on_device = numbers.to(device, non_blocking=True)
@@ -74,7 +75,7 @@ def on_device(device: torch.device, known_by: Any, make: Callable[[], Tensor]) -
 
     Args:
         known_by: what its numbers follow from; equal things give equal numbers. Not changed afterwards.
-        make: gives the numbers, a new tensor on the CPU.
+        make: gives the numbers, a new tensor.
     """
     owner = _owner.get()
     if owner is None:

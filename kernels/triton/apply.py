@@ -142,7 +142,7 @@ def _apply_kernel(table, parameters, weights, target_factor, update_factor, mome
     tile_indices = gl.allocate_shared_memory(INDICES, [TILE], SHARED)
     shared_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
     lanes = gl.arange(0, WINDOW, layout=STEPS)
-    shared_weights.store(gl.load(weights + lanes, mask=lanes < window_size, other=0.0))
+    shared_weights.store(gl.load(weights + lanes, mask=lanes < window_size, other=0.0).to(DTYPE))
     zero = gl.zeros([CHUNK], DTYPE, CHUNKS)
     for chunk in range(ROOM // CHUNK):
         chunks.index(chunk).store(zero)
@@ -150,7 +150,8 @@ def _apply_kernel(table, parameters, weights, target_factor, update_factor, mome
         square_chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
         squares = square_chunks._reinterpret(DTYPE, [ROOM], SHARED)
         shared_square_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
-        shared_square_weights.store(gl.load(square_weights + lanes, mask=lanes < window_size, other=0.0))
+        square_weight = gl.load(square_weights + lanes, mask=lanes < window_size, other=0.0)
+        shared_square_weights.store(square_weight.to(DTYPE))
         for chunk in range(ROOM // CHUNK):
             square_chunks.index(chunk).store(zero)
 
@@ -240,8 +241,6 @@ def window_apply_(
     check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
     if group.blocks == 0:
         return
-    weights = weights.to(accumulation_dtype(targets[0].dtype))
-    square_weights = None if square_weights is None else square_weights.to(weights.dtype)
     values, indices, blocks = rows[0]
     dtype, writes = targets[0].dtype, update.writes_momenta and len(momenta) > 0
     own = stored_dtype(momenta)

@@ -43,4 +43,4 @@ def norm_is_finite(grads: Sequence[Tensor]) -> Tensor:
                 group.table, group.parameters, squares, GRAD=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
                 SIZE=SIZE, num_warps=NUM_WARPS,
             )  # fmt: skip
-    return squares.sum().isfinite()
+    return squares.sum() < float("inf")  # fewer launches than isfinite

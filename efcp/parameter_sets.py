@@ -118,7 +118,7 @@ class ParameterSet:
         written = self.states[0]["momentum"] if heavy_ball else self.params[0]
         return torch.finfo(kernels.accumulation_dtype(written.dtype)).eps
 
-    @property
+    @cached_property
     def momenta(self) -> list[Tensor | kernels.LowBit]:
         """The momenta of the parameters; none where they have none."""
         if not keeps_momentum(self.group):

@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.lowbit import BLOCK, LowBit, lengths_in_pieces
 from efcp.kernels.row_step import RowStep
+from efcp.kernels.tables import once
 from efcp.kernels.update import Update
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -98,6 +99,21 @@ def group_addresses(
     Raises:
         TypeError, ValueError: as in `addresses`, and for rows that do not belong together.
     """
+    found, numels = once("window", [rows], lambda: _window_addresses(rows, device, fake))
+    found = list(found)
+    for name, tensors in others.items():
+        if len(tensors) or name not in MAY_BE_EMPTY:
+            dtype = next((floating(name, tensor) for tensor in tensors if tensor is not None), torch.float32)
+            found.append(addresses(name, tensors, dtype, device, numels, may_lack=name in MAY_LACK, fake=fake))
+        else:
+            found.append([0] * len(rows))
+    return tuple(found)
+
+
+def _window_addresses(
+    rows: Sequence[SparseRows], device: torch.device, fake: bool
+) -> tuple[list[list[int]], list[int]]:
+    """The addresses of values and of indices, and the number of elements of each parameter."""
     if not rows:
         raise ValueError("rows must hold those of at least one parameter, got none")
     values, _, layout = rows[0]
@@ -118,13 +134,7 @@ def group_addresses(
         addresses("values", [r.values for r in rows], values_dtype, device, sizes, fake=fake),
         addresses("indices", [r.indices for r in rows], layout.index_dtype, device, sizes, fake=fake),
     ]
-    for name, tensors in others.items():
-        if len(tensors) or name not in MAY_BE_EMPTY:
-            dtype = next((floating(name, tensor) for tensor in tensors if tensor is not None), torch.float32)
-            found.append(addresses(name, tensors, dtype, device, numels, may_lack=name in MAY_LACK, fake=fake))
-        else:
-            found.append([0] * len(rows))
-    return tuple(found)
+    return found, numels
 
 
 def check_group(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> None:

@@ -9,9 +9,9 @@ of these stay as long as their owner, with the memory that they are copied from;
 only a replay writes, no other step takes them over.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,12 +25,16 @@ class _Table(NamedTuple):
 
 
 class Tables:
-    """The tables of an owner. Operations that are called within this context take over those of the last time."""
+    """The tables of an owner. Operations that are called within this context take over those of the last time.
+
+    They also check, and look up the addresses of, a list of tensors only once while the context lasts.
+    """
 
     def __init__(self) -> None:
         self._before: list[_Table] = []
         self._now: list[_Table] = []
         self._of_graphs: dict[int, _Table] = {}  # by the id of the tensor
+        self.found: dict[Any, tuple[Any, Any]] = {}  # of `once`
         self._token: Token[Tables | None] | None = None
 
     def __enter__(self) -> None:
@@ -40,6 +44,7 @@ class Tables:
         assert self._token is not None
         _owner.reset(self._token)
         self._before, self._now = [table for table in self._now if table.source is None], []
+        self.found = {}
 
     @property
     def bytes(self) -> int:
@@ -83,6 +88,25 @@ def on_device(device: torch.device, known_by: Any, make: Callable[[], Tensor]) -
         if is_capturing(device):
             _for_ever.append(owner)
     return owner.find(device, known_by, make)
+
+
+T = TypeVar("T")
+
+
+def once(kind: str, lists: Sequence[Any], make: Callable[[], T]) -> T:
+    """What `make` gives for these very lists, made once in a step of an owner: there they and all in them stay.
+
+    Args:
+        kind: what it is; others may be made for the same lists.
+    """
+    owner = _owner.get()
+    if owner is None:
+        return make()
+    key = (kind, *map(id, lists))
+    if key not in owner.found:
+        owner.found[key] = lists, make()  # the lists, so that no others get their ids
+    result: T = owner.found[key][1]
+    return result
 
 
 def is_capturing(device: torch.device) -> bool:

@@ -140,8 +140,10 @@ class SparseWindow(Window):
         return kernels.window_dots(self.rows, slot, momenta)
 
     def apply_(self, targets: Sequence[Tensor | None], momenta: Momenta, update: Update) -> None:
-        some = [number for number, target in enumerate(targets) if target is not None]
-        if some:
-            chosen = [target for target in targets if target is not None]
+        chosen = [target for target in targets if target is not None]
+        if len(chosen) == len(targets):
+            kernels.window_apply_(chosen, momenta, self.rows, update)
+        elif chosen:
+            some = [number for number, target in enumerate(targets) if target is not None]
             buffers, rows = [momenta[number] for number in some if momenta], [self.rows[number] for number in some]
             kernels.window_apply_(chosen, buffers, rows, update)

@@ -22,7 +22,7 @@ from efcp.kernels.addresses import Errors, Momenta, error_addresses, group_addre
 from efcp.kernels.blocks import Blocks, SparseRows
 from efcp.kernels.lowbit import LowBit
 from efcp.kernels.reference import accumulation_dtype
-from efcp.kernels.tables import on_device
+from efcp.kernels.tables import on_device, once
 
 COLUMNS = tl.constexpr(8)
 SCALE_BITS = tl.constexpr(6)  # a scale of numbers in 8 bits is that of 2 to this power of them
@@ -65,15 +65,19 @@ def launch_of(
         keys: of each parameter where errors are in 4 bits.
         others: by argument name: gradients or targets, x in the table; or none.
     """
-    device = rows[0].values.device
-    values, indices, *columns = group_addresses(rows, device, **others)
-    none = [0] * len(rows)
-    if errors:
-        y, scales, key = error_addresses(errors, keys, rows, device)
-    else:
-        (y, scales), key = momentum_addresses(momenta, device, [r.blocks.numel for r in rows]), none
-    x = columns[0] if columns else none
-    return launch_at(device, [r.blocks for r in rows], x, y, values, indices, scales, key)
+
+    def make() -> Launch:
+        device = rows[0].values.device
+        values, indices, *columns = group_addresses(rows, device, **others)
+        none = [0] * len(rows)
+        if errors:
+            y, scales, key = error_addresses(errors, keys, rows, device)
+        else:
+            (y, scales), key = momentum_addresses(momenta, device, [r.blocks.numel for r in rows]), none
+        x = columns[0] if columns else none
+        return launch_at(device, [r.blocks for r in rows], x, y, values, indices, scales, key)
+
+    return once("launch", [rows, momenta, errors, keys, *others.values()], make)
 
 
 def launch_at(

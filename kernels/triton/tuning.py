@@ -103,7 +103,12 @@ def _scratch(blocks: Blocks, values: Tensor) -> SparseRows:
 
 
 def _file() -> Path:
-    return Path(os.environ.get("EFCP_CACHE") or Path.home() / ".cache" / "efcp") / "configurations.json"
+    return _file_in(os.environ.get("EFCP_CACHE"))
+
+
+@cache
+def _file_in(folder: str | None) -> Path:
+    return (Path(folder) if folder else Path.home() / ".cache" / "efcp") / "configurations.json"
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from efcp.kernels.addresses import check_row_step
 from efcp.kernels.row_step import RowStep
+from efcp.kernels.triton.launch import at_most_registers
 
 ENTRIES = 2048  # of a matrix that the program has in registers
 NUM_WARPS = 8
@@ -153,4 +154,5 @@ def mfac_row_step_(
             *state, dots, slot, finite.view(torch.uint8), scratch, window_size, float(damping), float(rounding),
             float("inf") if longest is None else float(longest), -1.0 if length is None else float(length),
             M=room, ROWS=max(1, min(room, ENTRIES // room)), num_warps=NUM_WARPS,
+            **at_most_registers(255),  # one program: no occupancy to raise by spilling
         )  # fmt: skip

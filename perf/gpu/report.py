@@ -371,13 +371,7 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
                 triton_ops.window_apply_, grads, [], rows, squares
             ),
             ("mfac_row_step_", case.window): partial(
-                triton_ops.mfac_row_step_,
-                _row_step(case.window),
-                meta(case.window, dtype=FP64),
-                slot,
-                finite,
-                1e-3,
-                1e-7,
+                triton_ops.mfac_row_step_, _row_step(case.window), dots, slot, finite, 1e-3, 1e-7
             ),
         }
         for key, call in calls.items():

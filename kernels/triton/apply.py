@@ -150,8 +150,7 @@ def _apply_kernel(table, parameters, weights, target_factor, update_factor, mome
         square_chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
         squares = square_chunks._reinterpret(DTYPE, [ROOM], SHARED)
         shared_square_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
-        square_weight = gl.load(square_weights + lanes, mask=lanes < window_size, other=0.0)
-        shared_square_weights.store(square_weight.to(DTYPE))
+        shared_square_weights.store(gl.load(square_weights + lanes, mask=lanes < window_size, other=0.0).to(DTYPE))
         for chunk in range(ROOM // CHUNK):
             square_chunks.index(chunk).store(zero)
 

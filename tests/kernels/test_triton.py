@@ -307,7 +307,7 @@ FAR = 1 << 33  # blocks
 
 
 def far_away(modules, monkeypatch):
-    """Makes the kernels believe that the blocks of all parameters come after FAR others, at the addresses they have."""
+    """Makes the kernels believe that the first parameter's blocks come after FAR others of it, where they are."""
 
     def shifted(rows, **others):
         group = launch_of(rows, **others)
@@ -315,16 +315,16 @@ def far_away(modules, monkeypatch):
         y = others.pop("errors", ()) or others.pop("momenta", ())
         x = next((own for name, own in others.items() if name in ("grads", "targets")), ())
         four = 2 if y and isinstance(y[0], LowBit) and y[0].codes.dtype == BITS4 else 1  # numbers of a byte
-        for entry, (values, indices, blocks) in zip(table[: 8 * len(rows)].view(-1, 8), rows, strict=True):
-            entries = FAR * values.shape[1] * blocks.kept
-            sizes = [parts_of(some)[0].element_size() if some else 0 for some in (x, y)]
-            entry[:4] -= torch.tensor([
-                FAR * blocks.block_size * sizes[0], FAR * blocks.block_size * sizes[1] // four,
-                entries * values.element_size(), entries * indices.element_size(),
-            ])  # fmt: skip
-            entry[4] += FAR
-            entry[6] -= FAR * blocks.block_size // (64 * four) * 4  # of a float32
-        table[8 * len(rows) :] -= FAR
+        entry, (values, indices, blocks) = table[:8], rows[0]
+        entries = FAR * values.shape[1] * blocks.kept
+        sizes = [parts_of(some)[0].element_size() if some else 0 for some in (x, y)]
+        entry[:4] -= torch.tensor([
+            FAR * blocks.block_size * sizes[0], FAR * blocks.block_size * sizes[1] // four,
+            entries * values.element_size(), entries * indices.element_size(),
+        ])  # fmt: skip
+        entry[4] += FAR
+        entry[6] -= FAR * blocks.block_size // (64 * four) * 4  # of a float32
+        table[8 * len(rows)] -= FAR
         return group._replace(table=table)
 
     for module in modules:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from efcp.gram import is_on_cpu
-from efcp.kernels import is_fake
+from efcp.kernels import is_capturing, is_fake
 
 SKIPPED = 10  # steps in a row, from which on there is a warning
 NAMED = 5  # parameters in a warning
@@ -41,14 +41,14 @@ class Lookout:
             found = non_finite()
             some = "; ".join(found[:NAMED]) + (f" and {len(found) - NAMED} others" if len(found) > NAMED else "")
             why = f"Inf or NaN in the gradients of {some}" if found else "squares of gradients overflow, or did before"
-            warnings.warn(f"{skipped} steps in a row were skipped: {why}", stacklevel=5)
+            warnings.warn(f"{skipped} steps in a row were skipped: {why}", stacklevel=6)
         self._warned_of_skipping = skipped >= SKIPPED
         if imprecise and not self._warned_of_rounding:
             warnings.warn(
                 "damping is too small for the precision of the parameters: a step along the newest gradient alone was "
                 "taken in place of one that rounding would have spoilt. Raise damping to 1e-6 of the squared norm of "
                 "the gradients or more, or use float64 parameters. Further steps of this kind are not reported.",
-                stacklevel=5,
+                stacklevel=6,
             )
             self._warned_of_rounding = True
 
@@ -57,7 +57,7 @@ class Lookout:
         device = counters[0].device
         if is_on_cpu(counters[0]):
             return [int(counter) for counter in counters]
-        if is_fake(counters[0]) or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if is_fake(counters[0]) or is_capturing(device):
             return None
         counts = None
         if self._copy is not None:

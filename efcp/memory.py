@@ -20,7 +20,7 @@ class MemoryReport:
     Attributes:
         tensors: bytes by the name of a tensor in `optimizer.state[p]`, such as "values" or "error", summed over all
             parameters. A list of tensors counts as one. What a wrapper keeps in `optimizer.state[name]` counts under
-            that name.
+            that name. "tables" are the tables of addresses that launches on a GPU read.
         numel: the number of elements of all parameters.
     """
 
@@ -54,13 +54,15 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
             first, or ask `estimate_memory`.
 
     Returns:
-        The bytes of every tensor in `optimizer.state`.
+        The bytes of every tensor in `optimizer.state`, and of `tables` on GPUs.
     """
     tensors: dict[str, int] = {}
     for owner, state in optimizer.state.items():
         for name, value in _tensors(state):
             name = name if isinstance(owner, Tensor) else str(owner)
             tensors[name] = tensors.get(name, 0) + value.numel() * value.element_size()
+    if isinstance(optimizer, EFCP) and optimizer._tables.bytes:
+        tensors["tables"] = optimizer._tables.bytes
     return MemoryReport(tensors, sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
 
 
@@ -69,7 +71,8 @@ def estimate_memory(
 ) -> MemoryReport:
     """Says how much memory an optimizer's state will take, before anything is allocated.
 
-    It equals, to the byte, what `memory_report` says once every parameter has had a gradient.
+    It equals, to the byte, what `memory_report` says once every parameter has had a gradient, but for `tables` of a few
+    hundred bytes a parameter tensor on a GPU.
 
     >>> estimate_memory(model, SparseMFAC, window=64, density=0.01).total
     >>> estimate_memory(25_557_032, window=1024, density=0.01).per_parameter  # ResNet-50 as one float32 vector

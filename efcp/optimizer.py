@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from efcp import kernels
 from efcp.adamw import BETAS, AdamWSet, fill_adamw
 from efcp.checkpoint import Exact, check_tensors, checked, other_names
 from efcp.checks import plain, require
 from efcp.diagnostics import QUANTILES, norms_and_rotation, scaling_quantiles
-from efcp.directions import Combination, average_update, local_update, momentum_update, row_update
+from efcp.directions import average_update, local_update, momentum_update, row_update
 from efcp.gram import Gram, allocate_gram, check_gram
 from efcp.lookout import Lookout
 from efcp.options import (
@@ -109,7 +110,7 @@ class EFCP(Optimizer):
         check_parts(compressor, preconditioner)
         self.compressor, self.preconditioner = compressor, preconditioner
         self.shared: dict[str, Any] = {}
-        self._origin, self._lookout = Origin(), Lookout()
+        self._origin, self._lookout, self._tables = Origin(), Lookout(), kernels.Tables()
         defaults = {
             "lr": lr,
             "window": window,
@@ -148,53 +149,9 @@ class EFCP(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.param_groups:
-            return loss
-        self._check_tensors()
-        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
-        if all(p.grad is None for p in self._params()):
-            return loss
-
-        by_adamw = self._adamw_sets()
-        windows = self._windows()
-        if not windows and all(p.grad is None for p in self._windowed()):
-            finite = reduce(torch.logical_and, (s.norm_is_finite().to(by_adamw[0].device) for s in by_adamw))
-            for other in by_adamw:
-                other.update_(finite)
-            return loss
-        changed = self._origin.changed(windows)
-        self._check_windows(changed)
-        adopted = self._adopt_shared(windows, changed)
-        shared = self._gram().state  # before windows that belong to it
-        self._fill(all_parameters=False)
-        sets = self._sets()
-        gram = Gram(shared, max(s.rounding for s in sets))
-        if changed or gram.state["pending"]:
-            self._mend(gram, sets, adopted)
-
-        gram.state["pending"] = True
-        slot = gram.following_slot
-        flags = [*(s.look_at_gradients(slot) for s in sets), *(other.norm_is_finite() for other in by_adamw)]
-        finite = reduce(torch.logical_and, gram.on_its_device(flags))
-        gram.count_step(finite)
-        for s in sets:
-            s.push(slot, finite)
-        combination = self._combination(preconditioner, gram, sets, slot, finite)
-        squares = preconditioner.square_weights(gram, slot)
-        gram.state["pending"] = False
-        if sum(len(s.params) for s in sets) > len(windows):  # some are new
-            windows = self._windows()
-        self._origin = Origin(windows)
-        self._show_shared(windows)
-        gram.record(*combination)
-        for s in sets:
-            if isinstance(preconditioner, LocalPreconditioner):
-                s.update_locally_(preconditioner, slot, finite)
-            else:
-                s.update_(combination.weights, combination.factor, finite, squares)
-        for other in by_adamw:
-            other.update_(finite)
-        self._lookout.look(gram.state, self._non_finite)
+        if self.param_groups:
+            with self._tables:
+                self._take_step()
         return loss
 
     @torch.no_grad()
@@ -326,6 +283,7 @@ class EFCP(Optimizer):
             self.shared = {name: home[name] for name in self._new_shared(torch.device("meta"))} if home else {}
         self.defaults.pop("differentiable", None)  # else it would be an option of groups to come
         self._origin, self._lookout = Origin(self._windows()), Lookout()
+        self.__dict__.setdefault("_tables", kernels.Tables())  # graphs that have been captured go on reading theirs
 
     def allocate_state(self) -> None:
         """Allocates all state now, instead of when a parameter has its first gradient."""
@@ -335,6 +293,53 @@ class EFCP(Optimizer):
         windows = self._windows()
         self._origin = Origin(windows)
         self._show_shared(windows)
+
+    # ---- a step
+
+    def _take_step(self) -> None:
+        self._check_tensors()
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
+        if all(p.grad is None for p in self._params()):
+            return
+
+        by_adamw = self._adamw_sets()
+        windows = self._windows()
+        if not windows and all(p.grad is None for p in self._windowed()):
+            finite = reduce(torch.logical_and, (s.norm_is_finite().to(by_adamw[0].device) for s in by_adamw))
+            for other in by_adamw:
+                other.update_(finite)
+            return
+        changed = self._origin.changed(windows)
+        self._check_windows(changed)
+        adopted = self._adopt_shared(windows, changed)
+        shared = self._gram().state  # before windows that belong to it
+        self._fill(all_parameters=False)
+        sets = self._sets()
+        gram = Gram(shared, max(s.rounding for s in sets))
+        if changed or gram.state["pending"]:
+            self._mend(gram, sets, adopted)
+
+        gram.state["pending"] = True
+        slot = gram.following_slot
+        flags = [*(s.look_at_gradients(slot) for s in sets), *(other.norm_is_finite() for other in by_adamw)]
+        finite = reduce(torch.logical_and, gram.on_its_device(flags))
+        for s in sets:
+            s.push(slot, finite)
+        self._take_in(preconditioner, gram, sets, slot, finite)
+        squares = preconditioner.square_weights(gram, slot)
+        gram.state["pending"] = False
+        if sum(len(s.params) for s in sets) > len(windows):  # some are new
+            windows = self._windows()
+        self._origin = Origin(windows)
+        self._show_shared(windows)
+        for s in sets:
+            if isinstance(preconditioner, LocalPreconditioner):
+                s.update_locally_(preconditioner, slot, finite)
+            else:
+                s.update_(gram.state["weights"], gram.state["factor"], finite, squares)
+        for other in by_adamw:
+            other.update_(finite)
+        self._lookout.look(gram.state, self._non_finite)
 
     # ---- what a step works on
 
@@ -392,35 +397,42 @@ class EFCP(Optimizer):
         require(own == window_size, "window", f"stay what it was, {own}", window_size)
         return Gram(self.shared)
 
-    def _combination(
+    def _take_in(
         self, preconditioner: Preconditioner, gram: Gram, sets: list[ParameterSet], slot: Tensor, finite: Tensor
-    ) -> Combination:
-        """The update, after the newest row has entered the Gram matrix; none where not finite."""
+    ) -> None:
+        """Takes the newest row into the Gram matrix, and records the update that follows; none where not finite."""
         direction, update_rms, longest = (
             agreed(self.param_groups, name) for name in ("direction", "update_rms", "max_update_norm")
         )
-        length = math.sqrt(sum(s.stepped_numel for s in sets)) * (update_rms or 0.0)
+        length = None if update_rms is None else math.sqrt(sum(s.stepped_numel for s in sets)) * update_rms
+        if direction == "row" and preconditioner.uses_gram:
+            dots = _dots(gram, sets, slot)
+            if preconditioner.step_along_row(gram, slot, finite, dots, longest, length):
+                return
+        gram.count_step(finite)
         if direction == "momentum":
             square = reduce(torch.add, gram.on_its_device(s.average_momenta(finite) for s in sets))
             if isinstance(preconditioner, LocalPreconditioner):
-                return local_update(gram, length).where(finite)
+                gram.record(*local_update(gram, length or 0.0).where(finite))
+                return
             dots, products = _dots(gram, sets, slot, with_momenta=True)
             gram.replace(slot, dots)
             combination = momentum_update(preconditioner, gram, slot, products, square)
-        else:
+        elif direction == "average":
             if preconditioner.uses_gram:
                 gram.replace(slot, _dots(gram, sets, slot))
-            if direction == "average":
-                beta = agreed(self.param_groups, "momentum")
-                combination = average_update(preconditioner, gram, slot, beta)
-            else:
-                combination = row_update(preconditioner, gram, slot)
+            beta = agreed(self.param_groups, "momentum")
+            combination = average_update(preconditioner, gram, slot, beta)
+        else:
+            if preconditioner.uses_gram:
+                gram.replace(slot, dots)
+            combination = row_update(preconditioner, gram, slot)
         norm = combination.squared_norm.sqrt()
         if longest is not None:
             combination = combination.scaled((longest / norm).clamp(max=1.0))
-        if update_rms is not None:
+        if length is not None:
             combination = combination.scaled(torch.where(norm > 0, length / norm, 0.0))
-        return combination.where(finite)
+        gram.record(*combination.where(finite))
 
     # ---- state
 

@@ -118,7 +118,7 @@ class ParameterSet:
         written = self.states[0]["momentum"] if heavy_ball else self.params[0]
         return torch.finfo(kernels.accumulation_dtype(written.dtype)).eps
 
-    @property
+    @cached_property
     def momenta(self) -> list[Tensor | kernels.LowBit]:
         """The momenta of the parameters; none where they have none."""
         if not keeps_momentum(self.group):
@@ -190,7 +190,7 @@ class ParameterSet:
             squares: of second moments, by which the sum of the rows is divided: see `Preconditioner.square_weights`.
         """
         weights, factor, finite = (x.to(self.device, non_blocking=True) for x in (weights, factor, finite))
-        update_factor, target_factor = self._factors(finite)
+        update_factor, target_factor, kept = self._factors(finite)
         update, momenta = kernels.Update(weights, target_factor, update_factor), self.momenta
         if squares is not None:
             square_weights, eps = (x.to(self.device, non_blocking=True) for x in squares)
@@ -198,7 +198,6 @@ class ParameterSet:
         if self.group["direction"] == "momentum":
             update = update._replace(momentum_factor=factor)
         elif momenta:
-            kept = torch.where(finite, torch.full_like(target_factor, self.group["momentum"]), 1.0)
             update = update._replace(momentum_factor=kept, writes_momenta=True)
         targets = [None if p.grad is None else flat(p) for p in self.params]
         self.window.apply_(targets, momenta, update)
@@ -216,7 +215,7 @@ class ParameterSet:
         assert isinstance(self.window, Separate)
         windows, finite = self.window.windows, finite.to(self.device, non_blocking=True)
         metrics = preconditioner.metrics(windows, self.states, slot.to(self.device, non_blocking=True))
-        update_factor, target_factor = self._factors(finite)
+        update_factor, target_factor, _ = self._factors(finite)
         everyone = self.window.by_shape if isinstance(self.window, Batched) else Plan([], list(range(len(windows))))
         batches, alone = everyone.of(self.grads)
         momenta = self.momenta
@@ -237,13 +236,21 @@ class ParameterSet:
             torch._foreach_add_(targets, step.unbind())
             write_back(params, targets)
 
-    def _factors(self, finite: Tensor) -> tuple[Tensor, Tensor]:
-        """Factors of update and target, () float64."""
-        lr, weight_decay = self.group["lr"], self.group["weight_decay"]
+    def _factors(self, finite: Tensor) -> tuple[Tensor, ...]:
+        """Factors of the update, of the target and, for heavy ball, of the momentum: () float64 each."""
+        lr, weight_decay, momentum = (self.group[name] for name in ("lr", "weight_decay", "momentum"))
+        if kernels.is_fused(finite) and not isinstance(lr, Tensor):  # in one launch
+            numbers = (lr if self.group["maximize"] else -lr, 1 - lr * weight_decay, momentum), (0.0, 1.0, 1.0)
+            table = kernels.on_device(self.device, numbers, lambda: torch.tensor(numbers, dtype=torch.float64))
+            taken, skipped = table.unbind()
+            if weight_decay == 0 and not (self.group["direction"] == "row" and momentum > 0):  # u is zero where skipped
+                return taken.unbind()
+            return torch.where(finite, taken, skipped).unbind()
         lr = lr.reshape(()) if isinstance(lr, Tensor) else lr
         taken = finite.double()
         update_factor = taken * (lr if self.group["maximize"] else -lr)
-        return update_factor, 1 - taken * lr * weight_decay if weight_decay > 0 else torch.ones_like(taken)
+        target_factor = 1 - taken * lr * weight_decay if weight_decay > 0 else torch.ones_like(taken)
+        return update_factor, target_factor, torch.where(finite, torch.full_like(taken, momentum), 1.0)
 
     def _averaged(self, finite: Tensor) -> list[Tensor | None]:
         """The averages of gradients that beta1 asks for; without beta1 the gradients themselves."""

@@ -12,6 +12,8 @@ from efcp import kernels
 from efcp.windows import Compressor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIZED = ("error", "momentum", "average", "exp_avg", "exp_avg_sq")  # of a parameter's state, with its number of elements
+OTHERS = ("error_codes", "error_scales", "momentum_scales")
 
 
 def names(param_groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
@@ -113,13 +115,11 @@ def check_state(name: Callable[[], str], param: Tensor, state: dict[str, Any], c
     if "exp_avg" not in state:
         compressor.check_shape(name, state, param)
     device, fake = param.device, kernels.is_fake(param)
-    sized = ("error", "momentum", "average", "exp_avg", "exp_avg_sq")
     rows = () if "exp_avg" in state else compressor.row_names(param)
-    for key in (*rows, *sized, "error_codes", "error_scales", "momentum_scales"):
-        if key not in state:
+    for key, own in state.items():
+        if key not in SIZED and key not in OTHERS and key not in rows:
             continue
-        own = state[key]
-        if key in sized and own.numel() != numel:
+        if key in SIZED and own.numel() != numel:
             raise ValueError(
                 f"the state of a parameter must be for its size: {name()} has {numel} elements, its {key} "
                 f"{own.numel()}; delete optimizer.state[p] where a parameter is replaced by one of another size"

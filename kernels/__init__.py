@@ -7,8 +7,10 @@ Each function here is the contract of an operation. It calls the backend that `d
 | `reference.py` | the definition, in PyTorch |
 | `blocks.py` | the layout: blocks, rows, padding |
 | `update.py` | the weights and factors of `window_apply_` |
+| `row_step.py` | what `mfac_row_step_` reads and writes |
 | `lowbit.py` | numbers in 8 and 4 bits |
 | `addresses.py` | checks that compiled code can read and write a tensor, and its address |
+| `tables.py` | tables of addresses on a device, and who keeps them |
 | `dispatch.py` | the choice of a backend |
 | `cpu/` | compiled by Numba, for CPUs |
 | `triton/` | Triton kernels, for GPUs |
@@ -23,9 +25,11 @@ from torch import Tensor
 from efcp.kernels import dispatch, operators, reference
 from efcp.kernels.addresses import Errors, Momenta, has_plain_storage, is_fake
 from efcp.kernels.blocks import MAX_BLOCK_SIZE, Blocks, SparseRows
-from efcp.kernels.dispatch import BACKENDS, BackendError, backend_name, use_backend
+from efcp.kernels.dispatch import BACKENDS, BackendError, backend_name, is_fused, use_backend
 from efcp.kernels.lowbit import LowBit, allocate_lowbit, decoded_blocks
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.row_step import RowStep
+from efcp.kernels.tables import Tables, is_capturing, on_device
 from efcp.kernels.update import Update
 
 __all__ = [
@@ -34,7 +38,9 @@ __all__ = [
     "BackendError",
     "Blocks",
     "LowBit",
+    "RowStep",
     "SparseRows",
+    "Tables",
     "Update",
     "accumulation_dtype",
     "add_lowbit_",
@@ -45,8 +51,12 @@ __all__ = [
     "decoded_blocks",
     "dense_dots",
     "has_plain_storage",
+    "is_capturing",
     "is_fake",
+    "is_fused",
+    "mfac_row_step_",
     "norm_is_finite",
+    "on_device",
     "store_lowbit_",
     "undo_compress_",
     "update_inverse_root_",
@@ -262,3 +272,33 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
     if torch.compiler.is_compiling():
         return operators.update_inverse_root_(R, column, S, slot, ridge)
     return dispatch.run("update_inverse_root_", R, R, column, S, slot, ridge)
+
+
+def mfac_row_step_(
+    state: RowStep,
+    dots: Tensor,
+    slot: Tensor,
+    finite: Tensor,
+    damping: float,
+    rounding: float,
+    longest: float | None = None,
+    length: float | None = None,
+) -> None:
+    """All m × m algebra of a step of M-FAC along the newest row. O(m²).
+
+    Row and column `slot` of S are replaced, and R is updated as `update_inverse_root_` says; column `slot` of the
+    inverse is refined once. Where that fails, R begins anew with the diagonal of S. The weights of the rows follow, or
+    those of the best step along the newest row where rounding would spoil the update. They are limited in length, and
+    zero where not finite. Steps are counted.
+
+    Args:
+        state: changed in place.
+        dots: (m,) float64, the inner products of all rows with the newest.
+        slot: (1,) int64.
+        finite: () bool.
+        damping: λ.
+        rounding: the machine epsilon of the arithmetic in which the rows are summed.
+        longest: updates are scaled down to this length; None for no limit.
+        length: updates are scaled to this length; None to leave them as they are.
+    """
+    dispatch.run("mfac_row_step_", dots, state, dots, slot, finite, damping, rounding, longest, length)

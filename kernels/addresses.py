@@ -14,6 +14,8 @@ from torch.nn import Parameter
 
 from efcp.kernels.blocks import SparseRows
 from efcp.kernels.lowbit import BLOCK, LowBit, lengths_in_pieces
+from efcp.kernels.row_step import RowStep
+from efcp.kernels.tables import once
 from efcp.kernels.update import Update
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -97,6 +99,21 @@ def group_addresses(
     Raises:
         TypeError, ValueError: as in `addresses`, and for rows that do not belong together.
     """
+    found, numels = once("window", [rows], lambda: _window_addresses(rows, device, fake))
+    found = list(found)
+    for name, tensors in others.items():
+        if len(tensors) or name not in MAY_BE_EMPTY:
+            dtype = next((floating(name, tensor) for tensor in tensors if tensor is not None), torch.float32)
+            found.append(addresses(name, tensors, dtype, device, numels, may_lack=name in MAY_LACK, fake=fake))
+        else:
+            found.append([0] * len(rows))
+    return tuple(found)
+
+
+def _window_addresses(
+    rows: Sequence[SparseRows], device: torch.device, fake: bool
+) -> tuple[list[list[int]], list[int]]:
+    """The addresses of values and of indices, and the number of elements of each parameter."""
     if not rows:
         raise ValueError("rows must hold those of at least one parameter, got none")
     values, _, layout = rows[0]
@@ -117,13 +134,7 @@ def group_addresses(
         addresses("values", [r.values for r in rows], values_dtype, device, sizes, fake=fake),
         addresses("indices", [r.indices for r in rows], layout.index_dtype, device, sizes, fake=fake),
     ]
-    for name, tensors in others.items():
-        if len(tensors) or name not in MAY_BE_EMPTY:
-            dtype = next((floating(name, tensor) for tensor in tensors if tensor is not None), torch.float32)
-            found.append(addresses(name, tensors, dtype, device, numels, may_lack=name in MAY_LACK, fake=fake))
-        else:
-            found.append([0] * len(rows))
-    return tuple(found)
+    return found, numels
 
 
 def check_group(rows: Sequence[SparseRows], **others: Sequence[Tensor | None]) -> None:
@@ -371,6 +382,19 @@ def check_inverse_root(R: Tensor, column: Tensor, S: Tensor, slot: Tensor) -> No
     for name, tensor, numel in (("R", R, window_size**2), ("column", column, window_size), ("S", S, window_size**2)):
         addresses(name, [tensor], torch.float64, R.device, [numel], fake=fake)
     check_numbers(R, slot=slot)
+
+
+def check_row_step(state: RowStep, dots: Tensor, slot: Tensor, finite: Tensor) -> None:
+    """Checks the arguments of `mfac_row_step_`, and raises errors as `addresses` does."""
+    check_inverse_root(state.inverse_root, state.inverse_column, state.gram, slot)
+    window_size, device, fake = len(state.inverse_root), dots.device, is_fake(dots)
+    for name, tensor in (("weights", state.weights), ("dots", dots)):
+        addresses(name, [tensor], torch.float64, device, [window_size], fake=fake)
+    for name, tensor in state._asdict().items():
+        if name not in ("gram", "inverse_root", "inverse_column", "weights"):
+            floats = ("factor", "update_norm", "inner_product")
+            addresses(name, [tensor], torch.float64 if name in floats else torch.int64, device, [1], fake=fake)
+    check_numbers(dots, finite=finite)
 
 
 def floating(name: str, tensor: Tensor) -> torch.dtype:

@@ -124,6 +124,12 @@ def backend_name(device: torch.device) -> str:
     return fastest if _can_import(fastest) and fastest not in _broken else "reference"
 
 
+def is_fused(tensor: Tensor) -> bool:
+    """Whether `mfac_row_step_` is a kernel for a tensor's device, and better than its parts."""
+    compiling = torch.compiler.is_compiling()
+    return not compiling and not is_fake(tensor) and backend_name(tensor.device) == "triton"
+
+
 def run(operation: str, tensor: Tensor, *arguments: Any) -> Any:
     """Runs an operation with the backend for the device of `tensor`.
 

@@ -20,6 +20,7 @@ from efcp.kernels.addresses import (
     check_lowbit,
     check_momenta,
     check_numbers,
+    check_row_step,
     check_weights,
     dense_addresses,
     gradient_addresses,
@@ -28,6 +29,7 @@ from efcp.kernels.addresses import (
 )
 from efcp.kernels.blocks import Blocks, Part, SparseRows
 from efcp.kernels.lowbit import BLOCK, LowBit, decoded, decoded_pieces, encoded, encoded_pieces, parts, pieces, replace_
+from efcp.kernels.row_step import RowStep
 from efcp.kernels.update import Update
 
 PART = 1 << 18  # elements, or entries of the window, in a temporary
@@ -278,3 +280,73 @@ def column_residual(x: Tensor, S: Tensor, slot: Tensor, ridge: float) -> Tensor:
     """The residual e_t − (ridge · I + S) x, (m,): zero where x is column `slot` of the inverse."""
     unit = torch.zeros_like(x).index_fill_(0, slot, 1.0)
     return torch.addmv(unit, S, x, alpha=-1).sub_(x, alpha=ridge)
+
+
+def mfac_row_step_(
+    state: RowStep,
+    dots: Tensor,
+    slot: Tensor,
+    finite: Tensor,
+    damping: float,
+    rounding: float,
+    longest: float | None = None,
+    length: float | None = None,
+) -> None:
+    check_row_step(state, dots, slot, finite)
+    S, R, column = state.gram, state.inverse_root, state.inverse_column
+    ridge, newest = len(S) * damping, torch.zeros_like(dots).index_fill_(0, slot, 1.0)
+    state.step.add_(1)
+    state.skipped_steps.add_(~finite)
+    state.skipped_in_a_row.copy_((state.skipped_in_a_row + 1) * ~finite)
+    S.index_copy_(0, slot, dots.unsqueeze(0)).index_copy_(1, slot, dots.unsqueeze(1))
+    x, residual = update_inverse_root_(R, column, S, slot, ridge)
+    x = x + R.t() @ (R @ residual)
+    residual = column_residual(x, S, slot, ridge)
+    solved = torch.linalg.vector_norm(residual) < 0.1
+    restart_(R, column, S, (slot + 1) % len(S), ridge, solved)
+    weights, sound = sound_weights(S, newest, dots, x, residual, damping, rounding)
+    sound = sound & solved
+    state.imprecise_steps.add_(~sound)
+    weights = torch.where(sound, len(S) * x, weights)
+    products = S @ weights
+    squared = torch.dot(weights, products).clamp(min=0)
+    norm, by = squared.sqrt(), torch.ones_like(squared)
+    if longest is not None:
+        by = (longest / norm).clamp(max=1.0)
+    if length is not None:
+        by = by * torch.where(norm > 0, length / norm, 0.0)
+    state.weights.copy_(torch.where(finite, weights * by, 0.0))
+    state.factor.zero_()
+    state.update_norm.copy_(torch.where(finite, norm * by, 0.0))
+    state.inner_product.copy_(torch.where(finite, products.index_select(0, slot).squeeze(0) * by, 0.0))
+
+
+def restart_(R: Tensor, column: Tensor, S: Tensor, following: Tensor, ridge: float, solved: Tensor) -> None:
+    """Where not `solved`, makes R the root of the inverse of the diagonal alone, and `column` that of RᵀR."""
+    diagonal = S.diagonal() + ridge
+    alone = torch.zeros_like(diagonal).index_fill_(0, following, 1.0) / diagonal
+    torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
+    torch.where(solved, column, alone, out=column)
+
+
+def sound_weights(
+    S: Tensor, x: Tensor, products: Tensor, y: Tensor, r: Tensor, damping: Tensor | float, rounding: float
+) -> tuple[Tensor, Tensor]:
+    """The weights of the best step along a combination c = Gᵀx, and whether the weights m · y are better than that.
+
+    They are unless rounding would spoil u, whose length is known in two ways that lose different digits: it is at least
+    ⟨c, u⟩/‖c‖, and with the residual r of y  ‖u‖² = m(⟨w, x⟩ − λ‖w‖² − ⟨w, r⟩).
+
+    Args:
+        products: Gc, (m,), as x and y.
+        damping: λ.
+        rounding: the machine epsilon of the sum of the rows.
+    """
+    m = len(x)
+    w, square = m * y, torch.dot(x, products)  # ‖c‖²
+    inner = torch.dot(products, w)  # ⟨c, u⟩
+    squared_norm = m * (torch.dot(w, x) - damping * torch.dot(w, w) - torch.dot(w, r))
+    squared_norm = torch.maximum(squared_norm, inner * inner / square)
+    spoilt = rounding**2 * torch.dot(w, w) * S.trace()  # of ‖u‖, squared, at most
+    curvature = damping + torch.where(square == 0, 0.0, torch.dot(products, products) / (m * square))  # cᵀFc/‖c‖²
+    return x / curvature, (spoilt <= 0.01 * squared_norm) | (square == 0)

@@ -57,6 +57,21 @@ class Preconditioner(ABC):
         own = method is None or getattr(type(self), method) is not getattr(Preconditioner, method)
         require(own, "direction", f"not be {direction!r} with {type(self).__name__}, which has no {method}", direction)
 
+    def step_along_row(
+        self, gram: Gram, slot: Tensor, finite: Tensor, dots: Tensor, longest: float | None, length: float | None
+    ) -> bool:
+        """Does at once all that a step along the newest row does to `gram.state`, or nothing. Returns whether it did.
+
+        That is `Gram.count_step`, `Gram.replace`, `weights`, and `Gram.record` of the update.
+
+        Args:
+            finite: () bool; where false, the update is zero.
+            dots: (m,) float64, inner products of all rows of the window with the newest.
+            longest: as `max_update_norm`.
+            length: that the update is scaled to; None to leave it as it is.
+        """
+        return False
+
     @abstractmethod
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
         """The weights w = f(S) e_t of the rows in the update Gᵀw.

@@ -10,8 +10,10 @@ from torch import Tensor
 from efcp import kernels
 from efcp.checks import require, require_number
 from efcp.gram import Gram, is_on_cpu
-from efcp.kernels.reference import column_residual
+from efcp.kernels.reference import column_residual, restart_, sound_weights
 from efcp.preconditioners.base import Preconditioner
+
+MOST_ROWS = 1024  # that one program of a GPU can handle
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,21 @@ class MFAC(Preconditioner):
             "inverse_damping": float(self.damping),
             **counter,
         }
+
+    def step_along_row(
+        self, gram: Gram, slot: Tensor, finite: Tensor, dots: Tensor, longest: float | None, length: float | None
+    ) -> bool:
+        state, window_size = gram.state, len(dots)
+        if self.relative or window_size > MOST_ROWS or not kernels.is_fused(dots):
+            return False
+        if self._must_refresh(gram):
+            self.refresh(gram)  # before the newest row enters
+            R = state["inverse_root"]
+            state["inverse_column"].copy_(R.t() @ R.index_select(1, slot).squeeze(1))
+        own = kernels.RowStep(*(state[name] for name in kernels.RowStep._fields))
+        kernels.mfac_row_step_(own, dots, slot, finite, self.damping, gram.rounding, longest, length)
+        state["inverse_age"] += 1
+        return True
 
     def weights(self, gram: Gram, slot: Tensor) -> Tensor:
         newest = torch.zeros_like(gram.matrix[0]).index_fill_(0, slot, 1.0)
@@ -123,8 +140,7 @@ class MFAC(Preconditioner):
         window_size = len(S)
         ridge = window_size * self.damping
         x, residual = kernels.update_inverse_root_(R, column, S, slot, ridge)
-        capturing = R.is_cuda and torch.cuda.is_current_stream_capturing()  # each replay would do it, or none
-        if (state["inverse_age"] >= window_size or state["inverse_damping"] != self.damping) and not capturing:
+        if self._must_refresh(gram):
             x, residual = self._refreshed_column(gram, slot)
         state["inverse_age"] += 1
 
@@ -138,34 +154,22 @@ class MFAC(Preconditioner):
         residual = column_residual(x, S, slot, ridge)
         solved = torch.linalg.vector_norm(residual) < 0.1
         if not is_on_cpu(S) or not solved:
-            diagonal = S.diagonal() + ridge
-            following = gram.following_slot
-            alone = torch.zeros_like(x).index_fill_(0, following, 1.0) / diagonal
-            torch.where(solved, R, R.new_zeros(()), out=R).diagonal().add_(torch.where(solved, 0.0, diagonal.rsqrt()))
-            torch.where(solved, column, alone, out=column)
+            restart_(R, column, S, gram.following_slot, ridge, solved)
         return x, residual, solved
+
+    def _must_refresh(self, gram: Gram) -> bool:
+        state, R = gram.state, gram.state["inverse_root"]
+        due = state["inverse_age"] >= len(R) or state["inverse_damping"] != self.damping
+        return due and not kernels.is_capturing(R.device)  # each replay would do it, or none
 
     def _sound_weights(
         self, gram: Gram, x: Tensor, products: Tensor, y: Tensor, r: Tensor, solved: Tensor | None
     ) -> Tensor:
         """The weights m · y for the combination c = Gᵀx, with products Gc; or those of the best step along c where
         they are not `solved`, or rounding would spoil u.
-
-        ‖u‖ is known in two ways that lose different digits: it is at least ⟨c, u⟩/‖c‖, and with the residual r of y
-        ‖u‖² = m(⟨w, x⟩ − λ‖w‖² − ⟨w, r⟩).
         """
-        S, m = gram.matrix, len(x)
-        w, damping = m * y, self._ridge(gram) / m
-        square = torch.dot(x, products)  # ‖c‖²
-        inner = torch.dot(products, w)  # ⟨c, u⟩
-        squared_norm = m * (torch.dot(w, x) - damping * torch.dot(w, w) - torch.dot(w, r))
-        squared_norm = torch.maximum(squared_norm, inner * inner / square)
-        rounding = gram.rounding**2 * torch.dot(w, w) * S.trace()  # of ‖u‖, squared, at most
-        sound = self._counted(gram, (rounding <= 0.01 * squared_norm) | (square == 0), solved)
-        if is_on_cpu(S) and sound:
-            return w
-        curvature = damping + torch.where(square == 0, 0.0, torch.dot(products, products) / (m * square))  # cᵀFc/‖c‖²
-        return torch.where(sound, w, x / curvature)
+        others, sound = sound_weights(gram.matrix, x, products, y, r, self._ridge(gram) / len(x), gram.rounding)
+        return torch.where(self._counted(gram, sound, solved), len(x) * y, others)
 
     def _counted(self, gram: Gram, sound: Tensor, solved: Tensor | None) -> Tensor:
         """Whether weights are solved and sound. Where they are not, the step is counted."""

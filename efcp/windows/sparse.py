@@ -100,11 +100,12 @@ class TopK(Compressor):
 
     def _rows(self, state: dict[str, Tensor], param: Tensor) -> SparseRows:
         values, indices, blocks = state["values"], state["indices"], self._blocks(param.numel())
-        require(values.shape[::2] == (blocks.count, blocks.kept), "density and block_size", "stay what they were", self)
-        require(values.dtype == self.value_dtype, "value_dtype", f"stay {values.dtype}", self.value_dtype)
-        kept = error_of(state) is not None
+        shape = values.shape
+        require(shape[::2] == (blocks.count, blocks.kept), "density and block_size", "stay what they were", self)
+        require(values.dtype is self.value_dtype, "value_dtype", "stay what it was", self.value_dtype)
+        kept = "error" in state or "error_codes" in state
         require(kept == self.error_feedback, "error_feedback", "stay what it was", self.error_feedback)
-        require(indices.shape == values.shape, "the shape of indices", f"be {values.shape}", indices.shape)
+        require(indices.shape == shape, "the shape of indices", "be that of values", indices.shape)
         return SparseRows(values, indices, blocks)
 
     def _blocks(self, numel: int) -> Blocks:
@@ -140,8 +141,10 @@ class SparseWindow(Window):
         return kernels.window_dots(self.rows, slot, momenta)
 
     def apply_(self, targets: Sequence[Tensor | None], momenta: Momenta, update: Update) -> None:
-        some = [number for number, target in enumerate(targets) if target is not None]
-        if some:
-            chosen = [target for target in targets if target is not None]
+        chosen = [target for target in targets if target is not None]
+        if len(chosen) == len(targets):
+            kernels.window_apply_(chosen, momenta, self.rows, update)
+        elif chosen:
+            some = [number for number, target in enumerate(targets) if target is not None]
             buffers, rows = [momenta[number] for number in some if momenta], [self.rows[number] for number in some]
             kernels.window_apply_(chosen, buffers, rows, update)

@@ -17,6 +17,7 @@ costs microseconds, one more for each parameter, and one compilation serves many
 Results do not depend on the number of threads. `compress_` and `window_apply_` give the same bits as the definition,
 unless PyTorch's square roots of float64 are rounded otherwise.
 `window_dots`, `dense_dots` and `update_inverse_root_` add up the same float64 terms in another, fixed order.
+`mfac_row_step_` is the definition: on a CPU M-FAC reads numbers, and skips what they make needless.
 `norm_is_finite` and `compress_` sum the squares within a chunk or block in float32, and these sums in float64.
 """
 
@@ -28,12 +29,14 @@ from efcp.kernels.cpu.dots import window_dots
 from efcp.kernels.cpu.finite import norm_is_finite
 from efcp.kernels.cpu.inverse_root import update_inverse_root_
 from efcp.kernels.cpu.lowbit import add_lowbit_, store_lowbit_
+from efcp.kernels.reference import mfac_row_step_
 
 __all__ = [
     "add_lowbit_",
     "average_",
     "compress_",
     "dense_dots",
+    "mfac_row_step_",
     "norm_is_finite",
     "store_lowbit_",
     "undo_compress_",

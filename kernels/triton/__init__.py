@@ -6,11 +6,12 @@
 | `launch.py`, `tuning.py` | launching many parameters at once; choosing a configuration |
 | `compress.py`, `finite.py` | `compress_`, `undo_compress_` and `norm_is_finite`, for any GPU |
 | `average.py`, `lowbit.py` | `average_`, `add_lowbit_` and `store_lowbit_`, for any GPU |
+| `mfac.py` | `mfac_row_step_`, for any GPU |
 | `dots.py`, `apply.py` | `window_dots` and `window_apply_` in Gluon, with sums in shared memory; NVIDIA, Triton ≥ 3.7 |
 | `portable.py` | these two in plain Triton, for all other GPUs and versions, and `window_dots` with momenta |
 
-`update_inverse_root_` and `dense_dots` have no kernels, and run the definition. The matrices of the first do not grow
-with the model, and the second is a few matrix products of PyTorch.
+`update_inverse_root_` and `dense_dots` have no kernels, and run the definition. Steps along the newest row take
+`mfac_row_step_` in place of the first, and the second is a few matrix products of PyTorch.
 """
 
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ from efcp.kernels.triton.compress import compress_, undo_compress_
 from efcp.kernels.triton.finite import norm_is_finite
 from efcp.kernels.triton.gpu import target_of
 from efcp.kernels.triton.lowbit import add_lowbit_, store_lowbit_
+from efcp.kernels.triton.mfac import mfac_row_step_
 from efcp.kernels.update import Update
 
 try:
@@ -49,6 +51,7 @@ __all__ = [
     "average_",
     "compress_",
     "dense_dots",
+    "mfac_row_step_",
     "norm_is_finite",
     "store_lowbit_",
     "undo_compress_",

@@ -116,7 +116,7 @@ def _scaled(code, scales, skipped, first, length, WHOLE: gl.constexpr):
 
 
 @gluon.jit
-def _apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, square_weights, eps,
+def _apply_kernel(table, parameters, weights, target_factor, update_factor, momentum_factor, square_weights, eps,
                   window_size,
                   TARGET: gl.constexpr, VALUES: gl.constexpr, INDICES: gl.constexpr, MOMENTUM: gl.constexpr,
                   WRITES: gl.constexpr, DTYPE: gl.constexpr, WINDOW: gl.constexpr, SIZE: gl.constexpr,
@@ -131,7 +131,7 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
     WHOLE: gl.constexpr = (SIZE & SCALE_MASK) + (CHUNK & SCALE_MASK) == 0
 
     program = gl.program_id(0).to(gl.int64)
-    row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
+    row, block, length, kept, stride, aligned = find_block(table, parameters, program, SIZE)
     values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
     indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
     entries = block * window_size * stride
@@ -144,7 +144,7 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
     tile_indices = gl.allocate_shared_memory(INDICES, [TILE], SHARED)
     shared_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
     lanes = gl.arange(0, WINDOW, layout=STEPS)
-    shared_weights.store(gl.load(weights + lanes, mask=lanes < window_size, other=0.0))
+    shared_weights.store(gl.load(weights + lanes, mask=lanes < window_size, other=0.0).to(DTYPE))
     zero = gl.zeros([CHUNK], DTYPE, CHUNKS)
     for chunk in range(ROOM // CHUNK):
         chunks.index(chunk).store(zero)
@@ -152,7 +152,7 @@ def _apply_kernel(parameters, owners, weights, target_factor, update_factor, mom
         square_chunks = gl.allocate_shared_memory(DTYPE, [ROOM // CHUNK, CHUNK], SHARED)
         squares = reinterpret(square_chunks, DTYPE, [ROOM], SHARED)
         shared_square_weights = gl.allocate_shared_memory(DTYPE, [WINDOW], SHARED)
-        shared_square_weights.store(gl.load(square_weights + lanes, mask=lanes < window_size, other=0.0))
+        shared_square_weights.store(gl.load(square_weights + lanes, mask=lanes < window_size, other=0.0).to(DTYPE))
         for chunk in range(ROOM // CHUNK):
             square_chunks.index(chunk).store(zero)
 
@@ -236,22 +236,20 @@ def window_apply_(
     candidates: Sequence[Configuration],
 ) -> None:
     """Chooses one of the configurations, and launches the kernel."""
-    table = launch_of(rows, momenta=momenta, targets=targets)
+    group = launch_of(rows, momenta=momenta, targets=targets)
     check_momenta(rows, momenta, update)
     weights, square_weights = check_weights(rows[0].values, update, rows[0].values.shape[1])
     check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
-    if table.blocks == 0:
+    if group.blocks == 0:
         return
-    weights = weights.to(accumulation_dtype(targets[0].dtype))
-    square_weights = None if square_weights is None else square_weights.to(weights.dtype)
     values, indices, blocks = rows[0]
     dtype, writes = targets[0].dtype, update.writes_momenta and len(momenta) > 0
     own = stored_dtype(momenta)
 
-    def launch(table: Launch, configuration: Configuration) -> None:
+    def launch(group: Launch, configuration: Configuration) -> None:
         launch_kernel(
-            _apply_kernel, (table.blocks,), weights,
-            table.parameters, table.owners, weights, *update[1:4], square_weights, update.eps, values.shape[1],
+            _apply_kernel, (group.blocks,), weights,
+            group.table, group.parameters, weights, *update[1:4], square_weights, update.eps, values.shape[1],
             TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
             MOMENTUM=None if own is None else DTYPES[own], WRITES=writes,
             DTYPE=triton_accumulation_dtype(dtype), WINDOW=triton.next_power_of_2(values.shape[1]),
@@ -267,4 +265,4 @@ def window_apply_(
         return lambda configuration: launch(launch_of([example], momenta=momentum, targets=[target]), configuration)
 
     name = "window_apply_" if square_weights is None else "window_apply_ with squares"
-    launch(table, choose(name, rows, (dtype, own), candidates, trial))
+    launch(group, choose(name, rows, (dtype, own), candidates, trial))

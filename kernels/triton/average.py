@@ -14,7 +14,7 @@ from efcp.kernels.addresses import Momenta, average_addresses
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.lowbit import LowBit
 from efcp.kernels.triton.gpu import launch_kernel, warp_size
-from efcp.kernels.triton.launch import DTYPES, find_block, stored_dtype, tables, triton_accumulation_dtype
+from efcp.kernels.triton.launch import DTYPES, find_block, launch_at, stored_dtype, triton_accumulation_dtype
 from efcp.kernels.triton.lowbit import to_8_bits
 
 SIZE = 4096  # numbers of a program
@@ -40,13 +40,13 @@ def _averaged(old, scale, grad, writes, beta, rest, MOMENTUM: tl.constexpr, DTYP
 
 
 @triton.jit
-def _average_kernel(parameters, owners, finite, squares, beta: tl.float64, rest: tl.float64,
+def _average_kernel(table, parameters, finite, squares, beta: tl.float64, rest: tl.float64,
                     MOMENTUM: tl.constexpr, GRAD: tl.constexpr, DTYPE: tl.constexpr,
                     SIZE: tl.constexpr):  # fmt: skip
     """squares[block] = sum of the squares of its numbers."""
     ROWS: tl.constexpr = SIZE // PER_ROW
     program = tl.program_id(0).to(tl.int64)
-    row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
+    row, block, length, _, _, aligned = find_block(table, parameters, program, SIZE)
     momentum = tl.load(row).to(tl.pointer_type(MOMENTUM)) + block * SIZE
     address = tl.load(row + 1)
     grad = address.to(tl.pointer_type(GRAD)) + block * SIZE
@@ -83,18 +83,13 @@ def average_(momenta: Momenta, grads: Sequence[Tensor | None], beta: float, fini
     assert own is not None  # there is at least one
     grad = next((grad.dtype for grad in grads if grad is not None), torch.float32)
     numels = [(momentum.codes if isinstance(momentum, LowBit) else momentum).numel() for momentum in momenta]
-    table = tables(
-        device,
-        tuple(
-            (at, grad_at, 0, 0, Blocks(n, SIZE, 1.0), scales)
-            for at, scales, grad_at, n in zip(*found, numels, strict=True)
-        ),
-    )
-    squares = torch.empty(table.blocks, dtype=torch.float64, device=device)
-    if table.blocks > 0:
+    x, scales, y = found
+    group = launch_at(device, [Blocks(numel, SIZE, 1.0) for numel in numels], x, y, scales=scales)
+    squares = torch.empty(group.blocks, dtype=torch.float64, device=device)
+    if group.blocks > 0:
         launch_kernel(
-            _average_kernel, (table.blocks,), squares,
-            table.parameters, table.owners, finite.view(torch.uint8), squares, float(beta), 1.0 - beta,
+            _average_kernel, (group.blocks,), squares,
+            group.table, group.parameters, finite.view(torch.uint8), squares, float(beta), 1.0 - beta,
             MOMENTUM=DTYPES[own], GRAD=DTYPES[grad], DTYPE=triton_accumulation_dtype(own), SIZE=SIZE,
             num_warps=THREADS // warp_size(device), enable_fp_fusion=False,
         )  # fmt: skip

@@ -271,12 +271,12 @@ def _compress_block(grad, error, scales, key, first, values, indices, length, ke
 
 
 @triton.jit
-def _compress_kernel(parameters, owners, slot, squares, window_size,
+def _compress_kernel(table, parameters, slot, squares, window_size,
                      GRAD: tl.constexpr, ERROR: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr,
                      DTYPE: tl.constexpr, SIZE: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
                      RESIDENT: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
-    row, block, length, kept, stride, aligned = find_block(parameters, owners, program, SIZE)
+    row, block, length, kept, stride, aligned = find_block(table, parameters, program, SIZE)
     entries = (block * window_size + tl.load(slot)) * stride
     values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries
     indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
@@ -325,14 +325,14 @@ def _index(indices, entry, kept):
 
 
 @triton.jit
-def _undo_kernel(parameters, owners, slot, finite, window_size,
+def _undo_kernel(table, parameters, slot, finite, window_size,
                  GRAD: tl.constexpr, ERROR: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr,
                  DTYPE: tl.constexpr, SIZE: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr,
                  BITS: tl.constexpr):  # fmt: skip
     if tl.load(finite) != 0:
         return
     program = tl.program_id(0).to(tl.int64)
-    row, block, length, kept, stride, _ = find_block(parameters, owners, program, SIZE)
+    row, block, length, kept, stride, _ = find_block(table, parameters, program, SIZE)
     address = tl.load(row)
     if address == 0:
         return
@@ -383,21 +383,21 @@ def compress_(
     slot: Tensor,
     keys: Sequence[Tensor] = (),
 ) -> Tensor:
-    table = launch_of(rows, grads=grads, errors=errors, keys=keys)
+    group = launch_of(rows, grads=grads, errors=errors, keys=keys)
     check_numbers(rows[0].values, slot=slot)
     dtype, error_dtype, bits = _dtypes(grads, errors)
-    squares = torch.empty(table.blocks, dtype=accumulation_dtype(dtype), device=slot.device)
-    if table.blocks == 0:
-        return squares.sum().isfinite()
+    squares = torch.empty(group.blocks, dtype=accumulation_dtype(dtype), device=slot.device)
+    if group.blocks == 0:
+        return squares.sum() < float("inf")
     values, indices, blocks = rows[0]
     accumulated = triton_accumulation_dtype(dtype)
     # Elements of an access of 128 bits. Those of the error in few bits are narrower: a thread has that of its elements.
     width = max(4, 16 // dtype.itemsize) if bits else 16 // min(dtype.itemsize, (error_dtype or dtype).itemsize)
 
-    def launch(table: Launch, squares: Tensor, configuration: Configuration) -> None:
+    def launch(group: Launch, squares: Tensor, configuration: Configuration) -> None:
         launch_kernel(
-            _compress_kernel, (table.blocks,), slot,
-            table.parameters, table.owners, slot, squares, values.shape[1],
+            _compress_kernel, (group.blocks,), slot,
+            group.table, group.parameters, slot, squares, values.shape[1],
             GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
             VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=accumulated,
             SIZE=blocks.block_size, WIDTH=width, BITS=bits, **configuration, enable_fp_fusion=False,
@@ -418,8 +418,8 @@ def compress_(
         return run
 
     candidates = configurations(blocks.block_size, accumulated.primitive_bitwidth // 8, width, bits, slot.device)
-    launch(table, squares, choose("compress_", rows, (dtype, error_dtype), candidates, trial))
-    return squares.sum().isfinite()
+    launch(group, squares, choose("compress_", rows, (dtype, error_dtype), candidates, trial))
+    return squares.sum() < float("inf")
 
 
 def undo_compress_(
@@ -430,16 +430,16 @@ def undo_compress_(
     finite: Tensor,
     keys: Sequence[Tensor] = (),
 ) -> None:
-    table = launch_of(rows, grads=grads, errors=errors, keys=keys)
+    group = launch_of(rows, grads=grads, errors=errors, keys=keys)
     check_numbers(rows[0].values, slot=slot, finite=finite)
-    if table.blocks == 0:
+    if group.blocks == 0:
         return
     dtype, error_dtype, bits = _dtypes(grads, errors)
     values, indices, blocks = rows[0]
     size = max(UNDO_CHUNK, triton.next_power_of_2(blocks.block_size))
     launch_kernel(
-        _undo_kernel, (table.blocks,), slot,
-        table.parameters, table.owners, slot, finite.view(torch.uint8), values.shape[1],
+        _undo_kernel, (group.blocks,), slot,
+        group.table, group.parameters, slot, finite.view(torch.uint8), values.shape[1],
         GRAD=DTYPES[dtype], ERROR=None if error_dtype is None else DTYPES[error_dtype],
         VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], DTYPE=triton_accumulation_dtype(dtype),
         SIZE=blocks.block_size, CHUNKS=size // UNDO_CHUNK, CHUNK=UNDO_CHUNK, BITS=bits, num_warps=4,

@@ -117,7 +117,7 @@ def _add_rows(total, sums, x, value, offset, first_row, count, kept, width, numb
 
 
 @gluon.jit
-def _dots_kernel(parameters, owners, slot, partial, window_size, blocks,
+def _dots_kernel(table, parameters, slot, partial, window_size, blocks,
                  VALUES: gl.constexpr, INDICES: gl.constexpr, SIZE: gl.constexpr, ROOM: gl.constexpr,
                  ROWS_ROOM: gl.constexpr, TILE: gl.constexpr, COLUMNS: gl.constexpr, ROWS: gl.constexpr,
                  PER_PROGRAM: gl.constexpr, SKIP: gl.constexpr):  # fmt: skip
@@ -141,7 +141,7 @@ def _dots_kernel(parameters, owners, slot, partial, window_size, blocks,
 
     program = gl.program_id(0).to(gl.int64)
     for this in range(program * PER_PROGRAM, gl.minimum((program + 1) * PER_PROGRAM, blocks)):
-        row, block, _, kept, stride, aligned = find_block(parameters, owners, this, SIZE)
+        row, block, _, kept, stride, aligned = find_block(table, parameters, this, SIZE)
         values = gl.multiple_of(gl.load(row + 2).to(gl.pointer_type(VALUES)), 16)
         indices = gl.multiple_of(gl.load(row + 3).to(gl.pointer_type(INDICES)), 16)
         end = gl.load(row + 4) * window_size * stride
@@ -211,20 +211,20 @@ def _dots_kernel(parameters, owners, slot, partial, window_size, blocks,
 
 def window_dots(rows: Sequence[SparseRows], slot: Tensor, candidates: Sequence[Configuration]) -> Tensor:
     """Chooses one of the configurations, and launches the kernel."""
-    table = launch_of(rows)
+    group = launch_of(rows)
     values, indices, blocks = rows[0]
     check_numbers(values, slot=slot)
     row = kept(blocks.block_size, blocks.density)
 
-    def launch(table: Launch, configuration: Configuration) -> Tensor:
+    def launch(group: Launch, configuration: Configuration) -> Tensor:
         # With short rows, a program takes more blocks: its sums would else be many bytes compared with the window.
-        per_program = max(triton.cdiv(table.blocks, PROGRAMS), min(16, triton.cdiv(128, row)))
-        programs = triton.cdiv(table.blocks, per_program)
+        per_program = max(triton.cdiv(group.blocks, PROGRAMS), min(16, triton.cdiv(128, row)))
+        programs = triton.cdiv(group.blocks, per_program)
         partial = torch.empty(programs, values.shape[1], dtype=torch.float64, device=slot.device)
         if programs > 0:
             launch_kernel(
                 _dots_kernel, (programs,), slot,
-                table.parameters, table.owners, slot, partial, values.shape[1], table.blocks,
+                group.table, group.parameters, slot, partial, values.shape[1], group.blocks,
                 VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype], SIZE=blocks.block_size,
                 ROOM=triton.next_power_of_2(blocks.block_size), PER_PROGRAM=per_program,
                 **configuration, enable_fp_fusion=True,
@@ -234,4 +234,4 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, candidates: Sequence[C
     def trial(example: SparseRows) -> Callable[[Configuration], object]:
         return lambda configuration: launch(launch_of([example]), configuration)
 
-    return launch(table, choose("window_dots", rows, (), candidates, trial)).sum(0)
+    return launch(group, choose("window_dots", rows, (), candidates, trial)).sum(0)

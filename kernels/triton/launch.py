@@ -1,17 +1,17 @@
-"""Launches of many parameters at once: two tensors tell a kernel where each parameter is, and whose each block is.
+"""Launches of many parameters at once: a table on the device tells a kernel where each parameter is.
 
-    parameters  (parameters, 8)  int64: addresses of x, y, values and indices (0 for None), number of blocks, a packed
-                                 number: k; elements and k of the last block; whether all addresses are aligned; and
-                                 the addresses of scales and of a key (0 for none)
-    owners      (blocks,)        int64, packed: the parameter, whether this is its last block, the block's number in it
+    rows    (parameters, 8)  int64: addresses of x, y, values and indices (0 for None), number of blocks, a packed
+                             number: k; elements and k of the last block; whether all addresses are aligned; and the
+                             addresses of scales and of a key (0 for none)
+    firsts  (parameters,)    int64: the number of each parameter's first block
 
-Both are on the device. The blocks of all parameters are numbered consecutively, and a program finds its block with two
-loads. Numbers are packed because every load costs time.
+one behind the other. The blocks of all parameters are numbered consecutively, and a program finds the parameter of its
+block by a binary search. Numbers are packed because every load costs time.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from itertools import accumulate, chain
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,15 +19,14 @@ import triton.language as tl
 from torch import Tensor
 
 from efcp.kernels.addresses import Errors, Momenta, error_addresses, group_addresses, momentum_addresses
-from efcp.kernels.blocks import SparseRows
+from efcp.kernels.blocks import Blocks, SparseRows
 from efcp.kernels.lowbit import LowBit
 from efcp.kernels.reference import accumulation_dtype
+from efcp.kernels.tables import on_device, once
 
 COLUMNS = tl.constexpr(8)
 SCALE_BITS = tl.constexpr(6)  # a scale of numbers in 8 bits is that of 2 to this power of them
 SCALE_MASK = tl.constexpr((1 << 6) - 1)
-BLOCK_BITS = tl.constexpr(40)  # bits of an owner that hold the number of the block
-BLOCK_MASK = tl.constexpr((1 << 40) - 1)
 FIELD = tl.constexpr(16)  # bits of a packed length or k, which are at most 32768
 FIELD_MASK = tl.constexpr((1 << 16) - 1)
 
@@ -43,14 +42,11 @@ DTYPES = {
 
 
 class Launch(NamedTuple):
-    """The two tensors of a launch, on its device (see above)."""
+    """The table of a launch, on its device (see above), and how many parameters and blocks are in it."""
 
-    parameters: Tensor
-    owners: Tensor
-
-    @property
-    def blocks(self) -> int:
-        return len(self.owners)
+    table: Tensor
+    parameters: int
+    blocks: int
 
 
 def launch_of(
@@ -69,46 +65,57 @@ def launch_of(
         keys: of each parameter where errors are in 4 bits.
         others: by argument name: gradients or targets, x in the table; or none.
     """
-    device = rows[0].values.device
-    values, indices, *columns = group_addresses(rows, device, **others)
-    none = [0] * len(rows)
-    if errors:
-        y, scales, key = error_addresses(errors, keys, rows, device)
-    else:
-        (y, scales), key = momentum_addresses(momenta, device, [r.blocks.numel for r in rows]), none
-    x = columns[0] if columns else none
-    return tables(device, tuple(zip(x, y, values, indices, (r.blocks for r in rows), scales, key, strict=True)))
+
+    def make() -> Launch:
+        device = rows[0].values.device
+        values, indices, *columns = group_addresses(rows, device, **others)
+        none = [0] * len(rows)
+        if errors:
+            y, scales, key = error_addresses(errors, keys, rows, device)
+        else:
+            (y, scales), key = momentum_addresses(momenta, device, [r.blocks.numel for r in rows]), none
+        x = columns[0] if columns else none
+        return launch_at(device, [r.blocks for r in rows], x, y, values, indices, scales, key)
+
+    return once("launch", [rows, momenta, errors, keys, *others.values()], make)
 
 
-@lru_cache(maxsize=256)
-def tables(device: torch.device, entries: tuple[tuple[Any, ...], ...]) -> Launch:
-    """The tables for parameters with these addresses and layouts. Cached, as most stay the same from step to step.
-
-    Args:
-        entries: of each parameter the addresses of x, y, values and indices, and its blocks; where it has them, also
-            the addresses of scales and of a key.
-    """
-    parameters, owners = [], []
-    for number, (*addresses, blocks, scales, key) in enumerate((*entry, 0, 0)[:7] for entry in entries):
-        aligned = all(address % 16 == 0 for address in (*addresses, scales))  # keys are read one by one
-        last = (blocks.tail, blocks.kept_in_tail) if blocks.tail else (blocks.size, blocks.kept)
-        packed = blocks.kept | last[0] << FIELD.value | last[1] << 2 * FIELD.value | aligned << 3 * FIELD.value
-        parameters.append([*addresses, blocks.count, packed, scales, key])
-        owner = torch.arange(blocks.count, device="cpu") | number << (BLOCK_BITS.value + 1)
-        owner[-1:] |= 1 << BLOCK_BITS.value
-        owners.append(owner)
-    return Launch(_on(device, torch.tensor(parameters, device="cpu")), _on(device, torch.cat(owners)))
+def launch_at(
+    device: torch.device,
+    layouts: Sequence[Blocks],
+    x: Sequence[int],
+    y: Sequence[int] | None = None,
+    values: Sequence[int] | None = None,
+    indices: Sequence[int] | None = None,
+    scales: Sequence[int] | None = None,
+    keys: Sequence[int] | None = None,
+) -> Launch:
+    """The launch of parameters with these blocks and addresses, one each; None for what they have not."""
+    none = [0] * len(layouts)
+    addresses = [none if column is None else column for column in (x, y, values, indices, scales, keys)]
+    table = on_device(device, (layouts, addresses), lambda: _table(layouts, *addresses))
+    return Launch(table, len(layouts), sum(blocks.count for blocks in layouts))
 
 
-_captured: list[Tensor] = []  # kept alive, since a CUDA graph copies from them again at each replay
-
-
-def _on(device: torch.device, tensor: Tensor) -> Tensor:
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # so that the host does not wait for the copy
-        if torch.cuda.is_current_stream_capturing():
-            _captured.append(tensor)
-    return tensor.to(device, non_blocking=True)
+def _table(
+    layouts: Sequence[Blocks],
+    x: Sequence[int],
+    y: Sequence[int],
+    values: Sequence[int],
+    indices: Sequence[int],
+    scales: Sequence[int],
+    keys: Sequence[int],
+) -> Tensor:
+    packed = []
+    for blocks, *addresses in zip(layouts, x, y, values, indices, scales, strict=True):  # keys are read one by one
+        aligned = all(address % 16 == 0 for address in addresses)
+        length, kept = (blocks.tail, blocks.kept_in_tail) if blocks.tail else (blocks.size, blocks.kept)
+        number = blocks.kept | length << FIELD.value | kept << 2 * FIELD.value | aligned << 3 * FIELD.value
+        packed.append(number)
+    counts = [blocks.count for blocks in layouts]
+    rows = zip(x, y, values, indices, counts, packed, scales, keys, strict=True)
+    firsts = list(accumulate(counts, initial=0))[:-1]
+    return torch.tensor([*chain.from_iterable(rows), *firsts], device="cpu")
 
 
 def triton_accumulation_dtype(dtype: torch.dtype) -> tl.dtype:
@@ -125,18 +132,26 @@ def stored_dtype(numbers: Momenta) -> torch.dtype | None:
 
 
 @triton.jit
-def find_block(parameters, owners, program, SIZE: tl.constexpr):
+def find_block(table, parameters, program, SIZE: tl.constexpr):
     """Finds a program's block: (row, block, length, kept, stride, aligned).
 
     row is the address of its parameter's row in the table, block its number in the parameter, length its elements, kept
     the entries that it keeps in each row of the window, stride the entries from one row to the next, and aligned
     whether all tensors of the parameter begin at multiples of 128 bits.
     """
-    owner = tl.load(owners + program)
-    row = parameters + (owner >> (BLOCK_BITS + 1)) * COLUMNS
-    block = owner & BLOCK_MASK  # int64
+    firsts = table + parameters * COLUMNS
+    first = tl.load(firsts)
+    low, high = 0, parameters
+    while high - low > 1:
+        middle = (low + high) // 2
+        candidate = tl.load(firsts + middle)
+        before = candidate <= program
+        low, high = tl.where(before, middle, low), tl.where(before, high, middle)
+        first = tl.where(before, candidate, first)
+    row = table + low * COLUMNS
+    block = program - first  # int64
     packed = tl.load(row + 5)
-    last = ((owner >> BLOCK_BITS) & 1) != 0
+    last = block + 1 == tl.load(row + 4)
     stride = packed & FIELD_MASK  # int64
     length = tl.where(last, (packed >> FIELD) & FIELD_MASK, SIZE).to(tl.int32)
     kept = tl.where(last, (packed >> (FIELD * 2)) & FIELD_MASK, stride).to(tl.int32)

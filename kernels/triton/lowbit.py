@@ -17,7 +17,7 @@ from efcp.kernels.addresses import check_lowbit
 from efcp.kernels.blocks import Blocks
 from efcp.kernels.lowbit import MIX, SMALLEST_SCALE, LowBit
 from efcp.kernels.triton.gpu import at_most_registers, launch_kernel, warp_size
-from efcp.kernels.triton.launch import DTYPES, Launch, find_block, tables, triton_accumulation_dtype
+from efcp.kernels.triton.launch import DTYPES, Launch, find_block, launch_at, triton_accumulation_dtype
 
 SIZE = 4096  # numbers of a program
 THREADS = 256  # of a program; for each, 16 bytes of codes in 8 bits
@@ -66,12 +66,12 @@ def to_4_bits(x, key, first, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _store_kernel(parameters, owners, finite, VALUES: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr):
+def _store_kernel(table, parameters, finite, VALUES: tl.constexpr, BITS: tl.constexpr, SIZE: tl.constexpr):
     PER_ROW: tl.constexpr = 64 if BITS == 8 else 128  # numbers; a row is a block, with a scale
     ROWS: tl.constexpr = SIZE // PER_ROW
     WIDTH: tl.constexpr = 64  # bytes of a row
     program = tl.program_id(0).to(tl.int64)
-    row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
+    row, block, length, _, _, aligned = find_block(table, parameters, program, SIZE)
     finite = tl.load(finite) != 0
     values = tl.load(row).to(tl.pointer_type(VALUES)) + block * SIZE
     codes = tl.load(row + 1).to(tl.pointer_type(tl.int8 if BITS == 8 else tl.uint8)) + block * (ROWS * WIDTH)
@@ -110,12 +110,12 @@ def numbers_of(code, scale, BITS: tl.constexpr):
 
 
 @triton.jit
-def _add_kernel(parameters, owners, TARGET: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr):
+def _add_kernel(table, parameters, TARGET: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr):
     PER_ROW: tl.constexpr = 64 if BITS == 8 else 128  # numbers; a row is a block, with a scale
     ROWS: tl.constexpr = SIZE // PER_ROW
     WIDTH: tl.constexpr = 64  # bytes of a row
     program = tl.program_id(0).to(tl.int64)
-    row, block, length, _, _, aligned = find_block(parameters, owners, program, SIZE)
+    row, block, length, _, _, aligned = find_block(table, parameters, program, SIZE)
     target = tl.load(row).to(tl.pointer_type(TARGET)) + block * SIZE
     codes = tl.load(row + 1).to(tl.pointer_type(tl.int8 if BITS == 8 else tl.uint8)) + block * (ROWS * WIDTH)
     number = tl.arange(0, ROWS)
@@ -137,14 +137,10 @@ def _add_kernel(parameters, owners, TARGET: tl.constexpr, BITS: tl.constexpr, DT
         tl.store(target + position, (old + x.to(DTYPE)).to(TARGET), mask=inside)
 
 
-def _table(found: Sequence[list[int]], values: Sequence[Tensor]) -> Launch:
-    return tables(
-        values[0].device,
-        tuple(
-            (x, codes, 0, 0, Blocks(value.numel(), SIZE, 1.0), scales, key)
-            for x, codes, scales, key, value in zip(*found, values, strict=True)
-        ),
-    )
+def _group(found: Sequence[list[int]], values: Sequence[Tensor]) -> Launch:
+    x, codes, scales, keys = found
+    layouts = [Blocks(value.numel(), SIZE, 1.0) for value in values]
+    return launch_at(values[0].device, layouts, x, codes, scales=scales, keys=keys)
 
 
 def _options(numbers: Sequence[LowBit]) -> dict[str, Any]:
@@ -152,13 +148,13 @@ def _options(numbers: Sequence[LowBit]) -> dict[str, Any]:
 
 
 def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
-    table = _table(check_lowbit(targets, numbers), targets)
+    group = _group(check_lowbit(targets, numbers), targets)
     dtype, device = targets[0].dtype, targets[0].device
-    if table.blocks > 0:
+    if group.blocks > 0:
         options = _options(numbers) | at_most_registers(96, device)  # else some are spilled
         launch_kernel(
-            _add_kernel, (table.blocks,), targets[0],
-            table.parameters, table.owners, TARGET=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
+            _add_kernel, (group.blocks,), targets[0],
+            group.table, group.parameters, TARGET=DTYPES[dtype], DTYPE=triton_accumulation_dtype(dtype),
             num_warps=THREADS // warp_size(device), **options,
         )  # fmt: skip
 
@@ -166,11 +162,11 @@ def add_lowbit_(targets: Sequence[Tensor], numbers: Sequence[LowBit]) -> None:
 def store_lowbit_(
     numbers: Sequence[LowBit], values: Sequence[Tensor], finite: Tensor, keys: Sequence[Tensor] = ()
 ) -> None:
-    table = _table(check_lowbit(values, numbers, finite, keys), values)
+    group = _group(check_lowbit(values, numbers, finite, keys), values)
     options = _options(numbers)
-    if table.blocks > 0:
+    if group.blocks > 0:
         launch_kernel(
-            _store_kernel, (table.blocks,), values[0],
-            table.parameters, table.owners, finite.view(torch.uint8), VALUES=DTYPES[values[0].dtype],
+            _store_kernel, (group.blocks,), values[0],
+            group.table, group.parameters, finite.view(torch.uint8), VALUES=DTYPES[values[0].dtype],
             **options, num_warps=THREADS * options["BITS"] // 8 // warp_size(values[0].device),
         )  # fmt: skip

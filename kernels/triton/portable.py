@@ -32,11 +32,11 @@ PROGRAMS = 1056  # the most programs, a few for each multiprocessor
 
 
 @triton.jit
-def _spread_kernel(parameters, owners, slot, newest, window_size, VALUES: tl.constexpr, INDICES: tl.constexpr,
+def _spread_kernel(table, parameters, slot, newest, window_size, VALUES: tl.constexpr, INDICES: tl.constexpr,
                    SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """newest[block, index] = value, for the entries of row `slot`."""
     program = tl.program_id(0).to(tl.int64)
-    row, block, _, kept, stride, _ = find_block(parameters, owners, program, SIZE)
+    row, block, _, kept, stride, _ = find_block(table, parameters, program, SIZE)
     entries = (block * window_size + tl.load(slot)) * stride
     values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries
     indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries
@@ -58,7 +58,7 @@ def _numbers(momentum, scales, skipped, position, mask, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _portable_dots_kernel(parameters, owners, newest, partial, window_size, blocks, PER_PROGRAM: tl.constexpr,
+def _portable_dots_kernel(table, parameters, newest, partial, window_size, blocks, PER_PROGRAM: tl.constexpr,
                  VALUES: tl.constexpr, INDICES: tl.constexpr, MOMENTUM: tl.constexpr, SIZE: tl.constexpr,
                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Inner products of rows with `newest`, and then with the momentum, summed over the blocks of a program.
@@ -71,7 +71,7 @@ def _portable_dots_kernel(parameters, owners, newest, partial, window_size, bloc
     total = tl.zeros((ROWS,), tl.float64)
     with_momentum = tl.zeros((ROWS,), tl.float64)
     for this in range(program * PER_PROGRAM, tl.minimum((program + 1) * PER_PROGRAM, blocks)):
-        row, block, _, kept, stride, _ = find_block(parameters, owners, this, SIZE)
+        row, block, _, kept, stride, _ = find_block(table, parameters, this, SIZE)
         entries = (block * window_size + number) * stride
         values = tl.load(row + 2).to(tl.pointer_type(VALUES)) + entries[:, None]
         indices = tl.load(row + 3).to(tl.pointer_type(INDICES)) + entries[:, None]
@@ -95,27 +95,27 @@ def _portable_dots_kernel(parameters, owners, newest, partial, window_size, bloc
 
 
 def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ()) -> Tensor:
-    table = launch_of(rows, momenta=momenta)
+    group = launch_of(rows, momenta=momenta)
     values, indices, blocks = rows[0]
     check_numbers(values, slot=slot)
     window_size, size = values.shape[1], blocks.block_size
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), DOTS_TILE)
     tile_rows = min(DOTS_TILE // columns, MOST_ROWS)
-    per_program = max(1, triton.cdiv(table.blocks, PROGRAMS))
-    programs = triton.cdiv(table.blocks, per_program)
+    per_program = max(1, triton.cdiv(group.blocks, PROGRAMS))
+    programs = triton.cdiv(group.blocks, per_program)
     own, vectors = stored_dtype(momenta), (2,) if momenta else ()
     partial = torch.empty(programs, *vectors, window_size, dtype=torch.float64, device=slot.device)
     if programs > 0:
-        newest = torch.zeros(table.blocks * size, dtype=values.dtype, device=slot.device)
+        newest = torch.zeros(group.blocks * size, dtype=values.dtype, device=slot.device)
         dtypes = {"VALUES": DTYPES[values.dtype], "INDICES": DTYPES[indices.dtype]}
         launch_kernel(
-            _spread_kernel, (table.blocks,), slot,
-            table.parameters, table.owners, slot, newest, window_size, **dtypes, SIZE=size, COLUMNS=columns,
+            _spread_kernel, (group.blocks,), slot,
+            group.table, group.parameters, slot, newest, window_size, **dtypes, SIZE=size, COLUMNS=columns,
             enable_fp_fusion=True,
         )  # fmt: skip
         launch_kernel(
             _portable_dots_kernel, (programs, triton.cdiv(window_size, tile_rows)), slot,
-            table.parameters, table.owners, newest, partial, window_size, table.blocks, PER_PROGRAM=per_program,
+            group.table, group.parameters, newest, partial, window_size, group.blocks, PER_PROGRAM=per_program,
             **dtypes, MOMENTUM=None if own is None else DTYPES[own], SIZE=size, ROWS=tile_rows, COLUMNS=columns,
             **at_most_registers(128, slot.device),  # else some are spilled
             enable_fp_fusion=True,
@@ -124,7 +124,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
 
 
 @triton.jit
-def _portable_apply_kernel(parameters, owners, weights, target_factor, update_factor, momentum_factor, square_weights,
+def _portable_apply_kernel(table, parameters, weights, target_factor, update_factor, momentum_factor, square_weights,
                   eps, scratch, window_size, blocks,
                   TARGET: tl.constexpr, VALUES: tl.constexpr, INDICES: tl.constexpr, MOMENTUM: tl.constexpr,
                   WRITES: tl.constexpr, DTYPE: tl.constexpr, SIZE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
@@ -141,7 +141,7 @@ def _portable_apply_kernel(parameters, owners, weights, target_factor, update_fa
     if square_weights is not None:
         eps = tl.load(eps).to(DTYPE)
     for this in range(program, blocks, tl.num_programs(0)):
-        row, block, length, kept, stride, _ = find_block(parameters, owners, this, SIZE)
+        row, block, length, kept, stride, _ = find_block(table, parameters, this, SIZE)
         for first in range(0, length, COLUMNS):
             position = first + tl.arange(0, COLUMNS)
             tl.store(total + position, tl.zeros((COLUMNS,), DTYPE), mask=position < length)
@@ -185,22 +185,22 @@ def _portable_apply_kernel(parameters, owners, weights, target_factor, update_fa
 
 
 def window_apply_(targets: Sequence[Tensor], momenta: Momenta, rows: Sequence[SparseRows], update: Update) -> None:
-    table = launch_of(rows, momenta=momenta, targets=targets)
+    group = launch_of(rows, momenta=momenta, targets=targets)
     check_momenta(rows, momenta, update)
     weights, square_weights = check_weights(rows[0].values, update, rows[0].values.shape[1])
     check_numbers(rows[0].values, **update.factors(len(momenta) > 0))
-    if table.blocks == 0:
+    if group.blocks == 0:
         return
     values, indices, blocks = rows[0]
     size, dtype, own = blocks.block_size, targets[0].dtype, stored_dtype(momenta)
     columns = min(triton.next_power_of_2(kept(size, blocks.density)), TILE)
-    programs = min(table.blocks, PROGRAMS)
+    programs = min(group.blocks, PROGRAMS)
     sums = 1 if square_weights is None else 2
     scratch = torch.empty(sums * programs * size, dtype=accumulation_dtype(dtype), device=weights.device)
     launch_kernel(
         _portable_apply_kernel, (programs,), weights,
-        table.parameters, table.owners, weights, *update[1:4], square_weights, update.eps, scratch,
-        values.shape[1], table.blocks,
+        group.table, group.parameters, weights, *update[1:4], square_weights, update.eps, scratch,
+        values.shape[1], group.blocks,
         TARGET=DTYPES[dtype], VALUES=DTYPES[values.dtype], INDICES=DTYPES[indices.dtype],
         MOMENTUM=None if own is None else DTYPES[own], WRITES=update.writes_momenta and len(momenta) > 0,
         DTYPE=triton_accumulation_dtype(dtype), SIZE=size, COLUMNS=columns, num_warps=max(1, min(8, columns // 64)),

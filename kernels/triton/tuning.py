@@ -21,6 +21,7 @@ from torch import Tensor
 from efcp.kernels.blocks import Blocks, SparseRows
 from efcp.kernels.dispatch import KernelError
 from efcp.kernels.gpus import architecture
+from efcp.kernels.tables import is_capturing
 from efcp.kernels.triton.gpu import target_of
 
 Configuration = dict[str, int]  # constants and options of a launch
@@ -84,7 +85,7 @@ def choose(
 def _autotuning(device: torch.device) -> bool:
     if os.environ.get("EFCP_AUTOTUNE", "0") != "1":
         return False
-    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not is_capturing(device)
 
 
 def _milliseconds(launch: Callable[[], object]) -> float:
@@ -104,7 +105,12 @@ def _scratch(blocks: Blocks, values: Tensor) -> SparseRows:
 
 
 def _file() -> Path:
-    return Path(os.environ.get("EFCP_CACHE") or Path.home() / ".cache" / "efcp") / "configurations.json"
+    return _file_in(os.environ.get("EFCP_CACHE"))
+
+
+@cache
+def _file_in(folder: str | None) -> Path:
+    return (Path(folder) if folder else Path.home() / ".cache" / "efcp") / "configurations.json"
 
 
 @cache

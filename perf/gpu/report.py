@@ -55,7 +55,7 @@ import triton
 import triton.language as tl
 from tqdm import tqdm
 
-from efcp.kernels import Blocks, LowBit, SparseRows, Update, allocate_lowbit
+from efcp.kernels import Blocks, LowBit, RowStep, SparseRows, Update, allocate_lowbit
 from efcp.kernels import triton as triton_ops
 from efcp.kernels.gpus import ARCHITECTURES
 from efcp.perf.command import ending, workers
@@ -79,6 +79,7 @@ OPERATIONS = (
     "window_dots with momenta",
     "window_apply_",
     "window_apply_ with squares",
+    "mfac_row_step_",
 )
 BLOCK_SIZES = (256, 4096, 32768)
 DENSITIES = (0.001, 0.1)
@@ -95,8 +96,11 @@ DTYPES: list[tuple[torch.dtype, torch.dtype | None, torch.dtype]] = [  # of grad
     (FP32, None, BF16),
 ]
 FEW_BITS = [(grad, error) for grad in (FP32, BF16) for error in (BITS8, BITS4)]
-# The fallbacks of portable.py read rows that begin anywhere, entry by entry. Undoing a step need not be fast.
-EXEMPT = frozenset({"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel", "_undo_kernel"})
+# The fallbacks of portable.py read rows that begin anywhere, entry by entry. Undoing a step need not be fast. The m × m
+# algebra is one program, whose matrices stay in caches.
+EXEMPT = frozenset(
+    {"_spread_kernel", "_portable_dots_kernel", "_portable_apply_kernel", "_undo_kernel", "_row_step_kernel"}
+)
 STREAM_BITS = 128
 KB_IN_FLIGHT = 32  # the least, on these targets:
 BUSY = (80, 90)
@@ -342,6 +346,7 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
         )
         keys = [slot] * len(rows)
         window = (case.block_size, case.density, case.window, case.values)
+        dots = meta(case.window, dtype=FP64)
         calls: dict[tuple[object, ...], Callable[[], object]] = {
             ("norm_is_finite", case.grad): partial(triton_ops.norm_is_finite, grads),
             ("compress_", window, case.grad, case.error): partial(
@@ -368,6 +373,9 @@ def _launches(cases: Iterable[Case]) -> Iterator[tuple[str, Case, Callable[[], o
             ("window_apply_ with squares", window, case.grad): partial(
                 triton_ops.window_apply_, grads, [], rows, squares
             ),
+            ("mfac_row_step_", case.window): partial(
+                triton_ops.mfac_row_step_, _row_step(case.window), dots, slot, finite, 1e-3, 1e-7
+            ),
         }
         for key, call in calls.items():
             if key not in seen:
@@ -380,6 +388,13 @@ def _error(case: Case, blocks: Blocks) -> torch.Tensor | LowBit:
     if case.error in (BITS8, BITS4):
         return allocate_lowbit(blocks.numel, 8 if case.error == BITS8 else 4, device, blocks.size)
     return torch.empty(blocks.numel, dtype=case.error, device=device)
+
+
+def _row_step(window: int) -> RowStep:
+    empty = partial(torch.empty, device="meta")
+    matrices, vectors = ([empty(*(window,) * dims, dtype=FP64) for _ in range(2)] for dims in (2, 1))
+    numbers = [empty((), dtype=dtype) for dtype in (*[FP64] * 3, *[torch.int64] * 4)]
+    return RowStep(*matrices, *vectors, *numbers)
 
 
 def _rows(case: Case, numel: int) -> SparseRows:

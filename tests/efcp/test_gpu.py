@@ -111,3 +111,49 @@ def test_a_step_can_be_captured_in_a_graph(momentum):
         if step % 4 == 0:
             captured.optimizer.refresh()
     torch.testing.assert_close(captured.flat(), eager.flat(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_can_be_replayed_after_many_steps_with_moving_gradients():
+    """The tables of addresses that it reads are neither freed nor overwritten by other steps."""
+
+    def problem():
+        made = Problem(shapes=[(5000,), (30, 7)], compressor=TopK(0.05, 64), preconditioner=MFAC(), lr=0.1)
+        for p in made.params:
+            p.data = p.data.cuda()
+        return made
+
+    problems = eager, captured = problem(), problem()
+    fixed = [[torch.zeros_like(p) for p in made.params] for made in problems]
+    generator = torch.Generator().manual_seed(0)
+
+    def set_gradients(moving):
+        for number, (p, q) in enumerate(zip(eager.params, captured.params, strict=True)):
+            grad = torch.randn(p.shape, generator=generator).cuda()
+            for param, gradients in ((p, fixed[0]), (q, fixed[1])):
+                param.grad = grad.clone() if moving else gradients[number].copy_(grad)
+
+    def step(moving):
+        set_gradients(moving)
+        for made in problems:
+            made.optimizer.step()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(moving=False)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    set_gradients(moving=False)
+    with torch.cuda.graph(graph):
+        captured.optimizer.step()
+    for _ in range(300):
+        step(moving=True)
+    torch.cuda.empty_cache()
+    rubbish = [torch.full((72,), -1, device="cuda") for _ in range(1000)]  # where freed tables were
+    for _ in range(3):
+        set_gradients(moving=False)
+        eager.optimizer.step()
+        graph.replay()
+    torch.testing.assert_close(captured.flat(), eager.flat(), rtol=1e-4, atol=1e-5)
+    del rubbish

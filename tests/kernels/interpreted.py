@@ -29,6 +29,7 @@ from tests.kernels.kernel_cases import (
     check_norm_is_finite,
     check_undo,
 )
+from tests.kernels.row_steps import check_row_steps
 
 CASES = [
     Case(1, 4096, 0.01, values=FLOAT32),
@@ -96,3 +97,6 @@ if __name__ == "__main__":
         print(case)
         check_compress(triton_ops.compress_, case)
         check_undo(triton_ops.undo_compress_, case)
+    for name in ("one row", "both"):
+        print(name)
+        check_row_steps(triton_ops.mfac_row_step_, name)

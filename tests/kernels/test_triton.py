@@ -46,7 +46,7 @@ if reason := why_unavailable():
 
 from efcp.kernels import triton as triton_ops
 from efcp.kernels.triton import apply, average, compress, dots, lowbit, portable
-from efcp.kernels.triton.launch import launch_of, tables
+from efcp.kernels.triton.launch import launch_at, launch_of
 from efcp.perf.gpu.gpusim import simulate
 
 # A case with another block size, dtype or architecture costs compilations, one with another input next to nothing.
@@ -307,24 +307,25 @@ FAR = 1 << 33  # blocks
 
 
 def far_away(modules, monkeypatch):
-    """Makes the kernels believe that the blocks of all parameters come after FAR others, at the addresses they have."""
+    """Makes the kernels believe that the first parameter's blocks come after FAR others of it, where they are."""
 
     def shifted(rows, **others):
-        table = launch_of(rows, **others)
-        parameters = table.parameters.clone()
+        group = launch_of(rows, **others)
+        table = group.table.clone()
         y = others.pop("errors", ()) or others.pop("momenta", ())
         x = next((own for name, own in others.items() if name in ("grads", "targets")), ())
         four = 2 if y and isinstance(y[0], LowBit) and y[0].codes.dtype == BITS4 else 1  # numbers of a byte
-        for entry, (values, indices, blocks) in zip(parameters, rows, strict=True):
-            entries = FAR * values.shape[1] * blocks.kept
-            sizes = [parts_of(some)[0].element_size() if some else 0 for some in (x, y)]
-            entry[:4] -= torch.tensor([
-                FAR * blocks.block_size * sizes[0], FAR * blocks.block_size * sizes[1] // four,
-                entries * values.element_size(), entries * indices.element_size(),
-            ])  # fmt: skip
-            entry[4] += FAR
-            entry[6] -= FAR * blocks.block_size // (64 * four) * 4  # of a float32
-        return table._replace(parameters=parameters, owners=table.owners + FAR)
+        entry, (values, indices, blocks) = table[:8], rows[0]
+        entries = FAR * values.shape[1] * blocks.kept
+        sizes = [parts_of(some)[0].element_size() if some else 0 for some in (x, y)]
+        entry[:4] -= torch.tensor([
+            FAR * blocks.block_size * sizes[0], FAR * blocks.block_size * sizes[1] // four,
+            entries * values.element_size(), entries * indices.element_size(),
+        ])  # fmt: skip
+        entry[4] += FAR
+        entry[6] -= FAR * blocks.block_size // (64 * four) * 4  # of a float32
+        table[8 * len(rows)] -= FAR
+        return group._replace(table=table)
 
     for module in modules:
         monkeypatch.setattr(module, "launch_of", shifted)
@@ -370,13 +371,13 @@ def test_addresses_of_numbers_are_computed_in_64_bits(monkeypatch, number_bits):
     def far(x, y):
         """Lets blocks come after others, with so many bits for each number of x and y."""
 
-        def shifted(device, entries):
-            table = tables(device, entries)
-            moved = torch.tensor([before * x // 8, before * y // 8, 0, 0, -FAR, 0, before // block * 4, 0])
-            return table._replace(parameters=table.parameters - moved, owners=table.owners + FAR)
+        def shifted(*arguments, **others):
+            group = launch_at(*arguments, **others)
+            moved = torch.tensor([before * x // 8, before * y // 8, 0, 0, -FAR, 0, before // block * 4, 0, FAR])
+            return group._replace(table=group.table - moved)  # of one parameter
 
         for module in (average, lowbit):
-            monkeypatch.setattr(module, "tables", shifted)
+            monkeypatch.setattr(module, "launch_at", shifted)
 
     results = []
     for operations in (reference, triton_ops):

@@ -146,7 +146,7 @@ class Bench:
                 for density in (0.01, 0.1):
                     case = Case(size.checked, size.windows[0], density, block_size, dtype)
                     for operation in OPERATIONS:
-                        yield Job("checks", operation, _name(case), lambda o=operation, c=case: self._check(o, c))
+                        yield Job("checks", operation, _name(case), partial(self._check, operation, case))
         block = min(4096, size.block_sizes[-1])
         cases = [Case(size.numel, window, 0.01, block) for window in size.windows]
         cases += [Case(size.numel, size.windows[-1], density, block) for density in size.densities]
@@ -154,15 +154,15 @@ class Bench:
         cases += [Case(size.numel, size.windows[0], 0.01, block, dtype) for dtype in size.dtypes]
         for case in dict.fromkeys(cases):
             for operation in OPERATIONS:
-                yield Job("operations", operation, _name(case), lambda o=operation, c=case: self._operation(o, c))
+                yield Job("operations", operation, _name(case), partial(self._operation, operation, case))
         for model in size.models:
             for optimizer in size.optimizers:
-                yield Job("steps", optimizer, model, lambda o=optimizer, m=model: self._step(o, m))
+                yield Job("steps", optimizer, model, partial(self._step, optimizer, model))
         for block_size in size.block_sizes:
             for density in size.densities:
                 case = Case(size.numel, size.windows[0], density, block_size)
                 for operation in ("compress_", "window_dots", "window_apply_"):
-                    yield Job("autotune", operation, _name(case), lambda o=operation, c=case: self._autotune(o, c))
+                    yield Job("autotune", operation, _name(case), partial(self._autotune, operation, case))
 
     def _tests(self) -> Row:
         if self.device.type != "cuda":
@@ -362,7 +362,7 @@ def _untuned(out: Path) -> Iterator[None]:
 def _simulated() -> Iterator[None]:
     """Within the context kernels run in gpusim, and may reach all tensors that there are, by address."""
 
-    class Everything(list):  # type: ignore[type-arg]
+    class Everything(list[torch.Tensor]):
         def __iter__(self) -> Iterator[torch.Tensor]:
             found = (x for x in gc.get_objects() if type(x) is torch.Tensor or type(x) is torch.nn.Parameter)
             return iter([x for x in found if x.is_cpu and x.layout == torch.strided and x.numel()])

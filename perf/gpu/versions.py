@@ -175,6 +175,13 @@ def _results(operations: Any, allow: Callable[[Tensor], None]) -> Iterator[tuple
     yield "window_apply_", [target, momentum]
 
 
+HEAD = """# Kernels with each version of Triton
+
+Made by `make check-kernels-all`: kernels that users get on an NVIDIA GPU of compute capability 9.0, and registers of a
+thread; bytes of registers that are spilled, and of stack; and whether gpusim's results are those of the definition.
+"""
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A row for each version: kernels and registers of the default configuration, and the most that any one spills."""
     head = ["triton", "with torch", *(f"`{name}`" for name in SHOWN), "spilled", "stack", "gpusim agrees"]
@@ -188,4 +195,4 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             cells.append(f"`{first['kernel']}`, {first['registers']}" if "kernel" in first else "the definition")
         spilled, stack = (max(row.get(column, 0) for row in own) for column in ("spilled", "stack"))
         lines.append([version, own[0]["torch"], *cells, spilled, stack, own[0]["gpusim"].partition(":")[0]])
-    return table(lines) + "\n"
+    return f"{HEAD}\n{table(lines)}\n"

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from contextlib import suppress
 
 import pytest
 import torch
@@ -139,7 +140,10 @@ def test_a_graph_reads_no_freed_memory_after_many_steps_with_moving_gradients(ca
             launch(program, metadata, grid, given)
 
         living = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
-        older = {x.untyped_storage().data_ptr() for x in living}
+        older = set()
+        for x in living:
+            with suppress(RuntimeError, NotImplementedError):  # of those without memory, such as fake tensors
+                older.add(x.untyped_storage().data_ptr())
         living.clear()
         simulator.launch = record
         capture(True)

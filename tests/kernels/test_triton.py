@@ -86,8 +86,9 @@ FEW_BITS = [  # of errors
     Case(9000, 4096, 0.1, grad=BFLOAT16, error=BITS4, finite=False),
     Case(9000, 1024, 0.05, grad=FLOAT64, error=BITS4, arch=100),
     Case(9000, 1024, 0.05, grad=FLOAT64, error=BITS8, finite=False),
-    Case(99999, 32768, 0.01, kind="ties", error=BITS8, arch=80),
-    Case(99999, 32768, 0.01, error=BITS4),
+    # Triton takes minutes to compile these.
+    pytest.param(Case(99999, 32768, 0.01, kind="ties", error=BITS8, arch=80), marks=pytest.mark.slow),
+    pytest.param(Case(99999, 32768, 0.01, error=BITS4), marks=pytest.mark.slow),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 PORTABLE = [case for case in CASES if case.kind == "random" and case.finite]
@@ -201,6 +202,7 @@ def test_the_order_of_warps_and_programs_does_not_matter(operations, seed):
     assert_all_same_bits(run(seed), run(None), "output")
 
 
+@pytest.mark.slow  # Triton takes minutes to compile blocks of 32768
 @pytest.mark.parametrize("error", [BITS8, BITS4], ids=["8 bits", "4 bits"])
 @pytest.mark.parametrize("seed", range(3))
 def test_errors_in_few_bits_do_not_depend_on_the_order_of_warps(error, seed):

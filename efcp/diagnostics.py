@@ -1,4 +1,4 @@
-"""What a step did: how long its vectors are, how far it turned the gradient, and how it scaled the entries.
+"""Describes what a step did: how long its vectors are, how far it turned the gradient, and how it scaled the entries.
 
 The length of the newest row c is in the Gram matrix. `efcp.directions` says how those of the update u and ⟨c, u⟩ come
 from it, so only the norms of g and e cost more than m² operations. Preconditioners that do without the Gram matrix, or

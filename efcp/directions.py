@@ -1,4 +1,4 @@
-"""What a step preconditions: the newest row, an average of the rows held, or a dense momentum.
+"""The directions that a step can precondition: the newest row, an average of the rows held, or a dense momentum.
 
 | direction | preconditioned | the update u | takes |
 |---|---|---|---|
@@ -70,7 +70,7 @@ def momentum_update(
 
 
 def local_update(gram: Gram, length: float) -> Combination:
-    """What the Gram matrix knows of updates of each parameter by itself: their length."""
+    """The combination to record for updates of each parameter by itself: of them the length alone is known."""
     zero = torch.zeros_like(gram.state["factor"])
     return Combination(torch.zeros_like(gram.state["weights"]), zero, torch.full_like(zero, length**2), zero)
 

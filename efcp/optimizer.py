@@ -172,7 +172,7 @@ class EFCP(Optimizer):
         return int(self.shared.get("skipped_steps", 0))
 
     def diagnostics(self, quantiles: bool = False) -> dict[str, float | None]:
-        """What the last step did, for logs. Waits for the device.
+        """Describes what the last step did, for logs. Waits for the device.
 
         u is the update before momentum and lr. Where its length does not follow from the Gram matrix, as with
         `AdamStats`, c and u are computed again, one parameter at a time. g is read from `p.grad`: call this before
@@ -512,7 +512,7 @@ class EFCP(Optimizer):
     # ---- checks
 
     def _name(self, param: Tensor) -> str:
-        """What errors call a parameter."""
+        """The name by which errors call a parameter."""
         return next((name for p, name in names(self.param_groups) if p is param), "a parameter of no param group")
 
     def _non_finite(self) -> list[str]:

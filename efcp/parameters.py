@@ -1,4 +1,4 @@
-"""What parameters, their gradients and their states must be in a step, and what errors call them."""
+"""Checks what parameters, their gradients and their states must be in a step; and names them for errors."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any

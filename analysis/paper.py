@@ -69,7 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for experiment in experiments:
             folder = args.out / experiment.name
             try:
-                if args.plot_only:
+                if args.plot_only and not folder.is_dir():
+                    print(f"{folder}: no table yet, there is no such folder")
+                elif args.plot_only:
                     with locked(folder):
                         report(experiment, folder)
                 else:

@@ -7,6 +7,7 @@ that has the name of another's.
 
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ OPTIONS = (  # of every optimizer
 AGREED = ("window", "direction", "update_rms", "max_update_norm")  # in all param groups
 MOMENTUM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8)
 
+HASHABLE = (bool, int, float, str, torch.dtype)  # types of most options
 FLAGS = ("foreach", "fused", "capturable", "differentiable")  # of torch.optim; frameworks set them everywhere
 LETTERS_PER_EDIT = 5  # of an option's name, for each edit that counts as a slip
 
@@ -34,7 +36,21 @@ Kind = TypeVar("Kind", Compressor, Preconditioner)
 
 def made_from(part: Kind, group: dict[str, Any]) -> Kind:
     """A compressor or preconditioner of the same kind, with the options of a param group."""
-    return type(part)(**{name: from_plain(group[name]) for name in part.options})
+    values = [group[name] for name in _names(type(part))]
+    if all(value is None or type(value) in HASHABLE for value in values):
+        return _made(type(part), *values)
+    return _made.__wrapped__(type(part), *values)
+
+
+@lru_cache
+def _names(kind: type) -> tuple[str, ...]:
+    """The options of a class of compressors or preconditioners."""
+    return tuple(field.name for field in fields(kind))
+
+
+@lru_cache(typed=True)  # several a step are wanted, and are frozen; True is not 1
+def _made(kind: type[Kind], *values: Any) -> Kind:
+    return kind(**dict(zip(_names(kind), map(from_plain, values), strict=True)))
 
 
 def agreed(groups: Sequence[dict[str, Any]], name: str) -> Any:

@@ -2,7 +2,7 @@
 
 | file | what |
 |---|---|
-| `compress`, `dots`, `apply`, `average`, `lowbit`, `finite`, `dense`, `inverse_root` | an operation: kernels, caller |
+| `compress`, `dots`, `apply`, `average`, `lowbit`, `finite`, `dense`, `inverse_root`, `row_step` | an operation |
 | `launch.py` | the table of parameters that kernels read, and threads |
 | `convert.py`, `dtypes.py` | conversion of numbers of any dtype to and from float32 |
 | `memory.py`, `bits.py` | numbers behind addresses; bits of numbers and of masks |
@@ -16,8 +16,8 @@ costs microseconds, one more for each parameter, and one compilation serves many
 
 Results do not depend on the number of threads. `compress_` and `window_apply_` give the same bits as the definition,
 unless PyTorch's square roots of float64 are rounded otherwise.
-`window_dots`, `dense_dots` and `update_inverse_root_` add up the same float64 terms in another, fixed order.
-`mfac_row_step_` is the definition: on a CPU M-FAC reads numbers, and skips what they make needless.
+`window_dots`, `dense_dots`, `update_inverse_root_` and `mfac_row_step_` add up the same float64 terms in another, fixed
+order.
 `norm_is_finite` and `compress_` sum the squares within a chunk or block in float32, and these sums in float64.
 """
 
@@ -29,7 +29,7 @@ from efcp.kernels.cpu.dots import window_dots
 from efcp.kernels.cpu.finite import norm_is_finite
 from efcp.kernels.cpu.inverse_root import update_inverse_root_
 from efcp.kernels.cpu.lowbit import add_lowbit_, store_lowbit_
-from efcp.kernels.reference import mfac_row_step_
+from efcp.kernels.cpu.row_step import mfac_row_step_
 
 __all__ = [
     "add_lowbit_",

@@ -34,6 +34,7 @@ from efcp.kernels.cpu.launch import (
 from efcp.kernels.cpu.llvm import (
     LANES,
     add_and_mask,
+    decode_add_and_mask,
     mask_at_least,
     pieces_and_arguments,
     pointer,
@@ -41,7 +42,7 @@ from efcp.kernels.cpu.llvm import (
 )
 from efcp.kernels.cpu.lowbit import BLOCK4, BLOCK8, add_few_bits, encode4, encode8
 from efcp.kernels.cpu.machine_code import Kernel, cached_kernel, jit
-from efcp.kernels.cpu.memory import load_i64, store_f64
+from efcp.kernels.cpu.memory import load_f32, load_i64, store_f64
 from efcp.kernels.reference import accumulation_dtype
 
 Ahead = tuple[int, int, int, int]  # of the next block: address of its gradient, bytes an element; the same of its error
@@ -266,6 +267,15 @@ def _compress_kernel(wide: bool, few_bits: bool = False) -> Kernel:
                         for j in range(0, length, LANES):
                             at = (start + j) * error_size
                             mask = add_and_mask(error + at, grad + at, guess)
+                            masks[j // LANES] = mask
+                            reached += bits_set(mask)
+                    elif few_bits and error_code == INT8 and grad_code == FLOAT32 and length % LANES == 0:
+                        a = scratch
+                        block_codes, block_scales = error + block * size, scales + block * (-(-size // BLOCK8)) * 4
+                        reached = np.int64(0)
+                        for j in range(0, length, LANES):
+                            scale, summed = load_f32(block_scales, j // BLOCK8), scratch.ctypes.data + j * 4
+                            mask = decode_add_and_mask(block_codes + j, scale, grad + (start + j) * 4, summed, guess)
                             masks[j // LANES] = mask
                             reached += bits_set(mask)
                     else:

@@ -27,8 +27,8 @@ from efcp.kernels.cpu.dtypes import CODES, FLOAT16, FLOAT32, SIZES
 from efcp.kernels.cpu.launch import CPU, PIECES, launch_of, momentum_code, run, slot_address, table_row, take_share
 from efcp.kernels.cpu.llvm import (
     EIGHT,
+    HAS_AVX2,
     LANES,
-    LOOKS_UP_BYTES,
     add_bf16_u8,
     add_bf16_u16,
     add_f32_u8,
@@ -288,7 +288,7 @@ def window_dots(rows: Sequence[SparseRows], slot: Tensor, momenta: Momenta = ())
         kernel = _momenta_kernel(CODES[values.dtype], indices.itemsize)
         run(kernel, (*known, momentum_code(momenta)), pieces, launch.entries * window_size)
         return add_up(sums, pieces, 2 * window_size).view(2, window_size)
-    few = FEW if LOOKS_UP_BYTES and window_size >= LANES else 0  # of fewer rows a block may not have 64 entries
+    few = FEW if HAS_AVX2 and window_size >= LANES else 0  # of fewer rows a block may not have 64 entries
     kernel = _dots_kernel(CODES[values.dtype], indices.itemsize)
     run(kernel, (*known, few), pieces, launch.entries * window_size)
     return add_up(sums, pieces, window_size)

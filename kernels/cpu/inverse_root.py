@@ -25,7 +25,7 @@ PIECE_ROWS = 64  # rows of an m × m matrix in a piece; threads take whole piece
 
 
 @partial(jit, fastmath={"reassoc", "contract"})
-def _dot(one: np.ndarray, other: np.ndarray, length: int) -> float:
+def dot(one: np.ndarray, other: np.ndarray, length: int) -> float:
     total = 0.0
     for j in range(length):
         total += one[j] * other[j]
@@ -33,13 +33,13 @@ def _dot(one: np.ndarray, other: np.ndarray, length: int) -> float:
 
 
 @jit
-def _add_multiple(total: np.ndarray, factor: float, row: np.ndarray, length: int) -> None:
+def add_multiple(total: np.ndarray, factor: float, row: np.ndarray, length: int) -> None:
     for j in range(length):
         total[j] += factor * row[j]
 
 
 @partial(jit, fastmath={"reassoc", "contract"})
-def _add_multiple_and_dot(row: np.ndarray, factor: float, other: np.ndarray, third: np.ndarray, length: int) -> float:
+def add_multiple_and_dot(row: np.ndarray, factor: float, other: np.ndarray, third: np.ndarray, length: int) -> float:
     """row ← row + factor · other. Returns the inner product of the new row with `third`."""
     total = 0.0
     for j in range(length):
@@ -50,7 +50,7 @@ def _add_multiple_and_dot(row: np.ndarray, factor: float, other: np.ndarray, thi
 
 
 @jit
-def _add_multiples(
+def add_multiples(
     total: np.ndarray, factor: float, other: np.ndarray, other_factor: float, row: np.ndarray, length: int
 ) -> None:
     for j in range(length):
@@ -59,7 +59,7 @@ def _add_multiples(
 
 
 @jit
-def _float64s(address: int, first: int, length: int) -> np.ndarray:
+def float64s(address: int, first: int, length: int) -> np.ndarray:
     return carray(pointer(address + 8 * first), length, np.float64)
 
 
@@ -70,7 +70,7 @@ COORDINATES, SUMS_OF_PIECES = range(2)
 def _sum_of_pieces(scratch: int, first: int, pieces: int, window_size: int) -> np.ndarray:
     total = np.zeros(window_size, np.float64)
     for piece in range(first, first + pieces):
-        _add_multiple(total, 1.0, _float64s(scratch, piece * window_size, window_size), window_size)
+        add_multiple(total, 1.0, float64s(scratch, piece * window_size, window_size), window_size)
     return total
 
 
@@ -82,27 +82,27 @@ def _reflect_kernel() -> Kernel:
         pieces, root, column, gram, slot, scratch, window_size = pieces_and_arguments(call, 6)
         t = load_i64(slot, 0)
         following = (t + 1) % window_size
-        new = _float64s(gram, t * window_size, window_size).copy()
+        new = float64s(gram, t * window_size, window_size).copy()
         new[t] = 0.0
-        vR = _float64s(column, 0, window_size).copy()
-        own = _float64s(root, t * window_size, window_size)
+        vR = float64s(column, 0, window_size).copy()
+        own = float64s(root, t * window_size, window_size)
         norm = math.sqrt(vR[t])
         factor = -1 / (norm * (norm + abs(own[t])))
-        _add_multiple(vR, math.copysign(norm, own[t]), own, window_size)
+        add_multiple(vR, math.copysign(norm, own[t]), own, window_size)
         first, last = take_share(call)
         while first < last:
             for piece in range(first, last):
-                row_sum = _float64s(scratch, (SUMS_OF_PIECES + piece) * window_size, window_size)
-                column_sum = _float64s(scratch, (SUMS_OF_PIECES + pieces + piece) * window_size, window_size)
+                row_sum = float64s(scratch, (SUMS_OF_PIECES + piece) * window_size, window_size)
+                column_sum = float64s(scratch, (SUMS_OF_PIECES + pieces + piece) * window_size, window_size)
                 row_sum[:] = 0.0
                 column_sum[:] = 0.0
                 for i in range(piece * window_size // pieces, (piece + 1) * window_size // pieces):
-                    row = _float64s(root, i * window_size, window_size)
+                    row = float64s(root, i * window_size, window_size)
                     p = 0.0
                     if i != t:
-                        p = _add_multiple_and_dot(row, factor * row[t], vR, new, window_size)
+                        p = add_multiple_and_dot(row, factor * row[t], vR, new, window_size)
                         row[t] = 0.0
-                        _add_multiples(row_sum, p, column_sum, row[following], row, window_size)
+                        add_multiples(row_sum, p, column_sum, row[following], row, window_size)
                     store_f64(scratch, COORDINATES * window_size + i, p)
             first, last = take_share(call)
 
@@ -117,8 +117,8 @@ def _border_kernel() -> Kernel:
         _, root, column, gram, slot, x, scratch, window_size, pieces, ridge = pieces_and_arguments(call, 9)
         t, least = load_i64(slot, 0), load_f64(ridge, 0)
         following = (t + 1) % window_size
-        p = _float64s(scratch, COORDINATES * window_size, window_size)
-        schur = max(least + load_f64(gram, t * window_size + t) - _dot(p, p, window_size), least)
+        p = float64s(scratch, COORDINATES * window_size, window_size)
+        schur = max(least + load_f64(gram, t * window_size + t) - dot(p, p, window_size), least)
         row = _sum_of_pieces(scratch, SUMS_OF_PIECES, pieces, window_size)
         ahead = _sum_of_pieces(scratch, SUMS_OF_PIECES + pieces, pieces, window_size)
         row[t] = -1.0
@@ -140,13 +140,11 @@ def _residual_kernel() -> Kernel:
     def subtract(call: int) -> None:
         """The pass over S: writes the residual e_t − (ridge · I + S) x."""
         pieces, gram, slot, x_at, residual, window_size, ridge = pieces_and_arguments(call, 6)
-        t, x = load_i64(slot, 0), _float64s(x_at, 0, window_size)
+        t, x = load_i64(slot, 0), float64s(x_at, 0, window_size)
         first, last = take_share(call)
         while first < last:
             for i in range(first * window_size // pieces, last * window_size // pieces):
-                product = (
-                    _dot(_float64s(gram, i * window_size, window_size), x, window_size) + load_f64(ridge, 0) * x[i]
-                )
+                product = dot(float64s(gram, i * window_size, window_size), x, window_size) + load_f64(ridge, 0) * x[i]
                 store_f64(residual, i, np.float64(i == t) - product)
             first, last = take_share(call)
 

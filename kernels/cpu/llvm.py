@@ -46,6 +46,7 @@ def _instruction(function: Callable[..., Any], **options: Any) -> Callable[..., 
 
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+BYTES = ir.VectorType(I8, 32)
 
 
 @_instruction
@@ -63,14 +64,19 @@ def prefetch(typing_context: Any, address: Any) -> Any:
     return types.void(types.int64), codegen
 
 
+def _in_all_lanes(builder: ir.IRBuilder, number: ir.Value) -> ir.Value:
+    """A vector of 64 times the same number."""
+    vector = ir.VectorType(number.type, LANES)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(I32, 0))
+    zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), zeros)
+
+
 def _lanes_at_least(builder: ir.IRBuilder, numbers: ir.Value, key: ir.Value) -> ir.Value:
     """A 64-bit mask: which of 64 integers, with their sign bits cleared, are at least `key`."""
     vector, bits = numbers.type, numbers.type.element.width
     keys = builder.and_(numbers, ir.Constant(vector, [2 ** (bits - 1) - 1] * LANES))
-    bound = builder.insert_element(ir.Constant(vector, ir.Undefined), key, ir.Constant(I32, 0))
-    zeros = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-    bound = builder.shuffle_vector(bound, ir.Constant(vector, ir.Undefined), zeros)
-    return builder.bitcast(builder.icmp_signed(">=", keys, bound), I64)
+    return builder.bitcast(builder.icmp_signed(">=", keys, _in_all_lanes(builder, key)), I64)
 
 
 @_instruction
@@ -99,6 +105,79 @@ def add_and_mask(typing_context: Any, error: Any, grad: Any, key: Any) -> Any:
         return _lanes_at_least(builder, bits, arguments[2])
 
     return types.uint64(types.int64, types.int64, key), codegen
+
+
+@_instruction
+def decode_add_and_mask(typing_context: Any, codes: Any, scale: Any, grad: Any, total: Any, key: Any) -> Any:
+    """Writes 64 float32 to `total`: those at `grad`, and codes of 8 bits times their scale. Returns `mask_at_least`."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        codes, scale, grad, total, key = arguments
+        floats = ir.VectorType(ir.FloatType(), LANES)
+        stored = ir.VectorType(I8, LANES)
+        code = builder.load(builder.inttoptr(codes, stored.as_pointer()), align=1)
+        code = builder.sitofp(builder.sext(code, ir.VectorType(I32, LANES)), floats)
+        numbers = builder.load(builder.inttoptr(grad, floats.as_pointer()), align=4)
+        numbers = builder.fadd(numbers, builder.fmul(code, _in_all_lanes(builder, scale)))
+        builder.store(numbers, builder.inttoptr(total, floats.as_pointer()), align=4)
+        return _lanes_at_least(builder, builder.bitcast(numbers, ir.VectorType(I32, LANES)), key)
+
+    return types.uint64(types.int64, types.float32, types.int64, types.int64, types.int32), codegen
+
+
+def _has_avx2() -> bool:
+    """Whether Numba compiles for a processor with AVX2."""
+    _, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return "+avx2" in features.split(",")
+
+
+HAS_AVX2 = _has_avx2()
+
+
+def _packed(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
+    """64 float32 as 64 integers of 8 bits, rounded to even, by instructions of AVX2."""
+
+    def intrinsic_of(name: str, result: ir.Type, *arguments: ir.Type) -> Any:
+        return builder.module.declare_intrinsic(f"llvm.x86.{name}", (), ir.FunctionType(result, arguments))
+
+    def lanes(first: ir.Value, second: ir.Value, places: Sequence[int]) -> ir.Value:
+        return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(places)), list(places)))
+
+    floats, words, halves = ir.VectorType(ir.FloatType(), 8), ir.VectorType(I32, 8), ir.VectorType(I16, 16)
+    convert = intrinsic_of("avx.cvt.ps2dq.256", words, floats)
+    pack_words, pack_halves = (
+        intrinsic_of("avx2.packssdw", halves, words, words),
+        intrinsic_of("avx2.packsswb", BYTES, halves, halves),
+    )
+    packed = []
+    for first in range(0, LANES, 32):
+        eights = [
+            builder.call(convert, [lanes(numbers, numbers, range(at, at + 8))]) for at in range(first, first + 32, 8)
+        ]
+        pairs = [builder.call(pack_words, eights[at : at + 2]) for at in (0, 2)]
+        fours = builder.bitcast(builder.call(pack_halves, pairs), words)
+        packed.append(lanes(fours, fours, [0, 4, 1, 5, 2, 6, 3, 7]))  # packing takes turns between halves of a register
+    return builder.bitcast(lanes(*packed, range(16)), ir.VectorType(I8, LANES))
+
+
+@_instruction
+def round_to_codes(typing_context: Any, numbers: Any, inverse: Any, codes: Any) -> Any:
+    """Writes 64 codes of 8 bits: the float32 at `numbers` times `inverse`, rounded to even. None may exceed 127.5."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+        numbers, inverse, codes = arguments
+        floats = ir.VectorType(ir.FloatType(), LANES)
+        own = builder.load(builder.inttoptr(numbers, floats.as_pointer()), align=4)
+        scaled = builder.fmul(own, _in_all_lanes(builder, inverse))
+        if HAS_AVX2:
+            code = _packed(builder, scaled)
+        else:  # the sum has no place for fractions, and its lowest bits are the integer
+            rounded = builder.fadd(scaled, ir.Constant(floats, [1.5 * 2.0**23] * LANES))
+            code = builder.trunc(builder.bitcast(rounded, ir.VectorType(I32, LANES)), ir.VectorType(I8, LANES))
+        builder.store(code, builder.inttoptr(codes, code.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32, types.int64), codegen
 
 
 @_instruction
@@ -254,18 +333,6 @@ def eight_terms_of_rows(typing_context: Any, values: Any, entry: Any, weights: A
     return types.UniTuple(types.float32, EIGHT)(types.int64, types.int64, types.int64), codegen
 
 
-BYTES = ir.VectorType(I8, 32)
-
-
-def _looks_up_bytes() -> bool:
-    """Whether Numba compiles for a processor with AVX2, which can look up 32 bytes with one instruction."""
-    _, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return "+avx2" in features.split(",")
-
-
-LOOKS_UP_BYTES = _looks_up_bytes()
-
-
 def _looked_up(builder: ir.IRBuilder, table: ir.Value, places: ir.Value) -> ir.Value:
     """Looks up 32 bytes in a table of 16, by their lowest four bits. Gives 0 for bytes whose highest bit is set."""
     look_up = builder.module.declare_intrinsic("llvm.x86.avx2.pshuf.b", (), ir.FunctionType(BYTES, [BYTES, BYTES]))
@@ -301,7 +368,7 @@ def _overlap_masker(index_size: int) -> Callable[..., Any]:
     """
 
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
-        if not LOOKS_UP_BYTES:
+        if not HAS_AVX2:
             return ir.Constant(I64, -1)
         indices, tables, shift = arguments
         first = builder.inttoptr(tables, ir.VectorType(I8, 16).as_pointer())

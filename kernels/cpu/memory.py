@@ -38,6 +38,6 @@ def _storer(stored: type) -> Callable[[int, int, Any], None]:
 
 load_u8, store_u8 = _loader(np.uint8, np.uint64), _storer(np.uint8)
 load_u16, store_u16 = _loader(np.uint16, np.uint64), _storer(np.uint16)
-load_i64 = _loader(np.int64, np.int64)
+load_i64, store_i64 = _loader(np.int64, np.int64), _storer(np.int64)
 load_f32, store_f32 = _loader(np.float32, np.float32), _storer(np.float32)
 load_f64, store_f64 = _loader(np.float64, np.float64), _storer(np.float64)

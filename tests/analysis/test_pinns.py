@@ -1,5 +1,6 @@
 """Physics-informed networks: solutions fulfil their equations and conditions, methods train, experiments are drawn."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -191,7 +192,7 @@ def test_a_rate_in_a_tensor_follows_the_schedule():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-def test_an_experiment_of_several_equations(tmp_path: Path):
+def test_an_experiment_of_several_equations(tmp_path: Path, capsys):
     file = tmp_path / "pair.toml"
     file.write_text("""
 title = "Two equations"
@@ -225,6 +226,13 @@ grid = "some"
     overview = (tmp_path / "pair" / "overview.md").read_text()
     assert all(word in overview for word in ("convection-5", "poisson", "AdamW", "L-BFGS"))
     assert (tmp_path / "pair" / "overview.png").stat().st_size > 10_000
+
+    shutil.rmtree(tmp_path / "pair" / "convection-5")  # as before it has been run
+    main([str(file), "--plot-only", "--out", str(tmp_path)])
+    assert "convection-5: no table yet, there is no such folder" in capsys.readouterr().out
+    overview = (tmp_path / "pair" / "overview.md").read_text()
+    assert "convection-5" not in overview
+    assert "poisson" in overview
 
 
 def test_an_experiment_of_several_batch_sizes():

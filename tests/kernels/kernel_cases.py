@@ -7,7 +7,7 @@ A check calls the operation once, for a group of parameters. Where tensors have 
 reach them, `allow` is called with each of those that the group consists of.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
 
@@ -285,12 +285,12 @@ def parts_of(numbers: Iterable[Tensor | LowBit]) -> list[Tensor]:
     return [tensor for x in numbers for tensor in ([x] if isinstance(x, Tensor) else x)]
 
 
-def check_dots(operation, case: Case, allow: Allow = None) -> None:
-    """An implementation of `window_dots` agrees with the definition, with momenta and without."""
+def check_dots(operation, case: Case, allow: Allow = None, kinds: Sequence[str | None] = MOMENTA) -> None:
+    """An implementation of `window_dots` agrees with the definition, with momenta of these kinds."""
     rows = [member.random_window() for member in case.group]
     slot = torch.tensor([case.slot])
     register(allow, tensors_of(rows))
-    for kind in MOMENTA:
+    for kind in kinds:
         momenta = momenta_of(case, kind)
         register(allow, parts_of(momenta))
         before = [tensor.clone() for tensor in (*tensors_of(rows), *parts_of(momenta))]
@@ -300,8 +300,9 @@ def check_dots(operation, case: Case, allow: Allow = None) -> None:
         torch.testing.assert_close(actual, reference.window_dots(rows, slot, momenta), **TOLERANCE[FLOAT64])
 
 
-# Of `window_apply_`: the kind of momenta, whether they are written, and whether there are square_weights.
-KINDS_OF_UPDATE = (
+KindOfUpdate = tuple[str | None, bool, bool]
+"""Of `window_apply_`: the kind of momenta, whether they are written, and whether there are square_weights."""
+KINDS_OF_UPDATE: tuple[KindOfUpdate, ...] = (
     (None, False, False),
     ("float", False, False),
     ("float", True, False),
@@ -344,10 +345,10 @@ def applied(
     return targets, parts_of(momenta)
 
 
-def check_apply(operation, case: Case, allow: Allow = None) -> None:
-    """An implementation of `window_apply_` agrees with the definition, with momenta of all kinds and without."""
+def check_apply(operation, case: Case, allow: Allow = None, kinds: Sequence[KindOfUpdate] = KINDS_OF_UPDATE) -> None:
+    """An implementation of `window_apply_` agrees with the definition, for updates of these kinds."""
     weights = torch.linspace(-1.5, 2.0, case.window, dtype=FLOAT64)
-    for kind, writes, squares in KINDS_OF_UPDATE:
+    for kind, writes, squares in kinds:
         actual = applied(operation, case, kind, weights, writes, squares, allow)
         expected = applied(reference.window_apply_, case, kind, weights, writes, squares)
         torch.testing.assert_close(actual, expected, **TOLERANCE[case.grad])

@@ -42,6 +42,8 @@ from tests.kernels.kernel_cases import (
     check_undo,
     make,
 )
+from tests.kernels.row_steps import CASES as ROW_STEPS
+from tests.kernels.row_steps import check_row_steps
 
 pytest.importorskip("numba")
 
@@ -167,6 +169,12 @@ def test_numbers_of_few_bits_are_those_of_the_definition(case: Case) -> None:
     check_lowbit((cpu.store_lowbit_, cpu.add_lowbit_), case)
 
 
+@pytest.mark.parametrize("case", ROW_STEPS)
+def test_row_steps_agree_with_the_definition(case: str) -> None:
+    recomputed = ("inverse_root", "inverse_column") if case == "dependent rows" else ()
+    check_row_steps(cpu.mfac_row_step_, case, recomputed)
+
+
 @cases
 def test_norm_is_finite_agrees_with_the_definition(case: Case) -> None:
     check_norm_is_finite(cpu.norm_is_finite, case)
@@ -260,7 +268,7 @@ def test_few_entries_are_looked_at_that_do_not_meet_the_newest_row() -> None:
     count = dots._may_overlap(2, indices.data_ptr(), 0, entries, entries, address, 4, indices.data_ptr(), 2, found)
     meeting = set(torch.isin(indices.long(), newest).nonzero().flatten().tolist())
     assert meeting <= set(found[:count].tolist())
-    if llvm.LOOKS_UP_BYTES:
+    if llvm.HAS_AVX2:
         assert count - len(meeting) < entries / 10
     else:
         assert count == entries
@@ -277,7 +285,7 @@ torch.testing.assert_close(dots.window_dots([rows], slot), reference.window_dots
 found, tables = np.zeros(104, np.uint64), np.zeros(dots.TABLES, np.uint8)
 values, indices = rows.values.data_ptr(), rows.indices.data_ptr()
 count = dots._may_overlap(2, indices, 0, 100, 100, tables.ctypes.data, 4, values, 2, found)
-print(llvm.LOOKS_UP_BYTES, count, (found[:100] == np.arange(100)).all())
+print(llvm.HAS_AVX2, count, (found[:100] == np.arange(100)).all())
 """
 
 

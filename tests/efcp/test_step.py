@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from efcp import EFCP, GGT, MFAC, DenseGGT, DenseMFAC, Identity, SparseGGT, SparseMFAC, TopK
+from efcp import EFCP, GGT, MFAC, DenseGGT, DenseMFAC, Identity, SparseGGT, SparseMFAC, TopK, kernels
 from efcp.kernels import reference
 from efcp.lookout import Lookout
 from efcp.preconditioners import mfac
@@ -451,7 +451,7 @@ def test_step_never_waits_for_a_value(options, preconditioner, lr, compressor, m
     """No operation whose result the host must know before it goes on: a number, or a shape."""
     for module in (mfac, dense, batched):
         monkeypatch.setattr(module, "is_on_cpu", lambda tensor: False)  # as on an accelerator
-    monkeypatch.setattr(mfac, "MOST_ROWS", {})  # in operations of PyTorch
+    monkeypatch.setattr(kernels, "is_fused", lambda tensor: False)
     monkeypatch.setattr(Lookout, "_read", lambda *_: None)  # it copies, and waits for nothing
     problem = Problem(compressor=compressor, preconditioner=preconditioner, lr=lr, window=3, **options)
     for _ in range(5):

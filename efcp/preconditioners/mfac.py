@@ -13,7 +13,7 @@ from efcp.gram import Gram, is_on_cpu
 from efcp.kernels.reference import column_residual, restart_, sound_weights
 from efcp.preconditioners.base import Preconditioner
 
-MOST_ROWS = {"cpu": 128, "cuda": 1024}  # with which one thread, or one program of a GPU, does all algebra of a step
+MOST_ROWS = {"cpu": 256, "cuda": 1024}  # with which one thread, or one program of a GPU, does all algebra of a step
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class MFAC(Preconditioner):
     A square root R of the inverse is kept, RᵀR = (mλI + S)⁻¹, and the column of RᵀR that belongs to the row which is
     replaced next. They follow each replaced row in O(m²). R is computed anew once in m steps and whenever the damping
     changes. One step of iterative refinement removes from the weights the rounding errors gathered since. On a CPU,
-    where reading a value is free, with more than 128 rows refinement is skipped when the residual is below 10⁻¹⁰, and R
+    where reading a value is free, with more than 256 rows refinement is skipped when the residual is below 10⁻¹⁰, and R
     is computed anew when it exceeds 10⁻⁶ on a well-conditioned system, as after rows that float64 could not solve for.
 
     Where squared norms of gradients exceed 10¹⁰ λ and rows of the window depend on each other, float64 cannot solve the

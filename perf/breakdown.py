@@ -50,6 +50,7 @@ TIMED: tuple[tuple[Any, str, str], ...] = (  # owner, name, phase
     (kernels, "window_dots", "dots"),
     (kernels, "window_apply_", "apply"),
     (Gram, "replace", "algebra"),
+    (MFAC, "step_along_row", "algebra"),
     (MFAC, "weights", "algebra"),
 )
 

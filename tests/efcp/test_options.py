@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import efcp
-from efcp.options import edits, misspelt
+from efcp.options import edits, made_from, misspelt
 
 CLASSES = [efcp.SparseMFAC, efcp.DenseMFAC, efcp.LowRankMFAC, efcp.SparseGGT, efcp.DenseGGT, efcp.LowRankGGT]
 OPTIONS = {cls: tuple(name for name in inspect.signature(cls).parameters if name != "params") for cls in CLASSES}
@@ -31,6 +31,12 @@ OTHERS = {  # of param groups, by who puts them there
     "other wrappers": "lookahead_k lookahead_alpha lookahead_step slow_buffer max_grad_norm clip_norm update_norm "
     "loss_scale grad_scale ema_decay sam_rho window_size window_type",
 }
+
+
+def test_an_option_of_another_type_is_checked_although_it_is_equal():
+    assert made_from(efcp.MFAC(), {"damping": 0.1, "relative": True}) == efcp.MFAC(0.1, True)
+    with pytest.raises(ValueError, match="relative must be True or False, got 1"):
+        made_from(efcp.MFAC(), {"damping": 0.1, "relative": 1})
 
 
 @pytest.mark.parametrize("who", OTHERS)

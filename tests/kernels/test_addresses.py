@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 from efcp import kernels
-from efcp.kernels import Blocks, SparseRows, Update, use_backend
+from efcp.kernels import Blocks, RowStep, SparseRows, Update, use_backend
 from efcp.kernels.addresses import (
     addresses,
     check_group,
@@ -207,6 +207,7 @@ def test_gradients_must_be_of_one_dtype_and_on_the_device():
 
 
 FACTORS = ("target_factor", "update_factor", "momentum_factor", "eps")
+OF_UPDATE, COUNTERS = RowStep._fields[4:7], RowStep._fields[7:]
 
 
 def all_arguments():
@@ -237,6 +238,13 @@ def all_arguments():
             "R": torch.eye(WINDOW, dtype=torch.float64), "column": torch.eye(WINDOW, dtype=torch.float64)[1],
             "S": torch.eye(WINDOW, dtype=torch.float64), "slot": torch.tensor([1]), "ridge": 0.5,
         },
+        "mfac_row_step_": {
+            "S": torch.eye(WINDOW, dtype=torch.float64), "R": torch.eye(WINDOW, dtype=torch.float64),
+            "column": torch.eye(WINDOW, dtype=torch.float64)[1], "weights": torch.zeros(WINDOW, dtype=torch.float64),
+            **{name: one.clone() for name in OF_UPDATE}, **{name: torch.tensor(2) for name in COUNTERS},
+            "dots": torch.eye(WINDOW, dtype=torch.float64)[1], "slot": torch.tensor([1]),
+            "finite": torch.tensor(True), "damping": 0.5, "rounding": 1e-7,
+        },
     }  # fmt: skip
 
 
@@ -263,8 +271,17 @@ SPOILABLE = {
     "window_dots": ["values", "indices", "slot"],
     "window_apply_": ["targets", "momenta", "values", "indices", "weights", "square_weights", *FACTORS],
     "update_inverse_root_": ["R", "column", "S", "slot"],
+    "mfac_row_step_": ["S", "R", "column", "weights", *OF_UPDATE, *COUNTERS, "dots", "slot", "finite"],
 }
-NUMBERS = ("slot", "finite", "weights", "square_weights", *FACTORS)  # of which those with steps are as good
+NUMBERS = (
+    "slot",
+    "finite",
+    "weights",
+    "square_weights",
+    *FACTORS,
+    *OF_UPDATE,
+    *COUNTERS,
+)  # of which those with steps are as good
 
 
 def spoilt_arguments():
@@ -272,7 +289,7 @@ def spoilt_arguments():
     for (operation, names), spoilt in product(SPOILABLE.items(), SPOILT):
         for name in names:
             any_size = operation == "norm_is_finite" and spoilt.startswith("one element")
-            has_no_sign = name in ("indices", "slot", "finite") and spoilt == "a negative bit"
+            has_no_sign = name in ("indices", "slot", "finite", *COUNTERS) and spoilt == "a negative bit"
             if not (any_size or has_no_sign or (name in NUMBERS and spoilt in ("a step", "expanded"))):
                 yield pytest.param(operation, name, spoilt, id=f"{operation}-{name}-{spoilt}")
 
@@ -326,9 +343,11 @@ def refusing_backend(request, monkeypatch):
 
 
 def call(operation, arguments):
-    """Calls an operation, the weights and factors of `window_apply_` in one."""
+    """Calls an operation, the weights and factors of `window_apply_` in one, and the state of `mfac_row_step_`."""
     own = dict(arguments)
-    if "weights" in own:
+    if operation == "mfac_row_step_":
+        own = {"state": RowStep(*(own.pop(name) for name in SPOILABLE[operation][: len(RowStep._fields)])), **own}
+    if operation == "window_apply_":
         own["update"] = Update(**{name: own.pop(name) for name in ("weights", "square_weights", *FACTORS)})
     return getattr(kernels, operation)(*own.values())
 
@@ -346,7 +365,9 @@ def check_refused(operation, arguments, error, message):
 def test_operation_refuses_an_argument_by_name_and_changes_nothing(operation, name, spoilt, refusing_backend):
     arguments = all_arguments()[operation]
     spoil(arguments, name, SPOILT[spoilt])
-    odd_one = "(R|column)" if name == "R" and spoilt in ("on the meta device", "fake") else name  # one is, one is not
+    odd_one = name
+    if spoilt in ("on the meta device", "fake"):  # one is, and another is not
+        odd_one = {"R": "(R|column)", "dots": "weights"}.get(name, name)
     check_refused(operation, arguments, (TypeError, ValueError), rf"^{odd_one}(\[\d\])? must ")
 
 
@@ -379,7 +400,7 @@ def test_operation_refuses_too_few_tensors(operation, name, left, refusing_backe
 def test_every_argument_with_tensors_is_spoilt():
     for operation, arguments in all_arguments().items():
         rows = {"values", "indices"} if "rows" in arguments else set()
-        assert {*SPOILABLE[operation]} == rows | arguments.keys() - {"rows", "ridge"}
+        assert {*SPOILABLE[operation]} == rows | arguments.keys() - {"rows", "ridge", "damping", "rounding"}
 
 
 # ---- momenta, and numbers of few bits

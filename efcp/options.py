@@ -36,21 +36,18 @@ Kind = TypeVar("Kind", Compressor, Preconditioner)
 
 def made_from(part: Kind, group: dict[str, Any]) -> Kind:
     """A compressor or preconditioner of the same kind, with the options of a param group."""
-    values = [group[name] for name in _names(type(part))]
-    if all(value is None or type(value) in HASHABLE for value in values):
-        return _made(type(part), *values)
-    return _made.__wrapped__(type(part), *values)
+    names = tuple(field.name for field in fields(part))
+    values = [group[name] for name in names]
+    if torch.compiler.is_compiling() or not all(value is None or type(value) in HASHABLE for value in values):
+        return _new(type(part), names, *values)
+    return _made(type(part), names, *values)
 
 
-@lru_cache
-def _names(kind: type) -> tuple[str, ...]:
-    """The options of a class of compressors or preconditioners."""
-    return tuple(field.name for field in fields(kind))
+def _new(kind: type[Kind], names: Sequence[str], *values: Any) -> Kind:
+    return kind(**dict(zip(names, map(from_plain, values), strict=True)))
 
 
-@lru_cache(typed=True)  # several a step are wanted, and are frozen; True is not 1
-def _made(kind: type[Kind], *values: Any) -> Kind:
-    return kind(**dict(zip(_names(kind), map(from_plain, values), strict=True)))
+_made = lru_cache(typed=True)(_new)  # a step asks several times, and parts are frozen; True is not 1
 
 
 def agreed(groups: Sequence[dict[str, Any]], name: str) -> Any:

@@ -239,10 +239,11 @@ class ParameterSet:
     def _factors(self, finite: Tensor) -> tuple[Tensor, ...]:
         """Factors of the update, of the target and, for heavy ball, of the momentum: () float64 each."""
         lr, weight_decay, momentum = (self.group[name] for name in ("lr", "weight_decay", "momentum"))
-        if kernels.is_fused(finite) and not isinstance(lr, Tensor):  # in one launch
+        eager = not torch.compiler.is_compiling()
+        if eager and kernels.is_fused(finite) and not isinstance(lr, Tensor):  # in one launch
             numbers = (lr if self.group["maximize"] else -lr, 1 - lr * weight_decay, momentum), (0.0, 1.0, 1.0)
             if kernels.backend_name(finite.device) == "cpu":
-                return torch.tensor(numbers[not finite], dtype=torch.float64).unbind()
+                return torch.tensor(numbers[not finite], dtype=torch.float64, device=finite.device).unbind()
             table = kernels.on_device(self.device, numbers, lambda: torch.tensor(numbers, dtype=torch.float64))
             taken, skipped = table.unbind()
             if weight_decay == 0 and not (self.group["direction"] == "row" and momentum > 0):  # u is zero where skipped

@@ -301,4 +301,6 @@ def mfac_row_step_(
         longest: updates are scaled down to this length; None for no limit.
         length: updates are scaled to this length; None to leave them as they are.
     """
-    dispatch.run("mfac_row_step_", dots, state, dots, slot, finite, damping, rounding, longest, length)
+    if torch.compiler.is_compiling():
+        return operators.mfac_row_step_(*state, dots, slot, finite, damping, rounding, longest, length)
+    return dispatch.run("mfac_row_step_", dots, state, dots, slot, finite, damping, rounding, longest, length)

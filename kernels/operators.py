@@ -18,6 +18,7 @@ from efcp.kernels import dispatch
 from efcp.kernels.addresses import Momenta
 from efcp.kernels.blocks import Blocks, SparseRows
 from efcp.kernels.lowbit import LowBit
+from efcp.kernels.row_step import RowStep
 from efcp.kernels.update import Update
 
 
@@ -192,6 +193,41 @@ def update_inverse_root_(R: Tensor, column: Tensor, S: Tensor, slot: Tensor, rid
     return dispatch.run("update_inverse_root_", R, R, column, S, slot, ridge)
 
 
+@custom_op(
+    "efcp::mfac_row_step_",
+    mutates_args=RowStep._fields,
+    schema="(Tensor(a!) gram, Tensor(b!) inverse_root, Tensor(c!) inverse_column, Tensor(d!) weights, "
+    "Tensor(e!) factor, Tensor(f!) update_norm, Tensor(g!) inner_product, Tensor(h!) imprecise_steps, "
+    "Tensor(i!) step, Tensor(j!) skipped_steps, Tensor(k!) skipped_in_a_row, Tensor dots, Tensor slot, Tensor finite, "
+    "float damping, float rounding, float? longest, float? length) -> ()",
+)
+def mfac_row_step_(
+    gram: Tensor,
+    inverse_root: Tensor,
+    inverse_column: Tensor,
+    weights: Tensor,
+    factor: Tensor,
+    update_norm: Tensor,
+    inner_product: Tensor,
+    imprecise_steps: Tensor,
+    step: Tensor,
+    skipped_steps: Tensor,
+    skipped_in_a_row: Tensor,
+    dots: Tensor,
+    slot: Tensor,
+    finite: Tensor,
+    damping: float,
+    rounding: float,
+    longest: float | None,
+    length: float | None,
+) -> None:
+    state = RowStep(
+        *(gram, inverse_root, inverse_column, weights, factor, update_norm, inner_product),
+        *(imprecise_steps, step, skipped_steps, skipped_in_a_row),
+    )
+    dispatch.run("mfac_row_step_", dots, state, dots, slot, finite, damping, rounding, longest, length)
+
+
 @compress_.register_fake
 def _(grads, errors, scales, values, indices, numels, block_size, density, slot, keys):  # type: ignore[no-untyped-def]
     return slot.new_empty((), dtype=torch.bool)
@@ -236,3 +272,8 @@ def _(targets, momenta, scales, values, indices, numels, block_size, density, *u
 @update_inverse_root_.register_fake
 def _(R, column, S, slot, ridge):  # type: ignore[no-untyped-def]
     return torch.empty_like(S[0]), torch.empty_like(S[0])
+
+
+@mfac_row_step_.register_fake
+def _(*arguments):  # type: ignore[no-untyped-def]
+    pass

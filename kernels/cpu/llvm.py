@@ -157,7 +157,7 @@ def _packed(builder: ir.IRBuilder, numbers: ir.Value) -> ir.Value:
         pairs = [builder.call(pack_words, eights[at : at + 2]) for at in (0, 2)]
         fours = builder.bitcast(builder.call(pack_halves, pairs), words)
         packed.append(lanes(fours, fours, [0, 4, 1, 5, 2, 6, 3, 7]))  # packing takes turns between halves of a register
-    return builder.bitcast(lanes(*packed, range(16)), ir.VectorType(I8, LANES))
+    return builder.bitcast(lanes(packed[0], packed[1], range(16)), ir.VectorType(I8, LANES))
 
 
 @_instruction

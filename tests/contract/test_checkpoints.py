@@ -89,10 +89,8 @@ def test_state_of_an_earlier_version_loads_and_goes_on(version, name):
     assert type(optimizer)(params, **with_dtypes(file["options"])).load_state_dict(saved) is None
 
 
-@pytest.mark.filterwarnings("ignore:damping is too small")  # a lost column gives weights that miss the system
 @pytest.mark.parametrize(
-    "what",
-    ["momentum", "average", "error", "error_codes", "basis", "inverse_column", "indices", "eigenvectors", "metrics"],
+    "what", ["momentum", "average", "error", "error_codes", "basis", "indices", "eigenvectors", "metrics"]
 )
 def test_files_would_show_that_a_part_of_the_state_was_lost(what):
     """Each is in a file, and the parameters that follow depend on it."""

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 from efcp import MicroAdam, SparseMFAC, kernels
 from efcp.kernels import Blocks, SparseRows, operators
 from tests.contract.optimizers import Regression, SparseGGT4, SparseMFAC8, assert_same, small
+from tests.kernels.row_steps import new_state
 
 OPERATORS = ["compress_", "undo_compress_", "window_dots", "update_inverse_root_", "window_apply_"]  # in order
 LAYOUTS = [(1, 4096, 0.01), (63, 16, 0.1), (1000, 256, 0.05), (4097, 4096, 0.01)]
@@ -108,6 +109,12 @@ def test_update_inverse_root_is_a_lawful_operator(window):
     root, gram = torch.eye(window, dtype=torch.float64), torch.eye(window, dtype=torch.float64)
     slot = torch.tensor([window // 2])
     opcheck(operators.update_inverse_root_, (root, root[window // 2].clone(), gram, slot, 0.5))
+
+
+@pytest.mark.parametrize("limits", [(None, None), (0.5, 3.0)], ids=["no limits", "limits"])
+def test_mfac_row_step_is_a_lawful_operator(limits):
+    dots, slot = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64), torch.tensor([1])
+    opcheck(operators.mfac_row_step_, (*new_state(3), dots, slot, torch.tensor(True), 0.01, 1e-7, *limits))
 
 
 def operations(grads, errors, rows, slot, finite, keys):

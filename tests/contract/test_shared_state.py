@@ -472,8 +472,7 @@ def test_step_that_breaks_off_anywhere_leaves_a_state_to_go_on_from(cls, steps):
         ("efcp.windows.sparse.kernels", "compress_"),
         ("efcp.windows.sparse.kernels", "window_dots"),
         ("efcp.windows.sparse.kernels", "window_apply_"),
-        ("efcp.preconditioners.mfac.kernels", "update_inverse_root_"),
-        ("efcp.gram.Gram", "replace"),
+        ("efcp.preconditioners.mfac.kernels", "mfac_row_step_"),
         ("efcp.optimizer.Origin", "__init__"),
     ],
 )

@@ -109,4 +109,5 @@ class DenseWindow(BatchableWindow):
 
     @staticmethod
     def _side_by_side(windows: Sequence["DenseWindow"], dtype: torch.dtype) -> Tensor:
-        return torch.cat([w.rows for w in windows], 1).to(dtype)  # (m, N)
+        rows = windows[0].rows if len(windows) == 1 else torch.cat([w.rows for w in windows], 1)
+        return rows.to(dtype)  # (m, N)

@@ -14,6 +14,7 @@ from efcp.kernels.reference import column_residual, restart_, sound_weights
 from efcp.preconditioners.base import Preconditioner
 
 MOST_ROWS = {"cpu": 256, "cuda": 1024}  # with which one thread, or one program of a GPU, does all algebra of a step
+SOLVABLE = 1e9  # of the trace over the ridge; beyond it, only the parts of a step have all of float64's precision
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class MFAC(Preconditioner):
         state, window_size = gram.state, len(dots)
         if self.relative or window_size > MOST_ROWS.get(dots.device.type, 0) or not kernels.is_fused(dots):
             return False
+        if is_on_cpu(dots):
+            squares = (gram.matrix.trace() + dots.index_select(0, slot)).item()
+            if not squares < SOLVABLE * window_size * self.damping:
+                return False
         if self._must_refresh(gram):
             self.refresh(gram)  # before the newest row enters
             R = state["inverse_root"]

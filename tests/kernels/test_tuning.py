@@ -102,7 +102,9 @@ def test_the_fastest_is_kept_and_used_from_then_on(name, run, last_is_fastest, f
     assert last_is_fastest == tried  # nothing was tried again
 
 
-@pytest.mark.parametrize(("error", "name"), [(BITS8, "int8"), (BITS4, "uint8")], ids=["8 bits", "4 bits"])
+@pytest.mark.parametrize(
+    ("error", "name"), [(BITS8, "int8"), pytest.param(BITS4, "uint8", marks=pytest.mark.slow)], ids=["8 bits", "4 bits"]
+)
 def test_errors_in_few_bits_have_a_choice_of_their_own(error, name, run, last_is_fastest, folder):
     run("compress_", replace(CASE, error=error))
     run("compress_")

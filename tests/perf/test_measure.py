@@ -23,6 +23,7 @@ def rows(out: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow  # two minutes, in which kernels are compiled for gpusim
 def test_a_rehearsal_does_all_stages_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
     measure.main(["--rehearse", "--out", str(tmp_path)])
     found = rows(tmp_path)

@@ -191,7 +191,7 @@ def test_prediction_needs_the_kernels(folder: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_small_launches_are_counted_without_those_on_windows() -> None:
-    assert 60 < roofline.small_launches() < 200  # 40 of them update M-FAC's inverse root
+    assert 3 <= roofline.small_launches() <= 9  # on a GPU a step launches nine kernels in all
 
 
 def test_markdown() -> None:

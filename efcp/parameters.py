@@ -17,7 +17,7 @@ OTHERS = ("error_codes", "error_scales", "momentum_scales")
 
 
 def names(param_groups: Iterable[dict[str, Any]]) -> Iterator[tuple[Tensor, str]]:
-    """What errors call each parameter."""
+    """Lists each parameter with the name by which errors call it."""
     for number, group in enumerate(param_groups):
         known = dict(enumerate(group.get("param_names", ())))  # fewer where users have added to params
         for position, p in enumerate(group["params"]):

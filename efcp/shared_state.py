@@ -1,4 +1,4 @@
-"""What all parameters share: allocated, shown in the state of one parameter, found there, and checked for its age.
+"""The state that all parameters share: allocated, shown in the state of one parameter, found there, its age checked.
 
 `optimizer.shared` holds the Gram matrix (`efcp.gram`), what the preconditioner derives from it, and `version`. No edit
 of param groups, parameters or their states changes it. The state of the first parameter that has a window holds the

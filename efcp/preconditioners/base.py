@@ -1,4 +1,4 @@
-"""What a preconditioner is: from the Gram matrix S of the window to the weights w of its rows.
+"""The interface of preconditioners: from the Gram matrix S of the window to the weights w of its rows.
 
 The update is u = Gᵀ f(S) e_t, where e_t picks the newest row; `efcp.directions` has others. All work is on m × m
 matrices in float64, whatever the model's size. A new preconditioner, in this package or outside, is a subclass of
@@ -41,7 +41,7 @@ class Preconditioner(ABC):
         return self.uses_gram and type(self).square_weights is Preconditioner.square_weights
 
     def allocate(self, window_size: int, device: torch.device) -> dict[str, Any]:
-        """What the preconditioner keeps beside the Gram matrix, for a window of zero rows.
+        """Allocates what the preconditioner keeps beside the Gram matrix, for a window of zero rows.
 
         Tensors on the device, and numbers that are never negative. The names of the Gram matrix's own state
         (`efcp.gram`) are taken, and so are version and those of the compressor's state.
@@ -135,7 +135,7 @@ class LocalPreconditioner(Preconditioner):
 
     @abstractmethod
     def allocate_local(self, rows: dict[str, Tensor]) -> dict[str, Any]:
-        """What is kept of a parameter: tensors, and numbers that are never negative.
+        """Allocates what is kept of a parameter: tensors, and numbers that are never negative.
 
         Args:
             rows: what the compressor has allocated for it.

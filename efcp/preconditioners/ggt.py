@@ -141,7 +141,7 @@ TOLERATED = 5e-4  # of the length of an update, by which rounding may change it
 
 
 def floor(trace: Tensor, rounding: float) -> Tensor:
-    """What to add to all eigenvalues of A = (DG)(DG)ᵀ, so that rounding does not make updates longer than 1.
+    """The number to add to all eigenvalues of A = (DG)(DG)ᵀ, so that rounding does not make updates longer than 1.
 
     In exact arithmetic ‖u‖ ≤ 1. Weights of an eigenvector with eigenvalue x are at most 1/√(x + floor) long. Rounding
     of A, ε₆₄ trace(A), then changes ‖u‖² = wᵀAw by ε₆₄ trace/floor; and rounding of the weighted rows that are summed,

@@ -24,8 +24,9 @@ class MFAC(Preconditioner):
     A square root R of the inverse is kept, RᵀR = (mλI + S)⁻¹, and the column of RᵀR that belongs to the row which is
     replaced next. They follow each replaced row in O(m²). R is computed anew once in m steps and whenever the damping
     changes. One step of iterative refinement removes from the weights the rounding errors gathered since. On a CPU,
-    where reading a value is free, with more than 256 rows refinement is skipped when the residual is below 10⁻¹⁰, and R
-    is computed anew when it exceeds 10⁻⁶ on a well-conditioned system, as after rows that float64 could not solve for.
+    where reading a value is free, R is also computed anew when the residual exceeds 10⁻⁶ on a well-conditioned
+    system, as after rows that float64 could not solve for. There one call does all of this for up to 256 rows whose
+    squared norms are below 10⁹ λ on average.
 
     Where squared norms of gradients exceed 10¹⁰ λ and rows of the window depend on each other, float64 cannot solve the
     system. Where they exceed 10⁶ λ and parameters are float32, the weighted rows cancel so far that rounding is what is

@@ -17,7 +17,7 @@ costs microseconds, one more for each parameter, and one compilation serves many
 Results do not depend on the number of threads. `compress_` and `window_apply_` give the same bits as the definition,
 unless PyTorch's square roots of float64 are rounded otherwise.
 `window_dots`, `dense_dots`, `update_inverse_root_` and `mfac_row_step_` add up the same float64 terms in another, fixed
-order.
+order; `row_step.py` says where the last one differs from the definition.
 `norm_is_finite` and `compress_` sum the squares within a chunk or block in float32, and these sums in float64.
 """
 

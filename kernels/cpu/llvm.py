@@ -1,7 +1,8 @@
 """Functions for kernels, made of LLVM instructions: those that Numba cannot express, or not as fast.
 
     memory behind an address          `pointer`, `prefetch`
-    64 comparisons at a time          `mask_at_least`, `add_and_mask`: the search of Top-k
+    64 comparisons at a time          `mask_at_least`, `add_and_mask`, `decode_add_and_mask`: the search of Top-k
+    64 codes at a time                `round_to_codes`: numbers in 8 bits
     a call and its shares             `pieces_and_arguments`, `take_number`
     eight entries at a time           `add_*`, `sum_of_eight` for `window_dots`; `eight_terms*` for `window_apply_`
     64 positions at a time            `overlap_mask_*`: which may be positions of the newest row

@@ -273,15 +273,8 @@ SPOILABLE = {
     "update_inverse_root_": ["R", "column", "S", "slot"],
     "mfac_row_step_": ["S", "R", "column", "weights", *OF_UPDATE, *COUNTERS, "dots", "slot", "finite"],
 }
-NUMBERS = (
-    "slot",
-    "finite",
-    "weights",
-    "square_weights",
-    *FACTORS,
-    *OF_UPDATE,
-    *COUNTERS,
-)  # of which those with steps are as good
+# Of these, tensors with steps are as good.
+NUMBERS = ("slot", "finite", "weights", "square_weights", *FACTORS, *OF_UPDATE, *COUNTERS)
 
 
 def spoilt_arguments():

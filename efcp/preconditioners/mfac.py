@@ -14,7 +14,6 @@ from efcp.kernels.reference import column_residual, restart_, sound_weights
 from efcp.preconditioners.base import Preconditioner
 
 MOST_ROWS = {"cpu": 256, "cuda": 1024}  # with which one thread, or one program of a GPU, does all algebra of a step
-SOLVABLE = 1e9  # of the trace over the ridge; beyond it, only the parts of a step have all of float64's precision
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class MFAC(Preconditioner):
     replaced next. They follow each replaced row in O(m²). R is computed anew once in m steps and whenever the damping
     changes. One step of iterative refinement removes from the weights the rounding errors gathered since. On a CPU,
     where reading a value is free, R is also computed anew when the residual exceeds 10⁻⁶ on a well-conditioned
-    system, as after rows that float64 could not solve for. There one call does all of this for up to 256 rows whose
-    squared norms are below 10⁹ λ on average.
+    system, as after rows that float64 could not solve for. One call does the algebra of a step in which R is not
+    computed anew, for up to 256 rows on a CPU and 1,024 on a GPU.
 
     Where squared norms of gradients exceed 10¹⁰ λ and rows of the window depend on each other, float64 cannot solve the
     system. Where they exceed 10⁶ λ and parameters are float32, the weighted rows cancel so far that rounding is what is
@@ -75,14 +74,8 @@ class MFAC(Preconditioner):
         state, window_size = gram.state, len(dots)
         if self.relative or window_size > MOST_ROWS.get(dots.device.type, 0) or not kernels.is_fused(dots):
             return False
-        if is_on_cpu(dots):
-            squares = (gram.matrix.trace() + dots.index_select(0, slot)).item()
-            if not squares < SOLVABLE * window_size * self.damping:
-                return False
-        if self._must_refresh(gram):
-            self.refresh(gram)  # before the newest row enters
-            R = state["inverse_root"]
-            state["inverse_column"].copy_(R.t() @ R.index_select(1, slot).squeeze(1))
+        if self._must_refresh(gram):  # of the rows with the newest among them, which the parts of a step do
+            return False
         own = kernels.RowStep(*(state[name] for name in kernels.RowStep._fields))
         kernels.mfac_row_step_(own, dots, slot, finite, self.damping, gram.rounding, longest, length)
         state["inverse_age"] += 1

@@ -28,7 +28,7 @@ test: $(DEVELOPED)  ## install, and run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(DEVELOPED)  ## run the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-oldest: build/oldest/installed  ## run core tests with the oldest versions admitted (Python 3.10 to 3.13; downloads 3 GB)
 	build/oldest/bin/python -m pytest $(CORE_TESTS) -k 'not one-dimension'  # of lr: schedulers of PyTorch 2.6 refuse it

@@ -127,6 +127,7 @@ def test_methods_train_a_gpt(name: str):
     assert losses[-1] < 0.95 * losses[0]
 
 
+@pytest.mark.slow
 def test_an_experiment_is_tuned_by_loss_and_drawn(tmp_path: Path):
     file = tmp_path / "small.toml"
     file.write_text(EXPERIMENT)

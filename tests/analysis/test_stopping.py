@@ -105,9 +105,9 @@ def training(process: subprocess.Popen[str], out: Path) -> set[int]:
 @pytest.mark.parametrize(
     ("arguments", "name", "send"),
     [
-        (tradeoff_arguments, "SIGTERM", os.kill),
+        pytest.param(tradeoff_arguments, "SIGTERM", os.kill, marks=pytest.mark.slow),
         (paper_arguments, "SIGTERM", os.kill),
-        (tradeoff_arguments, "SIGKILL", os.kill),
+        pytest.param(tradeoff_arguments, "SIGKILL", os.kill, marks=pytest.mark.slow),
         (tradeoff_arguments, "SIGINT", os.killpg),  # as Ctrl-C does
     ],
     ids=["tradeoff-SIGTERM", "paper-SIGTERM", "tradeoff-SIGKILL", "tradeoff-Ctrl-C"],
@@ -137,6 +137,7 @@ def test_no_worker_survives_its_command(
         assert not (out / LOCK).exists()
 
 
+@pytest.mark.slow
 def test_a_second_command_in_the_folder_is_refused_and_changes_nothing(
     images: Path, tmp_path: Path, start: Callable[[list[str]], subprocess.Popen[str]]
 ) -> None:

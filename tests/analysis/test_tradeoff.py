@@ -227,6 +227,7 @@ def test_the_best_mean_on_the_validation_split_is_chosen() -> None:
     assert chosen.loc["a", "run"] == 4
 
 
+@pytest.mark.slow
 def test_jobs_do_not_change_results(finished: Path) -> None:
     data = load_data("fashion-mnist", finished / "images", 200)
     runs = [Run("final", TASK, m, 0.01, seed) for m in compared_methods(4, 1e-3, [0.1])[2:4] for seed in (0, 1)]

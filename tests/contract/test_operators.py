@@ -191,7 +191,11 @@ def check_compiled_step(cls, options, steps):
     assert_same(problem, compiled)
 
 
-@pytest.mark.parametrize("cls", [SparseMFAC, SparseMFAC8, SparseGGT4, MicroAdam], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls",
+    [SparseMFAC8, MicroAdam, *(pytest.param(cls, marks=pytest.mark.slow) for cls in (SparseMFAC, SparseGGT4))],
+    ids=lambda cls: cls.__name__,
+)
 def test_compiled_step(cls):
     """Graphs break where state is made and blocks are looked up; results are those of the eager step, bit for bit."""
     check_compiled_step(cls, small(cls), 4)

@@ -448,7 +448,7 @@ def places(task):
     return sorted(number for (_, instruction), number in last.items() if (instruction // 2) % 2 == share)
 
 
-@pytest.mark.parametrize("steps", [0, 6], ids=["the first step", "a later step"])
+@pytest.mark.parametrize("steps", [0, pytest.param(6, marks=pytest.mark.slow)], ids=["the first step", "a later step"])
 def test_step_that_breaks_off_anywhere_leaves_a_state_to_go_on_from(cls, steps):
     """In place, and through what was saved in between."""
     start = Task(cls)

@@ -52,6 +52,7 @@ def test_a_script_beside_the_folder_of_the_package_finds_the_folders_beside_it(i
     assert kernels_of(ROOT, PYTHONPATH=installed) == ROOT / "kernels" / "__init__.py"
 
 
+@pytest.mark.slow
 def test_a_script_elsewhere_finds_the_folders_inside_the_installed_package(installed, tmp_path):
     assert kernels_of(tmp_path, PYTHONPATH=installed) == installed / "efcp" / "kernels" / "__init__.py"
 

@@ -71,7 +71,10 @@ for kind in OPTIMIZERS:
 """
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "float64"])
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("bfloat16", "float64")]
+
+
+@pytest.fixture(scope="module", params=["float32", *OTHERS])
 def resumed(request, tmp_path_factory):
     """Training that stops after 9 steps, saves, and goes on for 8 in a new process; and the same without a stop."""
     folder, dtype = tmp_path_factory.mktemp("resume"), getattr(torch, request.param)

@@ -42,6 +42,7 @@ def test_image_classifier():
     assert min(adamw, ours) > 25  # 10 by chance
 
 
+@pytest.mark.slow
 @needs("transformers", "accelerate")
 def test_finetune_transformers():
     output = run("finetune_transformers", "--epochs", "1", "--train-size", "96")
@@ -50,6 +51,7 @@ def test_finetune_transformers():
     assert "96 paragraphs to train on" in output
 
 
+@pytest.mark.slow
 @MNIST
 @needs("pytorch_lightning")
 def test_train_lightning():
@@ -63,12 +65,14 @@ def test_custom_compressor():
     assert min(own, ours) > 50
 
 
+@pytest.mark.slow
 @MNIST
 def test_custom_preconditioner():
     own, ours = accuracies(run("custom_preconditioner", *SMALL), r"Normalized\(.*\)", r"MFAC\(.*\)")
     assert min(own, ours) > 50
 
 
+@pytest.mark.slow
 @MNIST
 def test_resume():
     output = run("resume", *SMALL)

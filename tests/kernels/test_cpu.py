@@ -94,8 +94,10 @@ CASES = [
     Case(20003, 256, 0.05, window=65, slot=64),
     Case(20003, 300, 0.16, kind="ties", window=100),
     Case(20003, 4096, 0.0117, values=FLOAT32, window=64, slot=0),
-    Case(100003, 4096, 0.012, window=70),
-    Case(100003, 32768, 0.001, window=64, slot=63),
+    *(
+        pytest.param(case, marks=pytest.mark.slow)
+        for case in (Case(100003, 4096, 0.012, window=70), Case(100003, 32768, 0.001, window=64, slot=63))
+    ),
 ]
 FEW_BITS = [  # of errors
     *(
@@ -289,6 +291,7 @@ print(llvm.HAS_AVX2, count, (found[:100] == np.arange(100)).all())
 """
 
 
+@pytest.mark.slow
 def test_a_processor_that_cannot_look_up_bytes(tmp_path: Path) -> None:
     environment = {
         **os.environ,

@@ -372,6 +372,7 @@ ALL_BUT_ROW_STEP = ("norm_is_finite", "compress_", "window_dots", "window_apply_
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size on this system")
 def test_steps_where_a_file_cannot_be_written_to_its_end(tmp_path: Path) -> None:
     backend, warning = backend_and_warning(LIMIT + STEPS, *ALL_BUT_NORM_IS_FINITE, NUMBA_CACHE_DIR=str(tmp_path))
@@ -429,6 +430,7 @@ def test_steps_where_an_import_fails(package: str, tmp_path: Path) -> None:
     assert warning.endswith(": SystemError: initialization failed")
 
 
+@pytest.mark.slow
 def test_steps_where_the_cache_is_damaged(tmp_path: Path) -> None:
     first = run(STEPS, *ALL_BUT_ROW_STEP, NUMBA_CACHE_DIR=str(tmp_path))
     assert (first.returncode, first.stdout) == (0, "cpu\n"), first.stderr

@@ -51,6 +51,8 @@ from efcp.kernels.triton.launch import launch_at, launch_of
 from efcp.perf.gpu.gpusim import simulate
 
 # A case with another block size, dtype or architecture costs compilations, one with another input next to nothing.
+# Those of more than `QUICK` elements, among them most of the rarer dtypes, are slow.
+QUICK = 5000
 CASES = [
     Case(0, 4096, 0.01),
     Case(1, 4096, 0.01, arch=80),
@@ -87,19 +89,25 @@ FEW_BITS = [  # of errors
     Case(9000, 4096, 0.1, grad=BFLOAT16, error=BITS4, finite=False),
     Case(9000, 1024, 0.05, grad=FLOAT64, error=BITS4, arch=100),
     Case(9000, 1024, 0.05, grad=FLOAT64, error=BITS8, finite=False),
-    # Triton takes minutes to compile these.
-    pytest.param(Case(99999, 32768, 0.01, kind="ties", error=BITS8, arch=80), marks=pytest.mark.slow),
-    pytest.param(Case(99999, 32768, 0.01, error=BITS4), marks=pytest.mark.slow),
+    Case(99999, 32768, 0.01, kind="ties", error=BITS8, arch=80),  # Triton takes minutes to compile these
+    Case(99999, 32768, 0.01, error=BITS4),
 ]
-cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def parametrized(cases):
+    marked = [pytest.param(case, marks=[pytest.mark.slow] * (case.numel > QUICK)) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=str)
+
+
+cases = parametrized(CASES)
 
 
 def kinds_for(case, kinds):
     """Those of the kinds of momenta or updates that a case is checked with: all for the commonest layout and dtypes.
 
-    Other cases, for which each kind is a compilation, have two each, in turn.
+    Other cases, for which each kind is a compilation, have two each, in turn, and so has a parameter of no elements.
     """
-    if replace(case, numel=1, window=3, slot=1, kind="random", finite=True) == Case(1, 4096, 0.01):
+    if case.numel and replace(case, numel=1, window=3, slot=1, kind="random", finite=True) == Case(1, 4096, 0.01):
         return kinds
     place = CASES.index(case)
     return [kinds[place % len(kinds)], kinds[(place + len(kinds) // 2) % len(kinds)]]
@@ -108,12 +116,7 @@ def kinds_for(case, kinds):
 PORTABLE = [case for case in CASES if case.kind == "random" and case.finite]
 
 
-def slow_where_long(case):
-    """Cases of blocks of 32768, for which Triton takes half a minute to compile `compress_`, unless all are kept."""
-    return pytest.param(case, marks=pytest.mark.slow) if case.block_size == 32768 and case.density < 1 else case
-
-
-@pytest.mark.parametrize("case", [*map(slow_where_long, CASES), *FEW_BITS], ids=str)
+@parametrized([*CASES, *FEW_BITS])
 def test_compress_gives_the_bits_of_the_definition(case):
     with simulate(case.arch, check_races=True) as simulator:
         check_compress(triton_ops.compress_, case, simulator.allow)
@@ -168,7 +171,7 @@ def test_what_is_finite(dtype, grads, expected):
         assert triton_ops.norm_is_finite(grads).item() == expected
 
 
-@pytest.mark.parametrize("case", PORTABLE, ids=str)
+@parametrized(PORTABLE)
 def test_portable_kernels_agree_with_the_definition(case):
     with simulate(case.arch, check_races=True) as simulator:
         check_dots(portable.window_dots, case, simulator.allow, kinds_for(case, MOMENTA))
@@ -352,7 +355,9 @@ def far_away(modules, monkeypatch):
         monkeypatch.setattr(module, "launch_of", shifted)
 
 
-@pytest.mark.parametrize("operators", [triton_ops, portable], ids=["default", "portable"])
+@pytest.mark.parametrize(
+    "operators", [pytest.param(triton_ops, marks=pytest.mark.slow), portable], ids=["default", "portable"]
+)
 def test_addresses_are_computed_in_64_bits(monkeypatch, operators):
     """More blocks than an int32 counts, and with them elements and entries of the window."""
     far_away((compress, dots, apply, portable), monkeypatch)
@@ -445,7 +450,8 @@ def test_momenta_in_8_bits_are_not_written():
             operations.window_apply_([case.target()], momentum, [case.random_window()], update)
 
 
-def test_interpreted_kernels_agree_with_the_definition():
-    command = [sys.executable, "-m", "tests.kernels.interpreted"]
-    finished = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+@pytest.mark.parametrize("cases", ["few", pytest.param("all", marks=pytest.mark.slow)])
+def test_interpreted_kernels_agree_with_the_definition(cases):
+    command = [sys.executable, "-m", "tests.kernels.interpreted", cases]
+    finished = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stdout + finished.stderr

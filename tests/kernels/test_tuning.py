@@ -20,7 +20,9 @@ from efcp.kernels.triton import apply, compress, dots, tuning
 
 CASE = Case(5000, 1024, 0.05, window=40)
 CHECKS = {"compress_": check_compress, "window_dots": check_dots, "window_apply_": check_apply}
-operations = pytest.mark.parametrize("name", CHECKS)
+# Of some operations there are many kernels, and gpusim needs seconds to compile each.
+slow = pytest.mark.slow
+operations = pytest.mark.parametrize("name", ["compress_", "window_dots", pytest.param("window_apply_", marks=slow)])
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +104,8 @@ def test_the_fastest_is_kept_and_used_from_then_on(name, run, last_is_fastest, f
     assert last_is_fastest == tried  # nothing was tried again
 
 
-@pytest.mark.parametrize(
-    ("error", "name"), [(BITS8, "int8"), pytest.param(BITS4, "uint8", marks=pytest.mark.slow)], ids=["8 bits", "4 bits"]
-)
+@slow
+@pytest.mark.parametrize(("error", "name"), [(BITS8, "int8"), (BITS4, "uint8")], ids=["8 bits", "4 bits"])
 def test_errors_in_few_bits_have_a_choice_of_their_own(error, name, run, last_is_fastest, folder):
     run("compress_", replace(CASE, error=error))
     run("compress_")

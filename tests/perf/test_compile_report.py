@@ -347,6 +347,7 @@ def test_goes_on_where_it_was_interrupted(small, monkeypatch, tmp_path):
     assert [len(part.rows) for part in parts()] == [len(part.rows) for part in expected] == [1, 1, 0, 1]
 
 
+@pytest.mark.slow
 def test_processes_share_the_work(monkeypatch):
     """Each process compiles the real operations."""
     monkeypatch.setattr(compile_report, "OPERATIONS", ("norm_is_finite",))

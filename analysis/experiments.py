@@ -35,7 +35,7 @@ from typing import Any
 from efcp.analysis.data import DataSet
 from efcp.analysis.methods import Method, named_method
 from efcp.analysis.running import Plan
-from efcp.analysis.tasks import DATA_SETS, Task
+from efcp.analysis.tasks import DATA_SETS, DECAYS, Task
 from efcp.analysis.training import Run
 
 FOLDER = Path(__file__).parent / "experiments"
@@ -235,6 +235,8 @@ def _check_task(task: dict[str, Any]) -> None:
     for name, end in (("l2", math.inf), ("warm_up", 1)):
         if name in task and not (isinstance(task[name], (int, float)) and 0 <= task[name] < end):
             raise ValueError(f"task.{name} must lie in [0, {end:g}), got {task[name]!r}")
+    if "decay" in task and task["decay"] not in DECAYS:
+        raise ValueError(f"task.decay must be one of {', '.join(DECAYS)}, got {task['decay']!r}")
 
 
 def _check_keys(where: str, table: dict[str, Any], allowed: Any, required: tuple[str, ...]) -> None:

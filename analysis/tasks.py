@@ -39,6 +39,7 @@ DATA_SETS = {
 """The networks, and what each can learn from."""
 EVALUATED = 500
 """The number of examples that are evaluated at once."""
+DECAYS = ("linear", "cosine")
 WITHOUT_CLASSES = ("autoencoder", "conv-autoencoder", "gpt", "pinn")
 """Networks without an accuracy."""
 
@@ -58,6 +59,7 @@ class Task:
         layers: of MiniLM that are kept; of GPT; hidden ones of a PINN.
         l2: weight of ‖θ‖²/2 in the loss.
         warm_up: share of the steps over which the learning rate rises, before it falls.
+        decay: how it falls to 0, one of `DECAYS`.
         evaluations: points of the learning curve of a final run.
         diagnostics: steps of a run on which the update is looked at.
     """
@@ -72,6 +74,7 @@ class Task:
     layers: int | None = None
     l2: float = 0.0
     warm_up: float = 0.0
+    decay: str = "linear"
     evaluations: int = 0
     diagnostics: int = 0
 
@@ -139,9 +142,12 @@ class Task:
         return self.network not in WITHOUT_CLASSES
 
     def factor(self, step: int, steps: int) -> float:
-        """The factor of the learning rate: it rises linearly over the warm-up, then falls linearly to 0."""
+        """The factor of the learning rate: it rises linearly over the warm-up, then falls to 0."""
         rising = round(self.warm_up * steps)
-        return (step + 1) / rising if step < rising else (steps - step) / (steps - rising)
+        if step < rising:
+            return (step + 1) / rising
+        left = (steps - step) / (steps - rising)
+        return (1 - math.cos(math.pi * left)) / 2 if self.decay == "cosine" else left
 
 
 def load_task_data(data_set: str, train_size: int | None, directory: Path | None = None) -> DataSet:

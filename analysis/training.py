@@ -1,6 +1,6 @@
 """One run: a method trains a network from a seed, and one record comes out. Runs know nothing of each other.
 
-The seed decides initialisation and order of batches, both the same for all methods. The learning rate falls linearly to
+The seed decides initialisation and order of batches, both the same for all methods. The learning rate falls to
 0, after a warm-up where the task has one. A run computes on one thread, so that its record depends neither on the
 number of cores nor on other runs.
 """
@@ -55,6 +55,7 @@ COLUMNS = {
     "layers": "of MiniLM",
     "l2": "weight of ‖θ‖²/2 in the loss",
     "warm_up": "share of the steps",
+    "decay": "of the learning rate, after the warm-up",
     "steps": "taken; fewer than planned in a run that diverged",
     "diverged": "whether the training loss became infinite or NaN, where training stops",
     "train_loss": "mean over the last epoch",
@@ -91,7 +92,7 @@ DIAGNOSTICS_COLUMNS = ("run", "step", "grad_norm", "cosine", "scaling_q25", "sca
 """The columns of the diagnostics of a step. See `COLUMNS`."""
 
 SETTINGS = ("phase", "method", *VARIANT, *TUNED, "lr", "seed")
-TASK = ("network", "data_set", "train_size", "epochs", "batch_size", "width", "layers", "l2", "warm_up")
+TASK = ("network", "data_set", "train_size", "epochs", "batch_size", "width", "layers", "l2", "warm_up", "decay")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """Experiments from files: configurations, tasks, what is run and resumed, and what is made of the CSV files."""
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +123,7 @@ def test_the_experiments_that_come_along_can_be_run(name: str) -> None:
 BAD = {
     "no network": ('network = "small-cnn"\n', "", r"\[task\] lacks network"),
     "network": ('"small-cnn"', '"vgg"', "task.network must be one of small-cnn, .* got 'vgg'"),
+    "decay": ("[task]", '[task]\ndecay = "exponential"', "task.decay must be one of linear, cosine, got 'exponential'"),
     "data set": ('"fashion-mnist"', '"movie-reviews"', "task.data_set must be one of .* for small-cnn, got 'movie-rev"),
     "width": ("width = 4\n", "", r"\[task\] lacks width"),
     "epochs": ("epochs = 1", "epochs = 0", "task.epochs must be an integer ≥ 1, got 0"),
@@ -213,6 +216,9 @@ def test_the_schedule_rises_and_falls() -> None:
     )
     assert PROBE.factor(0, 8) == 1
     assert PROBE.factor(7, 8) == 1 / 8
+    falling = replace(task, decay="cosine")
+    cosine = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    assert [falling.factor(step, 8) for step in range(8)] == pytest.approx([1 / 2, 1, *cosine])
 
 
 def test_diagnostics_are_those_of_the_step() -> None:

@@ -22,7 +22,7 @@ POINT = ("lr", *TUNED)
 DIAGNOSTICS = ("grad_norm", "cosine", "scaling_q25", "scaling_q50", "scaling_q75", "error_ratio")
 PAPER_WINDOW = 1024
 _TEXTS = (
-    *("phase", "method", "value_dtype", "error_dtype", "run", "network", "data_set"),
+    *("phase", "method", "value_dtype", "error_dtype", "run", "network", "data_set", "decay"),
     *("kernels", "torch_version", "efcp_version", "git_commit"),
 )
 _FLAGS = ("error_feedback", "diverged")

@@ -20,7 +20,7 @@
     map = { lr = [0.001], damping = [1e-4] }        # more points that are run, but never chosen
 
 A method that several tables make is run once. A list of data sets, or of batch sizes, makes an experiment of each, with
-a folder of its own inside that of the file.
+a folder of its own inside that of the file. `epochs` may then be a table with a number for each data set.
 """
 
 import importlib
@@ -129,10 +129,19 @@ def read_experiments(path: Path) -> list[Experiment]:
         if key is None:
             return [_experiment(path.stem, content)]
         _check_list(f"task.{key}", task[key], _LISTED[key])
+        epochs = task.get("epochs")
+        if key == "data_set" and isinstance(epochs, dict):
+            _check_keys("task.epochs", epochs, task[key], required=task[key])
+        else:
+            epochs = dict.fromkeys(task[key], epochs)
         return [
             _experiment(
                 f"{path.stem}/{_called(key, value)}",
-                {**content, "title": f"{title}: {_called(key, value, ' ')}", "task": {**task, key: value}},
+                {
+                    **content,
+                    "title": f"{title}: {_called(key, value, ' ')}",
+                    "task": {**task, key: value, "epochs": epochs[value]},
+                },
             )
             for value in task[key]
         ]

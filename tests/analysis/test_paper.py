@@ -178,6 +178,15 @@ def test_a_method_may_have_its_own_epochs_and_batches(config: Path) -> None:
     assert steps == {"dense M-FAC": (16, 4), "sparse M-FAC": (16, 4), "Adam": (64, 5)}
 
 
+def test_data_sets_may_have_their_own_epochs(config: Path) -> None:
+    sets = CONFIG.replace('"fashion-mnist"', '["fashion-mnist", "cifar10"]').replace("epochs = 1\n", "")
+    config.write_text(f"{sets}[task.epochs]\nfashion-mnist = 2\ncifar10 = 3\n", encoding="utf-8")
+    assert [experiment.task["epochs"] for experiment in read_experiments(config)] == [2, 3]
+    config.write_text(f"{sets}[task.epochs]\nfashion-mnist = 2\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"task\.epochs lacks cifar10"):
+        read_experiments(config)
+
+
 # ---- tasks
 
 

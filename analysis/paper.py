@@ -20,7 +20,6 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 
 from efcp.analysis.comparison import comparison_figures, overview_figure
@@ -111,7 +110,7 @@ def run_experiment(
     records.check(plans)
     if (task := plans[0].tuning[0].task).l2:
         keep_optimum(task, data, folder)
-    with closing(Trainer(data, jobs)) as trainer:
+    with Trainer(data, jobs) as trainer:
         trainer.complete(plans, records, name, end)
     records.sort([run for plan in plans for run in plan.known(records)])
 

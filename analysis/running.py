@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -137,10 +138,16 @@ class Trainer:
         self.pool: ProcessPoolExecutor | None = None
         self._open = ExitStack()
         if jobs > 1:
-            self.pool = self._open.enter_context(workers(jobs, _start_worker, (pickle.dumps(data),)))
+            folder = Path(self._open.enter_context(TemporaryDirectory(prefix="efcp-")))
+            (folder / "data").write_bytes(pickle.dumps(data))
+            self.pool = self._open.enter_context(workers(jobs, _start_worker, (folder / "data",)))
 
     def __call__(self, runs: Iterable[Run]) -> Iterator[Result]:
-        """Yields results as runs finish. A run is taken only when it can start, so it may depend on earlier results."""
+        """Yields results as runs finish. A run is taken only when it can start, so it may depend on earlier results.
+
+        Raises:
+            ChildProcessError: where a process has died.
+        """
         if self.pool is None:
             yield from (train(run, self.data) for run in runs)
             return
@@ -168,9 +175,12 @@ class Trainer:
                 records.add_result(result)
                 bar.update()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
         """Ends the processes, and drops the runs that have not finished."""
-        self._open.close()
+        self._open.__exit__(*error)
 
 
 def cores() -> int:
@@ -205,10 +215,10 @@ class _Missing:
 _worker_data: DataSet
 
 
-def _start_worker(data: bytes) -> None:
-    """Keeps the data set for all runs in this process. It comes as bytes, so that no memory is shared."""
+def _start_worker(data: Path) -> None:
+    """Keeps the data set for all runs in this process. It comes in a file, so that no memory is shared."""
     global _worker_data
-    _worker_data = pickle.loads(data)
+    _worker_data = pickle.loads(data.read_bytes())
 
 
 def _train_in_worker(run: Run) -> Result:

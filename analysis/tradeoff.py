@@ -20,7 +20,6 @@ if __name__ == "__main__":  # before the imports, since one may fail
 import argparse
 import math
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,7 +110,7 @@ def run_experiment(data: DataSet, plans: Sequence[Plan], folder: Path, jobs: int
     )
     if records.rows:
         print(f"{records.path} holds {len(records.rows)} runs, which are kept; for new ones choose another --out")
-    with closing(Trainer(data, jobs)) as trainer:
+    with Trainer(data, jobs) as trainer:
         trainer.complete(plans, records, "training")
     known = [run for plan in plans for run in plan.known(records)]
     final = [run for run in known if run.phase == "final"]

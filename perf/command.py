@@ -24,6 +24,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -126,13 +127,19 @@ def workers(
     Args:
         count: number of processes.
         start: called first in each process.
-        arguments: for `start`.
+        arguments: for `start`; small ones, since Python writes them into a pipe that a process which dies at once
+            leaves full, and the writer waiting for ever.
+
+    Raises:
+        ChildProcessError: where a process has died.
     """
     context = multiprocessing.get_context("spawn")  # a fork would inherit threads that compute, and the pipe
     theirs, ours = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(count, context, _start_worker, (theirs, start, arguments))
     try:
         yield pool
+    except BrokenProcessPool as error:
+        raise ChildProcessError("a worker process died, perhaps for want of memory: try with fewer") from error
     finally:
         ours.close()
         pool.shutdown(cancel_futures=True)

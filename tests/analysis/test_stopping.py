@@ -18,6 +18,7 @@ from tests.analysis.test_paper import CONFIG
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc to see processes")
 
+DYING = "import os, sys\nif '--multiprocessing-fork' in sys.orig_argv:\n    os._exit(3)\n"
 SECONDS = 300  # the longest that a test waits for something that takes a few
 EXPERIMENT = CONFIG.replace("epochs = 1", "epochs = 10\ntrain_size = 200")
 
@@ -135,6 +136,20 @@ def test_no_worker_survives_its_command(
         assert f"stopped by {name}: finished runs are in {tmp_path}" in errors
         assert "Traceback" not in errors
         assert not (out / LOCK).exists()
+
+
+@pytest.mark.parametrize("arguments", [tradeoff_arguments, paper_arguments], ids=["tradeoff", "paper"])
+def test_a_worker_that_dies_at_its_start_ends_the_command(
+    images: Path, tmp_path: Path, arguments: Callable[[Path, Path], list[str]]
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(DYING, encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    line = [sys.executable, "-m", *arguments(images, tmp_path / "out" / "trial")]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(line, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    assert done.returncode == 2
+    assert "a worker process died" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

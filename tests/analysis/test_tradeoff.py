@@ -233,9 +233,8 @@ def test_jobs_do_not_change_results(finished: Path) -> None:
     runs = [Run("final", TASK, m, 0.01, seed) for m in compared_methods(4, 1e-3, [0.1])[2:4] for seed in (0, 1)]
     results = []
     for jobs in (1, 2):
-        trainer = Trainer(data, jobs)
-        records = sorted((result.record for result in trainer(runs)), key=lambda r: (r["method"], r["seed"]))
-        trainer.close()
+        with Trainer(data, jobs) as trainer:
+            records = sorted((result.record for result in trainer(runs)), key=lambda r: (r["method"], r["seed"]))
         results.append([(r["val_accuracy"], r["test_accuracy"], r["train_loss"]) for r in records])
     assert results[0] == results[1]
     assert results[0][0] != results[0][1]

@@ -40,7 +40,9 @@ from efcp.analysis.summary import (
     without_classes,
 )
 from efcp.analysis.tasks import load_task_data
+from efcp.analysis.training import time_steps
 from efcp.perf.command import FAILURES, ending, explain, locked
+from efcp.perf.tables import table
 
 EXAMPLES = """\
 examples:
@@ -48,6 +50,8 @@ examples:
     python -m efcp.analysis.paper probe cnn-ablations --jobs 2
   an hour of work now, the rest later, by the same command:
     python -m efcp.analysis.paper --minutes 60
+  how long each method takes for an evaluation of loss and gradient and its share of the optimizer's step:
+    python -m efcp.analysis.paper pinns-more-points --times
   remake tables and plots from the CSVs:
     python -m efcp.analysis.paper --plot-only
 """
@@ -68,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for experiment in experiments:
             folder = args.out / experiment.name
             try:
+                if args.times:
+                    print(times(experiment, args.data_dir), flush=True)
+                    continue
                 if args.plot_only and not folder.is_dir():
                     print(f"{folder}: no table yet, there is no such folder")
                 elif args.plot_only:
@@ -113,6 +120,14 @@ def run_experiment(
     with Trainer(data, jobs) as trainer:
         trainer.complete(plans, records, name, end)
     records.sort([run for plan in plans for run in plan.known(records)])
+
+
+def times(experiment: Experiment, directory: Path | None, steps: int = 20) -> str:
+    """A table in Markdown of the time of an evaluation with each method, in turn on one thread; nothing is kept."""
+    data = load_task_data(experiment.task["data_set"], experiment.task.get("train_size"), directory)
+    records = time_steps([plan.tuning[0] for plan in experiment.plans(data)], data, steps, warm_up=5)
+    rows = [(record["method"], f"{record['evaluation_ms']:.1f}") for record in records]
+    return table([(experiment.name, "CPU time of an evaluation, ms"), *rows], aligned=True)
 
 
 def report(experiment: Experiment, folder: Path) -> None:
@@ -176,5 +191,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("analysis/results"), help="(default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, help="folder of the data sets (default: $EFCP_DATA)")
     parser.add_argument("--minutes", type=float, help="minutes after which no more runs are started")
+    parser.add_argument("--times", action="store_true", help="time a few steps of each method, and train nothing")
     parser.add_argument("--plot-only", action="store_true", help="remake tables and plots from the CSVs of --out")
     return parser

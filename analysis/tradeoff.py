@@ -23,8 +23,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from efcp.analysis.data import NAMES, DataSet, load_data, resolve_name
 from efcp.analysis.methods import compared_methods
 from efcp.analysis.plots import plot_tradeoff
@@ -115,8 +113,9 @@ def run_experiment(data: DataSet, plans: Sequence[Plan], folder: Path, jobs: int
     known = [run for plan in plans for run in plan.known(records)]
     final = [run for run in known if run.phase == "final"]
     timing = [replace(run, phase="timing") for run in final if run.seed == 0]
-    for run in tqdm([run for run in timing if run not in records], desc="timing", unit="method"):
-        records.add(time_steps(run, data))
+    if missing := [run for run in timing if run not in records]:
+        for record in time_steps(missing, data):
+            records.add(record)
     records.sort([*(run for run in known if run.phase == "tune"), *final, *timing])
 
 

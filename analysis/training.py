@@ -8,7 +8,7 @@ number of cores nor on other runs.
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -30,7 +30,7 @@ from efcp.perf.source import commit
 
 COLUMNS = {
     "phase": "tune: for the choice of lr and of what else is tuned; map: more of the plane of lr and damping; final: "
-    "at the chosen point; rule: at the point that a rule gives; timing: of steps, one method after the other",
+    "at the chosen point; rule: at the point that a rule gives; timing: of steps, methods in turn",
     "method": "its name",
     "density": "share of entries kept",
     "error_feedback": "whether what was not kept is added to the next gradient",
@@ -75,7 +75,7 @@ COLUMNS = {
     "matrix_bytes": "of these, what does not grow with the network: m × m matrices, of windowed methods",
     "state_bytes_estimated": "by efcp.estimate_memory, of windowed methods",
     "bytes_per_parameter": "state_bytes / numel",
-    "step_ms": "median over steps of forward, backward and optimizer, of timing only",
+    "step_ms": "median over steps of the CPU time of forward, backward and optimizer, of timing only",
     "optimizer_ms": "median over steps of the optimizer's part, of timing only",
     "seconds": "of the run's training, beside other runs",
     "cpu_seconds": "that the run's process computed meanwhile: on one thread, and undisturbed by what else runs",
@@ -207,30 +207,42 @@ def train(run: Run, data: DataSet) -> Result:
     return Result(record, curve, seen if run.tested else [])
 
 
-def time_steps(run: Run, data: DataSet, steps: int = 40, warm_up: int = 10) -> dict[str, Any]:
-    """Times a few steps of a run; its record has the medians in ms."""
-    inputs, labels = data.train.inputs[: run.task.batch_size], data.train.labels[: run.task.batch_size]
-    whole, own = [], []
+def time_steps(runs: Sequence[Run], data: DataSet, steps: int = 40, warm_up: int = 10) -> list[dict[str, Any]]:
+    """Times a few steps of runs, which take them in turn; the records have medians of CPU time, in ms."""
+    size = runs[0].task.batch_size
+    batch = data.train.inputs[:size], data.train.labels[:size]
     with single_thread():
-        model = run.task.model(run.seed)
-        optimizer = run.method.build(model, run.lr)
+        timed = [_Timed(run, batch) for run in runs]
         for _ in range(warm_up + steps):
-            start = time.perf_counter()
-            optimizer.zero_grad()
-            loss = run.task.loss(model, inputs, labels)
-            loss.backward()
-            middle = time.perf_counter()
-            optimizer.step(partial(float, loss.item()))
-            end = time.perf_counter()
-            whole.append(end - start)
-            own.append(end - middle)
-    return {
-        **run.settings,
-        "steps": steps,
-        "step_ms": round(1e3 * torch.tensor(whole[warm_up:]).median().item(), 3),
-        "optimizer_ms": round(1e3 * torch.tensor(own[warm_up:]).median().item(), 3),
-        **_versions(),
-    }
+            for one in timed:
+                one.step()
+    return [{**one.run.settings, "steps": steps, **one.medians(warm_up), **_versions()} for one in timed]
+
+
+class _Timed:
+    """A run whose steps are timed."""
+
+    def __init__(self, run: Run, batch: tuple[Tensor, Tensor]) -> None:
+        self.run, self.batch, self.model = run, batch, run.task.model(run.seed)
+        self.optimizer = run.method.build(self.model, run.lr)
+        self.whole: list[float] = []
+        self.own: list[float] = []
+        self.evaluations: list[int] = []
+
+    def step(self) -> None:
+        start = time.process_time()
+        closure = _Closure(self.optimizer, partial(self.run.task.loss, self.model, *self.batch))
+        middle = time.process_time()
+        self.optimizer.step(closure)
+        end = time.process_time()
+        self.whole.append(end - start)
+        self.own.append(end - middle)
+        self.evaluations.append(closure.evaluations)
+
+    def medians(self, warm_up: int) -> dict[str, float]:
+        each = [seconds / count for seconds, count in zip(self.whole, self.evaluations, strict=True)]
+        times = {"step_ms": self.whole, "optimizer_ms": self.own, "evaluation_ms": each}
+        return {name: round(1e3 * torch.tensor(some[warm_up:]).median().item(), 3) for name, some in times.items()}
 
 
 def batches(train: Split, run: Run) -> Iterator[tuple[Tensor, Tensor]]:
@@ -273,7 +285,7 @@ class _Closure:
     """
 
     def __init__(self, optimizer: Optimizer, loss: Callable[[], Tensor]) -> None:
-        self.optimizer, self.loss, self.called = optimizer, loss, False
+        self.optimizer, self.loss, self.called, self.evaluations = optimizer, loss, False, 0
         self.first = self._evaluate()
 
     def __call__(self) -> float:
@@ -285,6 +297,7 @@ class _Closure:
             self.optimizer.zero_grad()
             loss = self.loss()
             loss.backward()
+        self.evaluations += 1
         return loss.item()
 
 

@@ -125,8 +125,9 @@ def run_experiment(
 def times(experiment: Experiment, directory: Path | None, steps: int = 20) -> str:
     """A table in Markdown of the time of an evaluation with each method, in turn on one thread; nothing is kept."""
     data = load_task_data(experiment.task["data_set"], experiment.task.get("train_size"), directory)
-    records = time_steps([plan.tuning[0] for plan in experiment.plans(data)], data, steps, warm_up=5)
-    rows = [(record["method"], f"{record['evaluation_ms']:.1f}") for record in records]
+    runs = [plan.tuning[0] for plan in experiment.plans(data)]
+    milliseconds = [record["evaluation_ms"] for record in time_steps(runs, data, steps, warm_up=5)]
+    rows = [(run.method.label, f"{ms:.1f}") for run, ms in zip(runs, milliseconds, strict=True)]
     return table([(experiment.name, "CPU time of an evaluation, ms"), *rows], aligned=True)
 
 

@@ -20,7 +20,7 @@ from efcp.analysis.paper import main
 from efcp.analysis.running import RecordFile
 from efcp.analysis.summary import read_runs, summarise
 from efcp.analysis.tasks import Task
-from efcp.analysis.training import Result, Run, objective, train
+from efcp.analysis.training import Result, Run, objective, time_steps, train
 from tests.analysis.synthetic import invented, noise
 
 CONFIG = """\
@@ -228,6 +228,26 @@ def test_the_schedule_rises_and_falls() -> None:
     falling = replace(task, decay="cosine")
     cosine = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
     assert [falling.factor(step, 8) for step in range(8)] == pytest.approx([1 / 2, 1, *cosine])
+
+
+def test_times_are_printed_and_nothing_is_kept(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("efcp.analysis.paper.load_task_data", lambda *_: noise((1, 8, 8)))
+    main([str(config), "--times", "--out", str(tmp_path / "out")])
+    rows = re.findall(r"^\| (.+?) +\| +([\d.]+) \|$", capsys.readouterr().out, re.MULTILINE)
+    sparse = [f"sparse M-FAC {kept}{own}" for kept in ("50%", "10%") for own in ("", ", no error feedback")]
+    assert [name for name, _ in rows] == ["dense M-FAC", *sparse, "Adam"]
+    assert all(float(milliseconds) > 0 for _, milliseconds in rows)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_step_of_several_evaluations_is_timed_by_evaluation() -> None:
+    task = replace(PROBE, batch_size=16)
+    runs = [Run("timing", task, named_method(name, {}), 1e-3, 0) for name in ("Adam", "L-BFGS, line search")]
+    adam, lbfgs = time_steps(runs, noise((1280,)), steps=3, warm_up=1)
+    assert adam["evaluation_ms"] == adam["step_ms"] > adam["optimizer_ms"]
+    assert lbfgs["evaluation_ms"] < lbfgs["step_ms"] / 2
 
 
 def test_diagnostics_are_those_of_the_step() -> None:

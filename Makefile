@@ -27,7 +27,7 @@ demo: $(INSTALLED)  ## install, and draw the memory-accuracy trade-off (about 3 
 test: $(DEVELOPED)  ## install, and run the tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-slow: $(DEVELOPED)  ## run the tests that take minutes
+test-slow: $(DEVELOPED)  ## run the slow tests, which CI runs, too
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 test-oldest: build/oldest/installed  ## run core tests with the oldest versions admitted (Python 3.10 to 3.13; downloads 3 GB)

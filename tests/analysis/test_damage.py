@@ -10,6 +10,7 @@ import pytest
 from efcp.analysis import paper, rule, tradeoff
 from efcp.analysis.experiments import Experiment
 from efcp.analysis.summary import read_runs, summarise
+from efcp.analysis.training import COLUMNS
 from tests.analysis.synthetic import invented, noise
 from tests.analysis.test_paper import CONFIG, MORE
 from tests.damage import damaged
@@ -108,7 +109,7 @@ def test_a_damaged_file_beside_the_runs_is_named(folder: Path, name: str) -> Non
     [
         (lambda text: "", "is empty"),
         (lambda text: text[:-1], "ends within line 93: it was cut off, delete that line"),
-        (lambda text: text + "tune,Adam\n", "line 94 has 2 fields, and the header 52"),
+        (lambda text: text + "tune,Adam\n", f"line 94 has 2 fields, and the header {len(COLUMNS)}"),
         (lambda text: text.replace(",lr,", ",rate,", 1), "lacks the columns lr"),
         (lambda text: text.replace("\ntune,", "\n,", 1), "line 2 has no phase"),
         (lambda text: text.replace(",0.003,", ",little,", 1), "line 2: lr must be a number, got 'little'"),

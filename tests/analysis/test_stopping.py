@@ -109,7 +109,7 @@ def training(process: subprocess.Popen[str], out: Path) -> set[int]:
         pytest.param(tradeoff_arguments, "SIGTERM", os.kill, marks=pytest.mark.slow),
         (paper_arguments, "SIGTERM", os.kill),
         pytest.param(tradeoff_arguments, "SIGKILL", os.kill, marks=pytest.mark.slow),
-        (tradeoff_arguments, "SIGINT", os.killpg),  # as Ctrl-C does
+        pytest.param(tradeoff_arguments, "SIGINT", os.killpg, marks=pytest.mark.slow),  # as Ctrl-C does
     ],
     ids=["tradeoff-SIGTERM", "paper-SIGTERM", "tradeoff-SIGKILL", "tradeoff-Ctrl-C"],
 )

@@ -59,6 +59,7 @@ def test_train_lightning():
     assert ours > 50
 
 
+@pytest.mark.slow
 @MNIST
 def test_custom_compressor():
     own, ours = accuracies(run("custom_compressor", *SMALL), r"TopRows\(density=0.05\)", r"TopK\(.*\)")
@@ -82,6 +83,7 @@ def test_resume():
     assert int(early) < int(tensors) / 2
 
 
+@pytest.mark.slow
 def test_choose_settings():
     output = run("choose_settings", "--budget", "6")
     chosen = re.search(r"chosen: window=(\d+), density=([\d.]+): ([\d.]+) bytes", output)

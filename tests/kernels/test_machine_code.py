@@ -383,6 +383,7 @@ def test_steps_where_a_file_cannot_be_written_to_its_end(tmp_path: Path) -> None
     assert list(tmp_path.glob("*/*")) == []
 
 
+@pytest.mark.slow
 def test_steps_where_no_folder_can_be_written(tmp_path: Path) -> None:
     for name in ("efcp", "kernels"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -22,7 +22,9 @@ CASE = Case(5000, 1024, 0.05, window=40)
 CHECKS = {"compress_": check_compress, "window_dots": check_dots, "window_apply_": check_apply}
 # Of some operations there are many kernels, and gpusim needs seconds to compile each.
 slow = pytest.mark.slow
-operations = pytest.mark.parametrize("name", ["compress_", "window_dots", pytest.param("window_apply_", marks=slow)])
+operations = pytest.mark.parametrize(
+    "name", ["window_dots", *(pytest.param(name, marks=slow) for name in ("compress_", "window_apply_"))]
+)
 
 
 @pytest.fixture(autouse=True)

@@ -130,18 +130,14 @@ def read_experiments(path: Path) -> list[Experiment]:
             return [_experiment(path.stem, content)]
         _check_list(f"task.{key}", task[key], _LISTED[key])
         epochs = task.get("epochs")
+        own: dict[Any, dict[str, Any]] = {value: {key: value} for value in task[key]}
         if key == "data_set" and isinstance(epochs, dict):
             _check_keys("task.epochs", epochs, task[key], required=task[key])
-        else:
-            epochs = dict.fromkeys(task[key], epochs)
+            own = {name: {key: name, "epochs": epochs[name]} for name in task[key]}
         return [
             _experiment(
                 f"{path.stem}/{_called(key, value)}",
-                {
-                    **content,
-                    "title": f"{title}: {_called(key, value, ' ')}",
-                    "task": {**task, key: value, "epochs": epochs[value]},
-                },
+                {**content, "title": f"{title}: {_called(key, value, ' ')}", "task": {**task, **own[value]}},
             )
             for value in task[key]
         ]

@@ -50,7 +50,7 @@ examples:
     python -m efcp.analysis.paper probe cnn-ablations --jobs 2
   an hour of work now, the rest later, by the same command:
     python -m efcp.analysis.paper --minutes 60
-  how long each method takes for an evaluation of loss and gradient and its share of the optimizer's step:
+  how long each method takes for an evaluation of loss and gradient, with its share of the optimizer's step:
     python -m efcp.analysis.paper pinns-more-points --times
   remake tables and plots from the CSVs:
     python -m efcp.analysis.paper --plot-only
@@ -122,11 +122,11 @@ def run_experiment(
     records.sort([run for plan in plans for run in plan.known(records)])
 
 
-def times(experiment: Experiment, directory: Path | None, steps: int = 20) -> str:
+def times(experiment: Experiment, directory: Path | None) -> str:
     """A table in Markdown of the time of an evaluation with each method, in turn on one thread; nothing is kept."""
     data = load_task_data(experiment.task["data_set"], experiment.task.get("train_size"), directory)
     runs = [plan.tuning[0] for plan in experiment.plans(data)]
-    milliseconds = [record["evaluation_ms"] for record in time_steps(runs, data, steps, warm_up=5)]
+    milliseconds = [record["evaluation_ms"] for record in time_steps(runs, data, steps=20, warm_up=5)]
     rows = [(run.method.label, f"{ms:.1f}") for run, ms in zip(runs, milliseconds, strict=True)]
     return table([(experiment.name, "CPU time of an evaluation, ms"), *rows], aligned=True)
 
@@ -192,6 +192,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("analysis/results"), help="(default: %(default)s)")
     parser.add_argument("--data-dir", type=Path, help="folder of the data sets (default: $EFCP_DATA)")
     parser.add_argument("--minutes", type=float, help="minutes after which no more runs are started")
-    parser.add_argument("--times", action="store_true", help="time a few steps of each method, and train nothing")
-    parser.add_argument("--plot-only", action="store_true", help="remake tables and plots from the CSVs of --out")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--times", action="store_true", help="time a few steps of each method, and train nothing")
+    instead.add_argument("--plot-only", action="store_true", help="remake tables and plots from the CSVs of --out")
     return parser

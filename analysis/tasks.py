@@ -40,6 +40,7 @@ DATA_SETS = {
 EVALUATED = 500
 """The number of examples that are evaluated at once."""
 DECAYS = ("linear", "cosine")
+"""Shapes of the learning rate's way down to 0."""
 WITHOUT_CLASSES = ("autoencoder", "conv-autoencoder", "gpt", "pinn")
 """Networks without an accuracy."""
 

@@ -1,8 +1,8 @@
 """One run: a method trains a network from a seed, and one record comes out. Runs know nothing of each other.
 
-The seed decides initialisation and order of batches, both the same for all methods. The learning rate falls to
-0, after a warm-up where the task has one. A run computes on one thread, so that its record depends neither on the
-number of cores nor on other runs.
+The seed decides initialisation and order of batches, both the same for all methods. The learning rate falls to 0,
+after a warm-up where the task has one. A run computes on one thread, so that its record depends neither on the number
+of cores nor on other runs.
 """
 
 import hashlib
@@ -209,10 +209,8 @@ def train(run: Run, data: DataSet) -> Result:
 
 def time_steps(runs: Sequence[Run], data: DataSet, steps: int = 40, warm_up: int = 10) -> list[dict[str, Any]]:
     """Times a few steps of runs, which take them in turn; the records have medians of CPU time, in ms."""
-    size = runs[0].task.batch_size
-    batch = data.train.inputs[:size], data.train.labels[:size]
     with single_thread():
-        timed = [_Timed(run, batch) for run in runs]
+        timed = [_Timed(run, data.train) for run in runs]
         for _ in range(warm_up + steps):
             for one in timed:
                 one.step()
@@ -220,10 +218,11 @@ def time_steps(runs: Sequence[Run], data: DataSet, steps: int = 40, warm_up: int
 
 
 class _Timed:
-    """A run whose steps are timed."""
+    """A run whose steps are timed, all on its first batch."""
 
-    def __init__(self, run: Run, batch: tuple[Tensor, Tensor]) -> None:
-        self.run, self.batch, self.model = run, batch, run.task.model(run.seed)
+    def __init__(self, run: Run, train: Split) -> None:
+        size = run.task.batch_size
+        self.run, self.batch, self.model = run, (train.inputs[:size], train.labels[:size]), run.task.model(run.seed)
         self.optimizer = run.method.build(self.model, run.lr)
         self.whole: list[float] = []
         self.own: list[float] = []

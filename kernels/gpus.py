@@ -21,7 +21,7 @@ KB = 1 << 10
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a multiprocessor of one architecture can hold at a time.
+    """The limits of a multiprocessor of one architecture.
 
     Attributes:
         warps, programs: the most that are resident at a time.

@@ -34,7 +34,7 @@ LARGEST = {torch.int8: 127, torch.uint8: 7}
 SMALLEST_SCALE = torch.finfo(torch.float32).smallest_normal
 MASK = 0xFFFFFFFF
 MIX = ((16, 0x7FEB352D), (15, 0x846CA68B))
-"""Of the hash: shifts, and factors to multiply with after each; a last shift by 16 follows."""
+"""The hash's shifts, and the factors to multiply with after each; a last shift by 16 follows."""
 
 
 class LowBit(NamedTuple):

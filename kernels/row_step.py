@@ -1,4 +1,4 @@
-"""What `mfac_row_step_` reads and writes: the state of the Gram matrix and of M-FAC beside the window."""
+"""The tensors that `mfac_row_step_` reads and writes: the state of the Gram matrix and of M-FAC beside the window."""
 
 from typing import NamedTuple
 

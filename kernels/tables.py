@@ -94,7 +94,7 @@ T = TypeVar("T")
 
 
 def once(kind: str, lists: Sequence[Any], make: Callable[[], T]) -> T:
-    """What `make` gives for these very lists, made once in a step of an owner: there they and all in them stay.
+    """Returns what `make` gives for these very lists, called once in a step of an owner, which keeps them all.
 
     Args:
         kind: what it is; others may be made for the same lists.

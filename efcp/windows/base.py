@@ -1,4 +1,4 @@
-"""What a window is: the last m compressed gradients of some parameters, as the rows of G.
+"""Windows: the last m compressed gradients of some parameters, as the rows of G.
 
 A compressor is a set of options, such as `TopK(density=0.01)`, that are the same for all parameters of a group. From
 their states, dicts of tensors, it makes a window, which knows how to take in gradients, and how to do the two things

@@ -191,7 +191,7 @@ class LowRankWindow(BatchableWindow):
         return A.view(shape)
 
     def parts(self) -> Iterator[tuple[slice, "LowRankWindow"]]:
-        """By rows of the matrix."""
+        """Yields the window in parts, by rows of the matrix, with the elements that each is of."""
         (_, _, rows), columns = self.left.shape, self.right.shape[2]
         unit = ALIGNED // math.gcd(columns, ALIGNED)
         step = max(1, part_numel(self.left.device) // (columns * unit)) * unit

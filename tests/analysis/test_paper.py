@@ -185,6 +185,9 @@ def test_data_sets_may_have_their_own_epochs(config: Path) -> None:
     config.write_text(f"{sets}[task.epochs]\nfashion-mnist = 2\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"task\.epochs lacks cifar10"):
         read_experiments(config)
+    config.write_text(sets, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\[task\] lacks epochs"):
+        read_experiments(config)
 
 
 # ---- tasks
@@ -248,6 +251,14 @@ def test_a_step_of_several_evaluations_is_timed_by_evaluation() -> None:
     adam, lbfgs = time_steps(runs, noise((1280,)), steps=3, warm_up=1)
     assert adam["evaluation_ms"] == adam["step_ms"] > adam["optimizer_ms"]
     assert lbfgs["evaluation_ms"] < lbfgs["step_ms"] / 2
+
+
+def test_each_run_is_timed_on_a_batch_of_its_own_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, loss = [], Task.loss
+    monkeypatch.setattr(Task, "loss", lambda task, model, x, y: sizes.append(len(x)) or loss(task, model, x, y))
+    runs = [Run("timing", replace(PROBE, batch_size=n), named_method("Adam", {}), 1e-3, 0) for n in (16, 32)]
+    time_steps(runs, noise((1280,)), steps=1, warm_up=1)
+    assert sizes == [16, 32, 16, 32]
 
 
 def test_diagnostics_are_those_of_the_step() -> None:

@@ -139,9 +139,7 @@ def workers(
     try:
         yield pool
     except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a worker process died, perhaps for want of memory: try with fewer"
-        ) from error
+        raise ChildProcessError("a worker process died, perhaps for want of memory: try with fewer") from error
     finally:
         ours.close()
         pool.shutdown(cancel_futures=True)

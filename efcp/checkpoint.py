@@ -12,24 +12,27 @@ Versions of the state, in `version` of what all parameters share:
     2  as now
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, fields
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from efcp.adamw import fill_adamw
 from efcp.checks import check_numbers, plain
 from efcp.gram import check_gram
+from efcp.members import fill_state, forms_of
 from efcp.options import check_keys, check_options, made_from
-from efcp.parameter_sets import fill
+from efcp.parameters import check_divided_state
 from efcp.preconditioners import Preconditioner
+from efcp.shards import Form, Layout, flattened, is_sharded, local, own_part, with_local
 from efcp.shared_state import VERSION, allocate_shared
 from efcp.windows import Compressor
 
 NAMED = 3  # in a warning
 FIXED = ("window", "direction", "momentum_dtype", "adamw")  # options that determine the state
+FROM_OWN = ("param_names", "aligned")  # entries of param groups that stay the optimizer's
 COUNTERS = ("step", "skipped_steps", "skipped_in_a_row", "imprecise_steps")
 SINCE_VERSION_1 = ("skipped_in_a_row", "imprecise_steps", "pending")
 WINDOWS_OF_VERSION_0 = {"values", "left", "rows"}
@@ -42,6 +45,7 @@ def checked(
     preconditioner: Preconditioner,
     defaults: dict[str, Any],
     optimizer: str,
+    layout_of: Callable[[Compressor, Tensor], tuple[Layout | None, Compressor]],
 ) -> dict[str, Any]:
     """A state dict as this version would have written it, its tensors protected from casting by `Exact`.
 
@@ -51,6 +55,7 @@ def checked(
         compressor, preconditioner: of that optimizer.
         defaults: of the options that are neither's.
         optimizer: its name, for messages.
+        layout_of: says how a parameter is divided, and gives the compressor of its parts.
 
     Raises:
         ValueError: if the state does not fit the optimizer, or is damaged.
@@ -68,11 +73,12 @@ def checked(
         where = f"param_groups[{number}]"
         of_group = made_from(compressor, group)
         check_same(where, "the number of parameters", len(saved_group["params"]), len(group["params"]))
-        for part in (of_group, preconditioner):
-            check_kind(where, saved_group, part)
+        for options in (of_group, preconditioner):
+            check_kind(where, saved_group, options)
         check_keys(where, optimizer, saved_group.items(), names)
         loaded = with_defaults(saved_group, group, defaults)
-        check_fixed(where, loaded, group, [*FIXED, *compressor.options, *preconditioner.fixed])
+        fixed = [name for name in (*FIXED, *compressor.options, *preconditioner.fixed) if name not in FROM_OWN]
+        check_fixed(where, loaded, group, fixed)
         groups.append(loaded)
         for position, (key, p) in enumerate(zip(saved_group["params"], group["params"], strict=True)):
             here = f"{where}, parameter {position}"
@@ -80,21 +86,26 @@ def checked(
                 continue
             saved = upgraded(state_dict["state"][key], shared if key in homes else {}, p)
             expected = dict(shared) if key in homes else {}
+            layout, of_part = layout_of(of_group, p)
+            part = torch.empty_like(p if layout is None else own_part(p.detach(), layout), device="meta")
+            forms: dict[str, Form] = {}
             if "numel" in saved:
                 used = {**loaded, "momentum": float("momentum" in saved), "beta1": float("average" in saved)}
-                on_meta = torch.empty_like(p, device="meta")
-                if loaded["adamw"]:
-                    fill_adamw(expected, on_meta)
-                else:
-                    fill(expected, on_meta, used, of_group, preconditioner, set(shared))
+                fill_state(expected, part, used, of_part, preconditioner, set(shared), 0)
+                if layout is not None:
+                    forms = forms_of(layout, part, loaded, of_part, preconditioner)
+                    expected["numel"] = p.numel()
+                    check_divided_state(partial(str, here), saved, forms, layout)
+                    for name in forms.keys() & expected.keys():
+                        expected[name] = torch.empty(forms[name].whole, dtype=expected[name].dtype, device="meta")
             check_tensors(here, saved, expected)
             if key in homes:
                 check_gram(here, {name: saved[name] for name in shared})
             if "numel" in saved:
-                own = {name: saved[name] for name in expected.keys() - shared.keys()}
+                own = flattened({name: saved[name] for name in expected.keys() - shared.keys()}, forms)
                 check_numbers(here, own)
                 if not loaded["adamw"]:
-                    of_group.check(here, own, p)
+                    of_part.check(here, own, part)
             states[key] = saved
     if len(homes) != 1 and (homes or any("numel" in saved and "exp_avg" not in saved for saved in states.values())):
         raise ValueError(f"state_dict: there must be one Gram matrix, got {len(homes)}; the state is damaged")
@@ -129,6 +140,8 @@ class Exact:
 
 def _copied(value: Any, device: torch.device) -> Any:
     """A copy with all tensors on the device; what wrappers keep may be nested."""
+    if is_sharded(value):
+        return with_local(value, _copied(local(value), device))
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, dict):
@@ -196,8 +209,7 @@ def with_defaults(saved: dict[str, Any], own: dict[str, Any], defaults: dict[str
     Dtypes become names, as they are written now. Names of parameters stay the optimizer's, where it knows any.
     """
     completed = {**own, **defaults, **saved}
-    if "param_names" in own:
-        completed["param_names"] = own["param_names"]
+    completed |= {name: own[name] for name in FROM_OWN if name in own}
     return {name: plain(value) if name in defaults else value for name, value in completed.items()}
 
 

@@ -7,7 +7,7 @@ are recomputed from the windows, one parameter at a time.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,12 +16,13 @@ from efcp.gram import Gram
 from efcp.kernels import Update, accumulation_dtype
 from efcp.parameter_sets import ParameterSet
 from efcp.preconditioners import LocalPreconditioner, Preconditioner
+from efcp.shards import Ranks, Share
 
 QUANTILES = {"scaling_q25": 0.25, "scaling_q50": 0.5, "scaling_q75": 0.75}
 
 
 def norms_and_rotation(
-    gram: Gram, sets: Sequence[ParameterSet], preconditioner: Preconditioner
+    gram: Gram, sets: Sequence[ParameterSet], preconditioner: Preconditioner, ranks: Ranks
 ) -> dict[str, float | None]:
     """The norms of g, c, e and u, and cos(c, u). `EFCP.diagnostics` says what each key means.
 
@@ -29,27 +30,28 @@ def norms_and_rotation(
         gram: the Gram matrix, with the weights of the newest update.
         sets: each parameter that has a window by itself.
         preconditioner: that of the newest update.
+        ranks: over which parameters are divided; all of them must call this.
     """
     local = isinstance(preconditioner, LocalPreconditioner)  # its updates are not sums of rows
     state, slot = gram.state, _newest(gram)
     known = [gram.matrix.diagonal()[slot].squeeze(0).sqrt(), state["update_norm"], state["inner_product"]]
     if not preconditioner.gives_length:
-        known = _recomputed(gram, sets, preconditioner)
+        known = _recomputed(gram, sets, preconditioner, ranks)
     if local:
         known[1] = state["update_norm"]
     compressed, update, inner = torch.stack(known).tolist()
     lengths = compressed * update
     return {
-        "grad_norm": _norm([p.grad for s in sets for p in s.params if p.grad is not None]),
+        "grad_norm": _norm(((s.share, p.grad) for s in sets for p in s.params if p.grad is not None), ranks),
         "compressed_norm": compressed,
-        "error_norm": _norm(_errors(sets)) or 0.0,
+        "error_norm": _norm(_errors(sets), ranks) or 0.0,
         "update_norm": update,
         "cosine": max(-1.0, min(1.0, inner / lengths)) if lengths > 0 and not local else None,
     }
 
 
 def scaling_quantiles(
-    gram: Gram, sets: Sequence[ParameterSet], preconditioner: Preconditioner
+    gram: Gram, sets: Sequence[ParameterSet], preconditioner: Preconditioner, ranks: Ranks
 ) -> dict[str, float | None]:
     """Quantiles of |u/g| over the entries with g ≠ 0. `EFCP.diagnostics` says what each key means.
 
@@ -61,9 +63,10 @@ def scaling_quantiles(
         gram: the Gram matrix, with the weights of the newest update.
         sets: each parameter that has a window by itself. Those without a gradient are left out.
         preconditioner: that of the newest update.
+        ranks: over which parameters are divided; all of them must call this.
     """
     sets = [s for s in sets if s.params[0].grad is not None]
-    upper = _count(keys >> 16 for keys in _ratio_bits(sets, gram, preconditioner))
+    (upper,) = _counts(sets, gram, preconditioner, ranks, [lambda keys: keys >> 16])
     total = int(upper.sum())
     if total == 0:
         return dict.fromkeys(QUANTILES)
@@ -71,29 +74,31 @@ def scaling_quantiles(
     wanted = torch.tensor([math.floor(q * (total - 1)) for q in QUANTILES.values()], device="cpu")
     bins = torch.searchsorted(ends, wanted, right=True)
     wanted -= ends[bins] - upper[bins]  # ranks within the bins
-    lower = [torch.zeros(1 << 16, dtype=torch.int64, device="cpu") for _ in QUANTILES]
-    for keys in _ratio_bits(sets, gram, preconditioner):
-        for counts, chosen in zip(lower, bins.tolist(), strict=True):
-            counts += _count([keys[keys >> 16 == chosen] & 0xFFFF])
+    within = [lambda keys, chosen=chosen: keys[keys >> 16 == chosen] & 0xFFFF for chosen in bins.tolist()]
+    lower = _counts(sets, gram, preconditioner, ranks, within)
     low = torch.stack([torch.searchsorted(c.cumsum(0), w, right=True) for c, w in zip(lower, wanted, strict=True)])
     return dict(zip(QUANTILES, (bins << 16 | low).int().view(torch.float32).tolist(), strict=True))
 
 
-def _errors(sets: Sequence[ParameterSet]) -> Iterator[Tensor]:
+def _errors(sets: Sequence[ParameterSet]) -> Iterator[tuple[Share, Tensor]]:
     """All errors as floating point, one at a time where they are in few bits."""
     for s in sets:
         for state in s.states:
             error = s.compressor.error(state)
             if error is not None:
-                yield error
+                yield s.share, error
 
 
-def _norm(tensors: Iterable[Tensor]) -> float | None:
-    """The norm of some tensors taken as one vector; None without any."""
-    norms = [torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double() for t in tensors]
+def _norm(tensors: Iterable[tuple[Share, Tensor]], ranks: Ranks) -> float | None:
+    """The norm of some tensors taken as one vector, on all ranks; None without any."""
+    norms = [(share, torch.linalg.vector_norm(t, dtype=accumulation_dtype(t.dtype)).double()) for share, t in tensors]
+    if ranks.meshes:
+        squares = [(share, torch.stack([torch.ones_like(norm), norm * norm]).cpu()) for share, norm in norms]
+        count, total = ranks.sum(squares, torch.zeros(2, dtype=torch.float64, device="cpu")).tolist()
+        return math.sqrt(total) if count else None
     if not norms:
         return None
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms])).item()
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0][1].device) for _, n in norms])).item()
 
 
 def _newest(gram: Gram) -> Tensor:
@@ -101,15 +106,17 @@ def _newest(gram: Gram) -> Tensor:
     return ((gram.state["step"] - 1) % len(gram.matrix)).view(1)
 
 
-def _recomputed(gram: Gram, sets: Sequence[ParameterSet], preconditioner: Preconditioner) -> list[Tensor]:
+def _recomputed(gram: Gram, sets: Sequence[ParameterSet], preconditioner: Preconditioner, ranks: Ranks) -> list[Tensor]:
     """‖c‖, ‖u‖ and ⟨c, u⟩, () float64 each, on the device of the Gram matrix."""
     squares = preconditioner.square_weights(gram, _newest(gram))
     first = torch.zeros_like(gram.state["weights"]).index_fill_(0, _newest(gram), 1.0)
-    products = torch.zeros(3, dtype=torch.float64, device=first.device)
+    parts = []
     for single in sets:
         c = _sum_of_rows(single, first).double()
         u = _sum_of_rows(single, gram.state["weights"], squares).double()
-        products += torch.stack([torch.dot(c, c), torch.dot(u, u), torch.dot(c, u)]).to(first.device)
+        own = torch.stack([torch.dot(c, c), torch.dot(u, u), torch.dot(c, u)])
+        parts.append((single.share, own.to(first.device)))
+    products = ranks.sum(parts, first.new_zeros(3))
     return [products[0].sqrt(), products[1].sqrt(), products[2]]
 
 
@@ -142,9 +149,17 @@ def _ratio_bits(sets: Sequence[ParameterSet], gram: Gram, preconditioner: Precon
         yield (update / grad)[grad != 0].abs().float().view(torch.int32)
 
 
-def _count(keys: Iterable[Tensor]) -> Tensor:
-    """How often each number below 2¹⁶ occurs: (65536,) int64, on the CPU."""
-    counts = torch.zeros(1 << 16, dtype=torch.int64, device="cpu")
-    for some in keys:
-        counts += torch.bincount(some, minlength=1 << 16).cpu()
-    return counts
+def _counts(
+    sets: Sequence[ParameterSet],
+    gram: Gram,
+    preconditioner: Preconditioner,
+    ranks: Ranks,
+    choices: Sequence[Callable[[Tensor], Tensor]],
+) -> list[Tensor]:
+    """How often each number below 2¹⁶ occurs in what is chosen of the ratios' bits: (65536,) int64 each, on the CPU."""
+    counts: dict[Share, Tensor] = {}
+    for single, keys in zip(sets, _ratio_bits(sets, gram, preconditioner), strict=True):
+        own = torch.stack([torch.bincount(chosen(keys), minlength=1 << 16) for chosen in choices]).cpu().double()
+        counts[single.share] = counts[single.share] + own if single.share in counts else own
+    like = torch.zeros(len(choices), 1 << 16, dtype=torch.float64, device="cpu")
+    return list(ranks.sum(counts.items(), like).round().long())

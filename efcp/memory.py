@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from efcp.optimizer import EFCP
 from efcp.ready_made import SparseMFAC
+from efcp.shards import is_sharded, local, with_local
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class MemoryReport:
         tensors: bytes by the name of a tensor in `optimizer.state[p]`, such as "values" or "error", summed over all
             parameters. A list of tensors counts as one. What a wrapper keeps in `optimizer.state[name]` counts under
             that name. "tables" are the tables of addresses that launches on a GPU read.
-        numel: the number of elements of all parameters.
+        numel: the number of elements of all parameters; of sharded ones, of what this rank has.
     """
 
     tensors: dict[str, int]
@@ -54,7 +55,7 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
             first, or ask `estimate_memory`.
 
     Returns:
-        The bytes of every tensor in `optimizer.state`, and of `tables` on GPUs.
+        The bytes of every tensor in `optimizer.state`, and of `tables` on GPUs. Of DTensors those of this rank count.
     """
     tensors: dict[str, int] = {}
     for owner, state in optimizer.state.items():
@@ -63,7 +64,7 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
             tensors[name] = tensors.get(name, 0) + value.numel() * value.element_size()
     if isinstance(optimizer, EFCP) and optimizer._tables.bytes:
         tensors["tables"] = optimizer._tables.bytes
-    return MemoryReport(tensors, sum(p.numel() for group in optimizer.param_groups for p in group["params"]))
+    return MemoryReport(tensors, sum(local(p).numel() for group in optimizer.param_groups for p in group["params"]))
 
 
 def estimate_memory(
@@ -103,6 +104,8 @@ def estimate_memory(
 
 def _on_meta(param: Any) -> Any:
     """A tensor, a named tensor or a param group, with its tensors on the meta device."""
+    if is_sharded(param):
+        return with_local(param.detach(), torch.empty_like(local(param), device="meta", requires_grad=False))
     if isinstance(param, Tensor):
         return torch.empty_like(param, device="meta", requires_grad=False)
     if isinstance(param, tuple):
@@ -115,15 +118,12 @@ def _tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     for name, value in state.items():
         for tensor in value if isinstance(value, list) else [value]:  # L-BFGS keeps its history in lists
             if isinstance(tensor, Tensor):
-                yield from ((name, part) for part in _parts(tensor))
+                yield from ((name, part) for part in _parts(local(tensor)))
 
 
 def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors that a wrapper keeps its numbers in, such as torchao's of 8-bit state; others are their own part.
-
-    A DTensor, which has a mesh, counts as the whole tensor.
-    """
-    if not is_traceable_wrapper_subclass(tensor) or hasattr(tensor, "device_mesh"):
+    """The tensors that a wrapper keeps its numbers in, such as torchao's of 8-bit state; others are their own part."""
+    if not is_traceable_wrapper_subclass(tensor):
         yield tensor
         return
     names, _ = tensor.__tensor_flatten__()

@@ -16,8 +16,8 @@ import inspect
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from functools import partial, reduce
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any
 
@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from efcp import kernels
-from efcp.adamw import BETAS, AdamWSet, fill_adamw
+from efcp.adamw import BETAS, AdamWSet
 from efcp.checkpoint import Exact, check_tensors, checked, other_names
 from efcp.checks import plain, require
 from efcp.diagnostics import QUANTILES, norms_and_rotation, scaling_quantiles
 from efcp.directions import average_update, local_update, momentum_update, row_update
 from efcp.gram import Gram, allocate_gram, check_gram
 from efcp.lookout import Lookout
+from efcp.members import Member, forms_of, member_of
 from efcp.options import (
     OPTIONS,
     agreed,
@@ -42,10 +43,30 @@ from efcp.options import (
     check_parts,
     made_from,
 )
-from efcp.parameter_sets import ParameterSet, dtypes, fill
-from efcp.parameters import check_gradient, check_parameter, check_state, names, new_tensors_are_fake
+from efcp.parameter_sets import ParameterSet, dtypes, rounding
+from efcp.parameters import (
+    check_divided_state,
+    check_gradient,
+    check_parameter,
+    check_part,
+    check_state,
+    names,
+    new_tensors_are_fake,
+)
 from efcp.partitions import refuse_deepspeed_parameters, refuse_deepspeed_step, refuse_zero_redundancy_optimizer
 from efcp.preconditioners import MFAC, LocalPreconditioner, Preconditioner
+from efcp.shards import (
+    Layout,
+    Ranks,
+    Share,
+    check_layout,
+    check_mesh,
+    gather_,
+    is_sharded,
+    layout_of,
+    local,
+    part_of,
+)
 from efcp.shared_state import Origin, allocate_shared, show
 from efcp.windows import Compressor, TopK
 
@@ -81,6 +102,9 @@ class EFCP(Optimizer):
             "momentum"; None for the parameter's. Fixed from the first step on.
         maximize: maximise the objective.
         adamw: of a param group: step its parameters by AdamW, with the group's lr, weight_decay and betas, instead.
+        mesh: a DeviceMesh of one dimension whose ranks hold the same plain parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state, steps its share of every parameter, and gets
+            the rest from the others. Parameters that are DTensors need no mesh.
 
     Raises:
         ValueError: for values that are not allowed, and within ZeRO, which hands over a part of the parameters.
@@ -105,9 +129,12 @@ class EFCP(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
         adamw: bool = False,
+        mesh: Any = None,
     ) -> None:
         refuse_zero_redundancy_optimizer()
         check_parts(compressor, preconditioner)
+        check_mesh(mesh)
+        self.mesh, self._parts = mesh, dict[Tensor, Tensor]()
         self.compressor, self.preconditioner = compressor, preconditioner
         self.shared: dict[str, Any] = {}
         self._origin, self._lookout, self._tables = Origin(), Lookout(), kernels.Tables()
@@ -193,14 +220,15 @@ class EFCP(Optimizer):
                     numbers the quantile q is number ⌊q (N − 1)⌋, counted from 0.
         """
         own = self.shared or allocate_gram(agreed(self.param_groups, "window"), torch.device("cpu"))
-        gram, sets = Gram(own), self._sets(alone=True)
+        self._parts = {}
+        gram, sets, ranks = Gram(own), self._sets(alone=True), self._ranks()
         preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
-        result = norms_and_rotation(gram, sets, preconditioner)
+        result = norms_and_rotation(gram, sets, preconditioner, ranks)
         if not quantiles:
             return result
         if isinstance(preconditioner, LocalPreconditioner):
             return {**result, **dict.fromkeys(QUANTILES)}
-        return {**result, **scaling_quantiles(gram, sets, preconditioner)}
+        return {**result, **scaling_quantiles(gram, sets, preconditioner, ranks)}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if isinstance(param_group, dict):
@@ -215,8 +243,8 @@ class EFCP(Optimizer):
                 betas = group.setdefault("betas", list(BETAS))
                 group["betas"] = list(betas) if isinstance(betas, tuple) else betas  # as checkpoints give them back
             refuse_deepspeed_parameters(group["params"])
-            self._check_params(group["params"])
             check_options([self.param_groups[0], group], self.compressor, self.preconditioner)
+            self._check_params(group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -240,8 +268,14 @@ class EFCP(Optimizer):
             nonlocal warning
             preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
             own = self.param_groups, self.compressor, preconditioner, _defaults()
-            fitting = checked(loaded, *own, type(self).__name__)
-            warning = other_names(loaded["param_groups"], self.param_groups)
+            fitting: dict[str, Any] = {}
+            error: Exception | None = None
+            try:
+                fitting = checked(loaded, *own, type(self).__name__, self._layout)
+                warning = other_names(loaded["param_groups"], self.param_groups)
+            except Exception as raised:
+                error = raised
+            self._ranks().agree(error)
             return fitting
 
         handle = self.register_load_state_dict_pre_hook(check)  # after those of users
@@ -268,7 +302,7 @@ class EFCP(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         self._mark_changes()
-        own = ("compressor", "preconditioner", "shared")
+        own = ("compressor", "preconditioner", "shared", "mesh")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -282,6 +316,8 @@ class EFCP(Optimizer):
             home = next(homes, None)
             self.shared = {name: home[name] for name in self._new_shared(torch.device("meta"))} if home else {}
         self.defaults.pop("differentiable", None)  # else it would be an option of groups to come
+        self._parts = {}
+        self.__dict__.setdefault("mesh", None)  # of optimizers that earlier versions have pickled
         self._origin, self._lookout = Origin(self._windows()), Lookout()
         self.__dict__.setdefault("_tables", kernels.Tables())  # graphs that have been captured go on reading theirs
 
@@ -289,6 +325,7 @@ class EFCP(Optimizer):
         """Allocates all state now, instead of when a parameter has its first gradient."""
         if any(True for _ in self._windowed()):
             self._gram()
+        self._parts = {}
         self._fill(all_parameters=True)
         windows = self._windows()
         self._origin = Origin(windows)
@@ -297,17 +334,21 @@ class EFCP(Optimizer):
     # ---- a step
 
     def _take_step(self) -> None:
+        self._parts = {}
         self._check_tensors()
         preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         if all(p.grad is None for p in self._params()):
             return
 
-        by_adamw = self._adamw_sets()
+        ranks = self._ranks()
+        by_adamw = self._adamw_sets(all_parameters=bool(ranks.meshes))
         windows = self._windows()
         if not windows and all(p.grad is None for p in self._windowed()):
-            finite = reduce(torch.logical_and, (s.norm_is_finite().to(by_adamw[0].device) for s in by_adamw))
+            device = next(self._params()).device
+            finite = ranks.all((s.norm_is_finite().to(device) for s in by_adamw), device)
             for other in by_adamw:
                 other.update_(finite)
+            self._gather()
             return
         changed = self._origin.changed(windows)
         self._check_windows(changed)
@@ -315,17 +356,17 @@ class EFCP(Optimizer):
         shared = self._gram().state  # before windows that belong to it
         self._fill(all_parameters=False)
         sets = self._sets()
-        gram = Gram(shared, max(s.rounding for s in sets))
+        gram = Gram(shared, self._rounding(ranks, sets))
         if changed or gram.state["pending"]:
-            self._mend(gram, sets, adopted)
+            self._mend(gram, sets, ranks, adopted)
 
         gram.state["pending"] = True
         slot = gram.following_slot
         flags = [*(s.look_at_gradients(slot) for s in sets), *(other.norm_is_finite() for other in by_adamw)]
-        finite = reduce(torch.logical_and, gram.on_its_device(flags))
+        finite = ranks.all(gram.on_its_device(flags), gram.matrix.device)
         for s in sets:
             s.push(slot, finite)
-        self._take_in(preconditioner, gram, sets, slot, finite)
+        self._take_in(preconditioner, gram, sets, ranks, slot, finite)
         squares = preconditioner.square_weights(gram, slot)
         gram.state["pending"] = False
         if sum(len(s.params) for s in sets) > len(windows):  # some are new
@@ -339,7 +380,9 @@ class EFCP(Optimizer):
                 s.update_(gram.state["weights"], gram.state["factor"], finite, squares)
         for other in by_adamw:
             other.update_(finite)
+        self._gather()
         self._lookout.look(gram.state, self._non_finite)
+        self._parts = {}
 
     # ---- what a step works on
 
@@ -350,40 +393,114 @@ class EFCP(Optimizer):
         """The parameters that are for the window, not for AdamW."""
         return chain.from_iterable(group["params"] for group in self.param_groups if not group["adamw"])
 
-    def _adamw_sets(self) -> list[AdamWSet]:
-        """The parameters with a gradient that AdamW steps, those together that can be launched together."""
-        alike: dict[Any, tuple[dict[str, Any], list[Tensor], list[dict[str, Any]]]] = {}
-        for group in self.param_groups:
-            for p in group["params"] if group["adamw"] else ():
-                if p.grad is not None:
-                    fill_adamw(self.state[p], p)
-                    _, params, states = alike.setdefault((id(group), p.device, p.dtype, p.grad.dtype), (group, [], []))
-                    params.append(p)
-                    states.append(self.state[p])
-        return [AdamWSet(*arguments) for arguments in alike.values()]
+    def _adamw_sets(self, all_parameters: bool) -> list[AdamWSet]:
+        """The parameters with a gradient that AdamW steps, those together that can be launched together.
 
-    def _with_windows(self) -> Iterator[tuple[dict[str, Any], Compressor, Tensor, dict[str, Any]]]:
-        """The parameters that have a window by now: param group, compressor, parameter, state of each."""
+        Args:
+            all_parameters: allocate the state of those without a gradient, too.
+        """
+        alike: dict[Any, list[Member]] = {}
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
+        for group in self.param_groups:
+            compressor = made_from(self.compressor, group)
+            for p in group["params"] if group["adamw"] else ():
+                if p.grad is None and not (all_parameters and p.requires_grad):
+                    continue
+                if "exp_avg" not in self.state[p]:
+                    self._member(group, compressor, p, preconditioner).fill(self.state[p], preconditioner, set(), 0)
+                member = self._member(group, compressor, p, preconditioner)
+                if (grad := member.param.grad) is not None and (member.layout is None or grad.numel()):
+                    alike.setdefault((id(group), p.device, p.dtype, grad.dtype), []).append(member)
+        return [AdamWSet(some[0].group, [m.param for m in some], [m.state for m in some]) for some in alike.values()]
+
+    def _with_windows(self) -> Iterator[Member]:
+        """The parameters that have a window by now."""
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         for group in self.param_groups:
             compressor = made_from(self.compressor, group)
             for p in () if group["adamw"] else group["params"]:
-                state = self.state.get(p, {})
-                if compressor.row_names(p)[0] in state:
-                    yield group, compressor, p, state
+                if self._layout(compressor, p)[1].row_names(p)[0] in self.state.get(p, {}):
+                    yield self._member(group, compressor, p, preconditioner)
 
     def _sets(self, alone: bool = False) -> list[ParameterSet]:
-        """The parameters that have a window, those together whose kernels can be launched together; or each alone."""
-        alike: dict[Any, tuple[dict[str, Any], Compressor, list[Tensor], list[dict[str, Any]]]] = {}
-        for group, compressor, p, state in self._with_windows():
-            key = p if alone else (id(group), p.device, p.dtype, dtypes(p, state))
-            _, _, params, states = alike.setdefault(key, (group, compressor, [], []))
-            params.append(p)
-            states.append(state)
-        return [ParameterSet(*arguments) for arguments in alike.values()]
+        """The parameters that have a window, those together whose kernels can be launched together; or each alone.
+
+        Of divided parameters those of which this rank has no elements are missing.
+        """
+        alike: dict[Any, list[Member]] = {}
+        for member in self._with_windows():
+            p, layout = member.param, member.layout
+            if layout is not None and p.numel() == 0:
+                continue
+            divided = None if layout is None else (layout.share, member.compressor)
+            key = p if alone else (id(member.group), p.device, p.dtype, dtypes(p, member.state), divided)
+            alike.setdefault(key, []).append(member)
+        return [
+            ParameterSet(
+                some[0].group,
+                some[0].compressor,
+                [m.param for m in some],
+                [m.state for m in some],
+                Share(None, 1) if some[0].layout is None else some[0].layout.share,
+            )
+            for some in alike.values()
+        ]
 
     def _windows(self) -> list[tuple[Tensor, list[Tensor]]]:
-        """The parameters that have a window by now, each with the tensors of it."""
-        return [(p, [state[name] for name in c.row_names(p)]) for _, c, p, state in self._with_windows()]
+        """The parameters that have a window by now, each with the tensors of it, as this rank holds them."""
+        found = []
+        for group in self.param_groups:
+            compressor = made_from(self.compressor, group)
+            for p in () if group["adamw"] else group["params"]:
+                state, rows = self.state.get(p, {}), self._layout(compressor, p)[1].row_names(p)
+                if rows[0] in state:
+                    found.append((p, [local(state[name]) for name in rows]))
+        return found
+
+    # ---- parameters that are divided over processes
+
+    def _layout(self, compressor: Compressor, param: Tensor) -> tuple[Layout | None, Compressor]:
+        """How a parameter is divided, None for one that is whole, and the compressor of it or its parts.
+
+        Args:
+            compressor: of its param group.
+        """
+        layout = layout_of(param, self.mesh, aligned=getattr(compressor, "aligned", None) is True)
+        return layout, compressor if layout is None else _of_parts(compressor, layout)
+
+    def _member(
+        self, group: dict[str, Any], compressor: Compressor, param: Tensor, preconditioner: Preconditioner
+    ) -> Member:
+        layout, compressor = self._layout(compressor, param)
+        state = self.state.get(param, {})
+        if layout is None:
+            return Member(param, group, param, compressor, state, None)
+        return member_of(param, group, self._part(param, layout), compressor, state, layout, preconditioner)
+
+    def _part(self, param: Tensor, layout: Layout) -> Tensor:
+        """What of a divided parameter this rank has, with its gradient: the same tensor throughout a step."""
+        part = self._parts.get(param)
+        if part is None:
+            part = self._parts[param] = part_of(param, layout)
+        return part
+
+    def _ranks(self) -> Ranks:
+        return Ranks(layout_of(p, self.mesh, aligned=False) for p in self._params())
+
+    def _gather(self) -> None:
+        """Tells autograd of updated parts; with a mesh, brings the plain parameters of all ranks up to date."""
+        changed = [p for p in self._parts if p.grad is not None]
+        torch.autograd.graph.increment_version(changed)
+        if self.mesh is not None:
+            gather_([p for p in changed if not is_sharded(p)], self.mesh)
+
+    def _rounding(self, ranks: Ranks, sets: list[ParameterSet]) -> float:
+        """The machine epsilon of the arithmetic in which rows are summed: the same on all ranks."""
+        if not ranks.meshes:
+            return max(s.rounding for s in sets)
+        windows = {p for p, _ in self._windows()}
+        own = (rounding(g, p, self.state[p]) for g in self.param_groups for p in g["params"] if p in windows)
+        return max(own)
 
     def _gram(self) -> Gram:
         """The Gram matrix, on the device of the first parameter."""
@@ -398,29 +515,36 @@ class EFCP(Optimizer):
         return Gram(self.shared)
 
     def _take_in(
-        self, preconditioner: Preconditioner, gram: Gram, sets: list[ParameterSet], slot: Tensor, finite: Tensor
+        self,
+        preconditioner: Preconditioner,
+        gram: Gram,
+        sets: list[ParameterSet],
+        ranks: Ranks,
+        slot: Tensor,
+        finite: Tensor,
     ) -> None:
         """Takes the newest row into the Gram matrix, and records the update that follows; none where not finite."""
         direction, update_rms, longest = (
             agreed(self.param_groups, name) for name in ("direction", "update_rms", "max_update_norm")
         )
-        length = None if update_rms is None else math.sqrt(sum(s.stepped_numel for s in sets)) * update_rms
+        stepped = sum(p.numel() for p in self._windowed() if p.grad is not None)
+        length = None if update_rms is None else math.sqrt(stepped) * update_rms
         if direction == "row" and preconditioner.uses_gram:
-            dots = _dots(gram, sets, slot)
+            dots = _dots(gram, sets, ranks, slot)
             if preconditioner.step_along_row(gram, slot, finite, dots, longest, length):
                 return
         gram.count_step(finite)
         if direction == "momentum":
-            square = reduce(torch.add, gram.on_its_device(s.average_momenta(finite) for s in sets))
+            squares = [s.average_momenta(finite) for s in sets]
             if isinstance(preconditioner, LocalPreconditioner):
                 gram.record(*local_update(gram, length or 0.0).where(finite))
                 return
-            dots, products = _dots(gram, sets, slot, with_momenta=True)
+            dots, products, square = _dots_with_momenta(gram, sets, ranks, slot, squares)
             gram.replace(slot, dots)
             combination = momentum_update(preconditioner, gram, slot, products, square)
         elif direction == "average":
             if preconditioner.uses_gram:
-                gram.replace(slot, _dots(gram, sets, slot))
+                gram.replace(slot, _dots(gram, sets, ranks, slot))
             beta = agreed(self.param_groups, "momentum")
             combination = average_update(preconditioner, gram, slot, beta)
         else:
@@ -444,26 +568,31 @@ class EFCP(Optimizer):
         """Allocates what states lack, of parameters that have a gradient or a window; or of all."""
         preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         taken, number = set(self.shared), 0
+        divided = bool(self._ranks().meshes)  # checkpoints of such ask for the state of all
         for group in self.param_groups:
             compressor = made_from(self.compressor, group)
             for p in group["params"]:
                 number += 1
                 if group["adamw"]:
-                    if all_parameters:
-                        fill_adamw(self.state[p], p)
-                elif all_parameters or p.grad is not None or compressor.row_names(p)[0] in self.state.get(p, {}):
-                    fill(self.state[p], p, group, compressor, preconditioner, taken, number)
+                    wanted = all_parameters
+                else:
+                    has_window = self._layout(compressor, p)[1].row_names(p)[0] in self.state.get(p, {})
+                    wanted = all_parameters or p.grad is not None or has_window or (divided and p.requires_grad)
+                if wanted:
+                    member = self._member(group, compressor, p, preconditioner)
+                    member.fill(self.state[p], preconditioner, taken, number)
 
     def _check_windows(self, changed: list[Tensor]) -> None:
         """Checks windows that something else than a step has written, the way loaded states are checked."""
         if not changed:
             return
         written, called = set(changed), dict(names(self.param_groups))
-        for _, compressor, p, state in self._with_windows():
-            if p in written:
+        for member in self._with_windows():
+            if member.owner in written:
+                names_of_rows = member.compressor.row_names(member.param)
                 errors = ("error", "error_codes", "error_scales")
-                own = {name: state[name] for name in (*compressor.row_names(p), *errors) if name in state}
-                compressor.check(called[p], own, p)
+                own = {name: member.state[name] for name in (*names_of_rows, *errors) if name in member.state}
+                member.compressor.check(called[member.owner], own, member.param)
 
     def _adopt_shared(self, windows: list[tuple[Tensor, list[Tensor]]], changed: list[Tensor]) -> bool:
         """Adopts the shared state found in a parameter's state if all states were replaced; returns whether it did.
@@ -481,7 +610,7 @@ class EFCP(Optimizer):
         self.shared = {name: shown[0][name] for name in expected}
         return True
 
-    def _mend(self, gram: Gram, sets: list[ParameterSet], adopted: bool) -> None:
+    def _mend(self, gram: Gram, sets: list[ParameterSet], ranks: Ranks, adopted: bool) -> None:
         """Recomputes the Gram matrix, and what is derived from it, from the current windows.
 
         Where a matrix has been adopted with these windows it stays, bit for bit, unless it is of other windows.
@@ -491,7 +620,7 @@ class EFCP(Optimizer):
             return
         shown = gram.matrix.clone() if adopted and not gram.state["pending"] else None
         gram.state["pending"] = True
-        gram.recompute(lambda slot: _dots(gram, sets, slot))
+        gram.recompute(lambda slot: _dots(gram, sets, ranks, slot))
         if shown is not None and gram.agrees_with(shown):
             gram.matrix.copy_(shown)
         else:
@@ -518,34 +647,78 @@ class EFCP(Optimizer):
     def _non_finite(self) -> list[str]:
         """The names of parameters with an Inf or NaN in the gradient. Waits for the device."""
         known = names(self.param_groups)
-        return [name for p, name in known if p.grad is not None and not p.grad.isfinite().all()]
+        return [name for p, name in known if p.grad is not None and not local(p.grad).isfinite().all()]
 
     def _check_keys(self, group: dict[str, Any]) -> None:
         own = (*OPTIONS, *self.compressor.options, *self.preconditioner.options)
         check_keys("param group", type(self).__name__, group.items(), own)
 
-    def _check_params(self, params: list[Tensor]) -> None:
+    def _check_params(self, group: dict[str, Any]) -> None:
+        params, compressor = group["params"], made_from(self.compressor, group)
         if len(set(params)) < len(params):
             raise ValueError("params must not hold a parameter twice; a param group does")
         for p in params:
-            check_parameter(partial(self._name, p), p)
+            name = partial(self._name, p)
+            check_parameter(name, local(p))
+            layout = layout_of(p, self.mesh, aligned=True)
+            if layout is not None:
+                check_layout(name, layout)
+            try:
+                self._layout(compressor, p)
+            except ValueError as error:  # it cannot be cut into blocks
+                raise ValueError(f"{error}, of {name()}") from None
 
     def _check_tensors(self) -> None:
         """Checks all gradients and states before a step changes anything."""
         fake = new_tensors_are_fake()
+        preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         for group in self.param_groups:
-            compressor = made_from(self.compressor, group)
+            own_compressor = made_from(self.compressor, group)
             for p in group["params"]:
                 name, state = partial(self._name, p), self.state.get(p, {})
-                if p.grad is not None:
-                    check_gradient(name, p, fake)
-                if "numel" in state:
-                    check_state(name, p, state, compressor)
+                layout, compressor = self._layout(own_compressor, p)
+                part = p
+                if layout is not None:
+                    check_part(name, p)
+                    part = self._part(p, layout)
+                if part.grad is not None:
+                    check_gradient(name, part, fake)
+                if "numel" not in state:
+                    continue
+                if layout is not None:
+                    forms = forms_of(layout, part, group, compressor, preconditioner)
+                    check_divided_state(name, state, forms, layout)
+                    state = self._member(group, own_compressor, p, preconditioner).state
+                check_state(name, part, state, compressor)
 
 
-def _dots(gram: Gram, sets: list[ParameterSet], slot: Tensor, with_momenta: bool = False) -> Tensor:
-    """The inner products of all rows with row `slot`, summed over all parameters; (2, m), with momenta second."""
-    return reduce(torch.add, gram.on_its_device(s.dots(slot, with_momenta) for s in sets))
+def _dots(gram: Gram, sets: list[ParameterSet], ranks: Ranks, slot: Tensor) -> Tensor:
+    """The inner products of all rows with row `slot`, summed over all parameters: (m,)."""
+    return ranks.sum(_shares(gram, sets, (s.dots(slot) for s in sets)), gram.matrix[0])
+
+
+def _dots_with_momenta(
+    gram: Gram, sets: list[ParameterSet], ranks: Ranks, slot: Tensor, squares: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The inner products of all rows with row `slot`, (m,), and with the momentum, (m,), and its square, ()."""
+    products = [s.dots(slot, with_momenta=True) for s in sets]
+    if not ranks.meshes:
+        both = ranks.sum(_shares(gram, sets, products), gram.matrix[:2])
+        return both[0], both[1], ranks.sum(_shares(gram, sets, squares), gram.matrix[0, 0])
+    size = len(gram.matrix)
+    together = [torch.cat([both.flatten(), square.view(1)]) for both, square in zip(products, squares, strict=True)]
+    total = ranks.sum(_shares(gram, sets, together), gram.matrix.new_zeros(2 * size + 1))  # in one exchange
+    return total[:size], total[size:-1], total[-1]
+
+
+def _shares(gram: Gram, sets: list[ParameterSet], tensors: Iterable[Tensor]) -> Iterator[tuple[Share, Tensor]]:
+    """Of each set a tensor, on the device of the Gram matrix, with what its share is."""
+    return zip((s.share for s in sets), gram.on_its_device(tensors), strict=True)
+
+
+@lru_cache(maxsize=4096)
+def _of_parts(compressor: Compressor, layout: Layout) -> Compressor:
+    return compressor.of_parts(layout)
 
 
 def _defaults() -> dict[str, Any]:

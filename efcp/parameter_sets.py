@@ -18,6 +18,7 @@ from torch import Tensor
 from efcp import kernels
 from efcp.checks import from_plain, require
 from efcp.preconditioners import LocalPreconditioner, Preconditioner
+from efcp.shards import Share
 from efcp.shared_state import check_state_names
 from efcp.windows import Compressor, Separate
 from efcp.windows.base import floats
@@ -69,6 +70,13 @@ def fill(
             state["average"] = torch.zeros(param.numel(), dtype=param.dtype, device=param.device)
 
 
+def rounding(group: dict[str, Any], param: Tensor, state: dict[str, Any]) -> float:
+    """The machine epsilon of the arithmetic in which the rows of a parameter's window are summed."""
+    heavy_ball = group["direction"] == "row" and group["momentum"] > 0
+    written = state["momentum"] if heavy_ball else param
+    return torch.finfo(kernels.accumulation_dtype(written.dtype)).eps
+
+
 def keeps_momentum(group: dict[str, Any]) -> bool:
     """Whether the parameters of a group have a momentum of their own: dense, or heavy ball."""
     return group["direction"] == "momentum" or (group["direction"] == "row" and group["momentum"] > 0)
@@ -103,10 +111,15 @@ class ParameterSet:
     """Parameters with the same options, device and dtypes, whose kernels are launched together, in one step."""
 
     def __init__(
-        self, group: dict[str, Any], compressor: Compressor, params: list[Tensor], states: list[dict[str, Any]]
+        self,
+        group: dict[str, Any],
+        compressor: Compressor,
+        params: list[Tensor],
+        states: list[dict[str, Any]],
+        share: Share,
     ) -> None:
         self.group, self.params, self.states, self.device = group, params, states, params[0].device
-        self.compressor = compressor
+        self.compressor, self.share = compressor, share
         self._norm_is_finite: Tensor | None = None  # where the window has found out itself
         self.window = compressor.bind(states, params)
         require(len(self.window) == group["window"], "window", f"stay what it was, {len(self.window)}", group["window"])
@@ -114,9 +127,7 @@ class ParameterSet:
     @property
     def rounding(self) -> float:
         """The machine epsilon of the arithmetic in which the rows of the window are summed."""
-        heavy_ball = self.group["direction"] == "row" and self.group["momentum"] > 0
-        written = self.states[0]["momentum"] if heavy_ball else self.params[0]
-        return torch.finfo(kernels.accumulation_dtype(written.dtype)).eps
+        return rounding(self.group, self.params[0], self.states[0])
 
     @cached_property
     def momenta(self) -> list[Tensor | kernels.LowBit]:
@@ -135,11 +146,6 @@ class ParameterSet:
         """
         finite = finite.to(self.device, non_blocking=True)
         return kernels.average_(self.momenta, self.grads, self.group["momentum"], finite)
-
-    @property
-    def stepped_numel(self) -> int:
-        """The number of elements that have a gradient."""
-        return sum(p.numel() for p in self.params if p.grad is not None)
 
     @cached_property
     def grads(self) -> list[Tensor | None]:

@@ -9,10 +9,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import UninitializedParameter
 
 from efcp import kernels
+from efcp.shards import Form, Layout, fits, is_sharded
 from efcp.windows import Compressor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIZED = ("error", "momentum", "average", "exp_avg", "exp_avg_sq")  # of a parameter's state, with its number of elements
+FSDP1_MARK = "_fsdp_flattened"  # which PyTorch's first FSDP puts on parameters that it takes apart
 OTHERS = ("error_codes", "error_scales", "momentum_scales")
 
 
@@ -39,6 +41,8 @@ def check_parameter(name: Callable[[], str], param: Tensor) -> None:
     if param.layout != torch.strided or param.is_nested:
         kind = "nested" if param.is_nested else param.layout
         raise TypeError(f"params must be dense, got {kind} for {name()}")
+    if hasattr(param, FSDP1_MARK):
+        raise ValueError(f"params must not be of FullyShardedDataParallel, use fully_shard (FSDP2), got {name()}")
     if not _is_plain(param):
         raise TypeError(f"params must be tensors with memory of their own, got a {type(param).__name__} for {name()}")
     if param.dtype not in DTYPES:
@@ -48,6 +52,40 @@ def check_parameter(name: Callable[[], str], param: Tensor) -> None:
         raise ValueError(
             f"params must have an address for each element, got shape {shape} with strides {strides} for {name()}"
         )
+
+
+def check_part(name: Callable[[], str], param: Tensor) -> None:
+    """Raises an error unless the gradient of a divided parameter, or its lack, can be divided as the parameter is.
+
+    Raises:
+        TypeError: for a gradient that is a DTensor where the parameter is not, and the reverse.
+        ValueError: for one of another shape, or on another mesh.
+    """
+    grad = param.grad
+    if grad is None:
+        return
+    if is_sharded(grad) != is_sharded(param):
+        raise TypeError(
+            f"gradients must be DTensors if and only if their parameter is, got a {type(grad).__name__} for {name()}, "
+            f"a {type(param).__name__}"
+        )
+    if grad.shape != param.shape or getattr(grad, "device_mesh", None) != getattr(param, "device_mesh", None):
+        raise ValueError(
+            f"gradients must be of the shape and on the mesh of their parameter: {name()} has shape "
+            f"{tuple(param.shape)}, its gradient {tuple(grad.shape)}; call zero_grad() after replacing a parameter"
+        )
+
+
+def check_divided_state(name: Callable[[], str], state: dict[str, Any], forms: dict[str, Form], layout: Layout) -> None:
+    """Raises ValueError unless the state of a divided parameter is divided as it is."""
+    for key, form in forms.items():
+        if key in state and not fits(state[key], form, layout):
+            got = f"{tuple(state[key].shape)} {getattr(state[key], 'placements', '')}".rstrip()
+            raise ValueError(
+                f"the state of a parameter must be divided as it is: {name()}, {key} must have shape {form.whole} and "
+                f"placements {form.placements}, got {got}; load checkpoints with torch.distributed.checkpoint, and "
+                "delete optimizer.state[p] where a parameter is replaced"
+            )
 
 
 def new_tensors_are_fake() -> bool:

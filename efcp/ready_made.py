@@ -1,5 +1,7 @@
 """The named optimizers: `EFCP` with its parts chosen, and their options as arguments."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -54,6 +56,10 @@ class SparseMFAC(EFCP):
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
+        aligned: cut parameters into the blocks that sharded ones have, so that checkpoints of one process and of
+            several can be exchanged. None: sharded parameters alone. Fixed from the first step on.
+        mesh: a DeviceMesh of one dimension whose ranks have the same parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state. DTensors, of `fully_shard`, need none.
 
     Raises:
         ValueError: for values that are not allowed.
@@ -80,11 +86,13 @@ class SparseMFAC(EFCP):
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
         maximize: bool = False,
+        aligned: bool | None = None,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             params,
             lr,
-            TopK(density, block_size, value_dtype, error_dtype, error_feedback),
+            TopK(density, block_size, value_dtype, error_dtype, error_feedback, aligned),
             MFAC(damping, relative_damping),
             window=window,
             direction=direction,
@@ -94,6 +102,7 @@ class SparseMFAC(EFCP):
             max_update_norm=max_update_norm,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
+            mesh=mesh,
         )
 
 
@@ -142,6 +151,8 @@ class LowRankMFAC(EFCP):
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
+        mesh: a DeviceMesh of one dimension whose ranks have the same parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state. DTensors, of `fully_shard`, need none.
 
     Raises:
         ValueError: for values that are not allowed.
@@ -168,6 +179,7 @@ class LowRankMFAC(EFCP):
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
         maximize: bool = False,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -182,6 +194,7 @@ class LowRankMFAC(EFCP):
             max_update_norm=max_update_norm,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
+            mesh=mesh,
         )
 
 
@@ -221,6 +234,8 @@ class DenseMFAC(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         maximize: climb the objective instead of descending it.
+        mesh: a DeviceMesh of one dimension whose ranks have the same parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state. DTensors, of `fully_shard`, need none.
 
     Raises:
         ValueError: for values that are not allowed.
@@ -242,6 +257,7 @@ class DenseMFAC(EFCP):
         max_update_norm: float | None = None,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -256,6 +272,7 @@ class DenseMFAC(EFCP):
             max_update_norm=max_update_norm,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
+            mesh=mesh,
         )
 
 
@@ -308,6 +325,10 @@ class SparseGGT(EFCP):
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
+        aligned: cut parameters into the blocks that sharded ones have, so that checkpoints of one process and of
+            several can be exchanged. None: sharded parameters alone. Fixed from the first step on.
+        mesh: a DeviceMesh of one dimension whose ranks have the same parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state. DTensors, of `fully_shard`, need none.
 
     Raises:
         ValueError: for values that are not allowed.
@@ -337,11 +358,13 @@ class SparseGGT(EFCP):
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
         maximize: bool = False,
+        aligned: bool | None = None,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             params,
             lr,
-            TopK(density, block_size, value_dtype, error_dtype, error_feedback),
+            TopK(density, block_size, value_dtype, error_dtype, error_feedback, aligned),
             GGT(eps, beta2, refresh_every, relative_eps),
             window=window,
             direction=direction,
@@ -352,6 +375,7 @@ class SparseGGT(EFCP):
             max_update_norm=max_update_norm,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
+            mesh=mesh,
         )
 
 
@@ -402,6 +426,8 @@ class LowRankGGT(EFCP):
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep, which saves 4 bytes a parameter. Accuracy was lower wherever we tried it (analysis/README.md).
         maximize: climb the objective instead of descending it.
+        mesh: a DeviceMesh of one dimension whose ranks have the same parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state. DTensors, of `fully_shard`, need none.
 
     Raises:
         ValueError: for values that are not allowed.
@@ -431,6 +457,7 @@ class LowRankGGT(EFCP):
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
         maximize: bool = False,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -446,6 +473,7 @@ class LowRankGGT(EFCP):
             max_update_norm=max_update_norm,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
+            mesh=mesh,
         )
 
 
@@ -489,6 +517,8 @@ class DenseGGT(EFCP):
         momentum_dtype: of the momentum: floating point; or torch.int8 with direction "momentum", 1.06 bytes an entry.
             None takes the parameter's. Fixed from the first step on.
         maximize: climb the objective instead of descending it.
+        mesh: a DeviceMesh of one dimension whose ranks have the same parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state. DTensors, of `fully_shard`, need none.
 
     Raises:
         ValueError: for values that are not allowed.
@@ -513,6 +543,7 @@ class DenseGGT(EFCP):
         max_update_norm: float | None = None,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -528,6 +559,7 @@ class DenseGGT(EFCP):
             max_update_norm=max_update_norm,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
+            mesh=mesh,
         )
 
 
@@ -566,6 +598,10 @@ class MicroAdam(EFCP):
         error_feedback: whether what is left out of one gradient is added to the next. Without it there is no error to
             keep. Fixed from the first step on.
         maximize: climb the objective instead of descending it.
+        aligned: cut parameters into the blocks that sharded ones have, so that checkpoints of one process and of
+            several can be exchanged. None: sharded parameters alone. Fixed from the first step on.
+        mesh: a DeviceMesh of one dimension whose ranks have the same parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state. DTensors, of `fully_shard`, need none.
 
     Raises:
         ValueError: for values that are not allowed.
@@ -588,15 +624,18 @@ class MicroAdam(EFCP):
         value_dtype: torch.dtype = torch.bfloat16,
         error_feedback: bool = True,
         maximize: bool = False,
+        aligned: bool | None = None,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             params,
             lr,
-            TopK(density, block_size, value_dtype, error_dtype, error_feedback),
+            TopK(density, block_size, value_dtype, error_dtype, error_feedback, aligned),
             AdamStats(betas, eps, correction),
             window=window,
             weight_decay=weight_decay,
             maximize=maximize,
+            mesh=mesh,
         )
 
 
@@ -632,6 +671,8 @@ class MFACW(EFCP):
         error_dtype: of what is left out of the window: torch.int4 or torch.int8, with a scale for 128 or 64 entries, or
             floating point. Fixed from the first step on.
         maximize: climb the objective instead of descending it.
+        mesh: a DeviceMesh of one dimension whose ranks have the same parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state. DTensors, of `fully_shard`, need none.
 
     Raises:
         ValueError: for values that are not allowed.
@@ -652,6 +693,7 @@ class MFACW(EFCP):
         momentum_dtype: torch.dtype | None = torch.int8,
         error_dtype: torch.dtype | None = torch.int4,  # type: ignore[attr-defined]
         maximize: bool = False,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -665,6 +707,7 @@ class MFACW(EFCP):
             update_rms=update_rms,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
+            mesh=mesh,
         )
 
 
@@ -705,6 +748,8 @@ class KroneckerW(EFCP):
         error_dtype: of what is left out of the window: torch.int4 or torch.int8, with a scale for 128 or 64 entries, or
             floating point. Fixed from the first step on.
         maximize: climb the objective instead of descending it.
+        mesh: a DeviceMesh of one dimension whose ranks have the same parameters and gradients, as with
+            `DistributedDataParallel`: each keeps its share of the state. DTensors, of `fully_shard`, need none.
 
     Raises:
         ValueError: for values that are not allowed.
@@ -727,6 +772,7 @@ class KroneckerW(EFCP):
         momentum_dtype: torch.dtype | None = torch.int8,
         error_dtype: torch.dtype | None = torch.int8,
         maximize: bool = False,
+        mesh: Any = None,
     ) -> None:
         super().__init__(
             params,
@@ -740,4 +786,5 @@ class KroneckerW(EFCP):
             update_rms=update_rms,
             momentum_dtype=momentum_dtype,
             maximize=maximize,
+            mesh=mesh,
         )

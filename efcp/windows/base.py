@@ -19,6 +19,7 @@ from torch import Tensor
 
 from efcp.checks import check_numbers, plain, require_dtype
 from efcp.kernels import LowBit, Momenta, Update, accumulation_dtype, add_lowbit_, allocate_lowbit
+from efcp.shards import Layout
 
 
 class Window(ABC):
@@ -227,6 +228,23 @@ class Compressor(ABC):
 
         By these a step notices that somebody else has written, removed or replaced a window.
         """
+
+    def of_parts(self, layout: Layout) -> "Compressor":
+        """The compressor for the parts of a parameter that is divided over processes, each a parameter of its own.
+
+        It must keep tensors of the same names for all parts. By itself it is this one.
+
+        Raises:
+            ValueError: where such a parameter cannot be compressed.
+        """
+        return self
+
+    def unit(self, name: str) -> int | None:
+        """Of how many consecutive elements of a parameter an entry of a tensor in its state is, in the first dimension.
+
+        Checkpoints of such tensors can be loaded on another number of processes. None where there is no such number.
+        """
+        return None
 
     def check_shape(self, name: Callable[[], str], state: dict[str, Any], param: Tensor) -> None:  # noqa: B027
         """Raises ValueError unless a state is one for the shape of a parameter; their numbers of elements are the same.

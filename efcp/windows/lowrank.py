@@ -16,7 +16,7 @@ Vectors and scalars, and matrices so small that their factors would be no smalle
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, reduce
 from typing import Any
 
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from efcp.checks import require, require_integer
 from efcp.gram import is_on_cpu
-from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, store_lowbit_
-from efcp.windows.base import Compressor, Window, allocate_error, choose_dtypes, error_of
+from efcp.kernels import LowBit, accumulation_dtype, add_lowbit_, lowbit, store_lowbit_
+from efcp.shards import Layout
+from efcp.windows.base import BITS, Compressor, Window, allocate_error, choose_dtypes, error_of
 from efcp.windows.batched import (
     ALIGNED,
     BatchableWindow,
@@ -70,6 +71,15 @@ class LowRank(Compressor):
         require_integer("power_iterations", self.power_iterations, 1)
         choose_dtypes(self)
         require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
+
+    def of_parts(self, layout: Layout) -> Compressor:
+        own = {field.name: getattr(self, field.name) for field in fields(LowRank)}
+        return LowRankOfParts(**own, largest=layout.largest)
+
+    def unit(self, name: str) -> int | None:
+        if name not in ("error_codes", "error_scales"):
+            return None
+        return lowbit.BLOCK[torch.uint8 if BITS[self.error_dtype] == 4 else torch.int8]
 
     def row_names(self, param: Tensor) -> tuple[str, ...]:
         return ("left", "right") if self._factors(param) else Identity().row_names(param)
@@ -124,9 +134,30 @@ class LowRank(Compressor):
         return _are_fewer(self.rank, param.shape)
 
 
+@dataclass(frozen=True)
+class LowRankOfParts(LowRank):
+    """Low rank of each part of a matrix that is divided over processes, taken as a matrix of its own.
+
+    Args:
+        largest: the shape of the largest part, which decides for all whether factors are kept.
+    """
+
+    largest: tuple[int, ...] = ()
+
+    def _factors(self, param: Tensor) -> bool:
+        return _are_fewer(self.rank, torch.Size(self.largest))
+
+
 @lru_cache(maxsize=4096)  # most parameters have the same shape in every step
 def _are_fewer(rank: int, shape: torch.Size) -> bool:
     return len(shape) >= 2 and rank * (shape[0] + math.prod(shape[1:])) < shape.numel()
+
+
+def _orthonormal(matrices: Tensor) -> Tensor:
+    """Orthonormal columns that span those of matrices (…, R, r), whatever their rank: Householder's. Zeros beyond R."""
+    columns = torch.linalg.qr(matrices).Q
+    lacking = matrices.shape[-1] - columns.shape[-1]  # only of parts of a matrix that have fewer than r rows
+    return torch.nn.functional.pad(columns, (0, lacking)) if lacking else columns
 
 
 def _matrix_shape(param: Tensor) -> tuple[int, int]:
@@ -158,7 +189,7 @@ class LowRankWindow(BatchableWindow):
         for _ in range(self.power_iterations):
             # Products of few rows are several times as fast as those of few columns.
             P = torch.cat([Q.t() @ A.t() for _, A in matrices()], 1).t()
-            P = torch.linalg.qr(P).Q  # (R, r); Householder's is orthonormal whatever the rank of AQ
+            P = _orthonormal(P)  # (R, r)
             Q = reduce(torch.add, (p.t() @ A for p, (_, A) in zip(P.split(heights), matrices(), strict=True))).t()
         longest = Q.abs().amax(0)  # a column of zeros, or of a size that overflows when squared, would be a bad start
         self.basis.copy_(torch.where(finite & (longest > 0), Q / longest, self.basis))
@@ -276,7 +307,7 @@ class LowRankWindow(BatchableWindow):
         A, bases = buffer.view(len(windows), first.left.shape[2], -1), [w.basis for w in windows]
         old = Q = torch.stack(bases)  # (p, C, r)
         for _ in range(first.power_iterations):
-            P = torch.linalg.qr((Q.mT @ A.mT).mT).Q  # (p, R, r)
+            P = _orthonormal((Q.mT @ A.mT).mT)  # (p, R, r)
             Q = (P.mT @ A).mT  # (p, C, r)
         longest = Q.abs().amax(1, keepdim=True)
         torch._foreach_copy_(bases, torch.where(finite & (longest > 0), Q / longest, old).unbind())

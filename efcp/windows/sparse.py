@@ -10,8 +10,9 @@ With few bits (`efcp.kernels.lowbit`, each block by itself) the error is kept as
 bits there is a counter error_draws, (1,) int64: the key of the random numbers of the next step.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,8 +22,11 @@ from torch import Tensor
 from efcp import kernels
 from efcp.checks import check_content, is_number, require, require_integer
 from efcp.kernels import Blocks, LowBit, Momenta, SparseRows, Update
+from efcp.shards import Layout
 from efcp.windows.base import Compressor, Window, allocate_error, choose_dtypes, error_of
+from efcp.windows.dense import Identity
 
+MOST = 4  # times the density: what blocks that have to be small may keep
 CHECKED = 1 << 18  # entries of the window that are looked at together when a state is loaded
 
 
@@ -38,9 +42,14 @@ class TopK(Compressor):
             a scale for 64 or 128 elements, or fewer at the end of a block. None takes float64 for float64 parameters
             and float32 for all others.
         error_feedback: add what was not kept of a gradient to the next one.
+        aligned: cut the parameters of one process into the same blocks as those that are divided over several, and give
+            their state the same shapes, so that both are the same algorithm and read each other's checkpoints. Blocks
+            then lie within a row (an entry of the first dimension), and are as near to `block_size` as its length
+            allows; vectors are kept whole. None: parameters that are divided, and no others.
 
     Raises:
-        ValueError: for values that are not allowed.
+        ValueError: for values that are not allowed; and, naming the parameter, where rows of an aligned one can only be
+            cut into blocks so small that one entry of each is more than four times the density.
     """
 
     density: float = 0.01
@@ -48,12 +57,31 @@ class TopK(Compressor):
     value_dtype: torch.dtype = torch.bfloat16
     error_dtype: torch.dtype | None = None
     error_feedback: bool = True
+    aligned: bool | None = None
 
     def __post_init__(self) -> None:
         require(is_number(self.density) and 0 < self.density <= 1, "density", "lie in (0, 1]", self.density)
         require_integer("block_size", self.block_size, 1, kernels.MAX_BLOCK_SIZE)
         choose_dtypes(self)
         require(isinstance(self.error_feedback, bool), "error_feedback", "be True or False", self.error_feedback)
+        require(self.aligned in (None, True), "aligned", "be True or None", self.aligned)
+
+    def of_parts(self, layout: Layout) -> Compressor:
+        if len(layout.shape) < 2:
+            return Identity()
+        aligned = replace(self, block_size=layout.block_size(self.block_size, kernels.MAX_BLOCK_SIZE), aligned=None)
+        size = aligned.block_size
+        least, allowed = 1 / (MOST * size), MOST * self.density * size
+        require(
+            not math.prod(layout.shape) or aligned._blocks(size).kept <= allowed,
+            "density",
+            f"be at least {least:.2g} for shape {layout.shape}, of which blocks have {size} elements",
+            self.density,
+        )
+        return aligned
+
+    def unit(self, name: str) -> int | None:
+        return self.block_size if name in ("values", "indices", "error_codes", "error_scales") else None
 
     def allocate(self, param: Tensor, window_size: int) -> dict[str, Tensor]:
         blocks, device = self._blocks(param.numel()), param.device

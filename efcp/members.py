@@ -13,6 +13,7 @@ from efcp.shards import Form, Layout, flattened, form_of
 from efcp.windows import Compressor
 
 MOMENTUM_UNIT = 64  # elements to which a scale of a momentum in 8 bits belongs
+COUNTERS = ("adam_step", "error_draws")  # the same for all parts
 
 
 class Member(NamedTuple):
@@ -107,7 +108,7 @@ def _forms_of(
         fill_state(state, torch.empty(shape, dtype=dtype, device="meta"), group, compressor, preconditioner, set(), 0)
     forms = {}
     for name, own in here.items():
-        if isinstance(own, Tensor) and name != "adam_step":
+        if isinstance(own, Tensor) and name not in COUNTERS:
             unit = MOMENTUM_UNIT if name == "momentum_scales" else compressor.unit(name)
             forms[name] = form_of(name, own.shape, longest[name].shape, unit, layout, part)
     return forms

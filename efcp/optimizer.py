@@ -366,6 +366,7 @@ class EFCP(Optimizer):
         finite = ranks.all(gram.on_its_device(flags), gram.matrix.device)
         for s in sets:
             s.push(slot, finite)
+        self._count_draws()
         self._take_in(preconditioner, gram, sets, ranks, slot, finite)
         squares = preconditioner.square_weights(gram, slot)
         gram.state["pending"] = False
@@ -493,6 +494,12 @@ class EFCP(Optimizer):
         torch.autograd.graph.increment_version(changed)
         if self.mesh is not None:
             gather_([p for p in changed if not is_sharded(p)], self.mesh)
+
+    def _count_draws(self) -> None:
+        """Advances the counters of random numbers of parameters of which this rank has no elements, as others do."""
+        for p, part in self._parts.items():
+            if part.numel() == 0 and part.grad is not None and "error_draws" in self.state[p]:
+                self.state[p]["error_draws"] += 1
 
     def _rounding(self, ranks: Ranks, sets: list[ParameterSet]) -> float:
         """The machine epsilon of the arithmetic in which rows are summed: the same on all ranks."""

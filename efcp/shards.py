@@ -11,7 +11,7 @@ parameter is divided as the parameter is, in DTensors, so that `torch.distribute
 
 of a parameter (R, …) that is cut along its first dimension. Each of its R rows has blocks of its own, so these are the
 same whatever the number of ranks. Where a later dimension s is cut, the leading dimensions are those of the shape up to
-s, instead of R alone. Numbers that all parameters share are plain tensors, equal on all ranks.
+s, instead of R alone. Counters, and what all parameters share, are plain tensors, equal on all ranks.
 
 `Layout(mesh=None)` stands for a whole parameter whose state has these shapes: see `TopK.aligned`.
 """

@@ -158,8 +158,8 @@ class SparseWindow(Window):
 
     def push_unchecked(self, grads: Sequence[Tensor | None], slot: Tensor) -> Tensor:
         finite = kernels.compress_(grads, self.errors, self.rows, slot, self.draws)
-        if self.draws:
-            torch._foreach_add_(self.draws, 1)
+        if drawn := [draws for draws, grad in zip(self.draws, grads, strict=False) if grad is not None]:
+            torch._foreach_add_(drawn, 1)
         return finite
 
     def settle(self, grads: Sequence[Tensor | None], slot: Tensor, finite: Tensor) -> None:

@@ -40,7 +40,9 @@ def run(functions, world, folder, *, kernels="reference", check=True):
         results.append(pickle.loads(file.read_bytes()) if file.exists() else {})
     if check:
         failed = [value for result in results for value in result.values() if isinstance(value, str)]
-        assert done.returncode == 0 and not failed, "\n".join([*failed, done.stdout, done.stderr])
+        said = "\n".join([*failed, done.stdout, done.stderr])
+        assert not failed, said
+        assert done.returncode == 0, said
     return results
 
 

@@ -5,7 +5,8 @@ keeps them, the Gram matrix (`efcp.gram`) keeps their inner products, and a prec
 turns these into weights, for what a direction (`efcp.directions`) says. State:
 
     optimizer.state[p]   of each parameter that has had a gradient: numel, the number of its elements; the tensors of
-                         its window; momentum (n,) and average (n,) where used
+                         its window; momentum (n,) and average (n,) where used; of parameters that are divided over
+                         processes as `efcp.shards` says
     optimizer.shared     of all together: the Gram matrix, what the preconditioner derives from it, and version
 
 Editing param groups, parameters or their states does not change `shared`. The state of the first parameter that has a
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedParameter
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from efcp import kernels
@@ -159,6 +161,8 @@ class EFCP(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes one step. Where it raises an error, nothing has been changed.
 
+        Where parameters are divided over processes, all of these must call it: it exchanges a flag and m numbers.
+
         Args:
             closure: evaluates the model again, with gradients, and returns the loss.
 
@@ -203,7 +207,8 @@ class EFCP(Optimizer):
 
         u is the update before momentum and lr. Where its length does not follow from the Gram matrix, as with
         `AdamStats`, c and u are computed again, one parameter at a time. g is read from `p.grad`: call this before
-        `zero_grad()`, and after the `unscale_` of a gradient scaler.
+        `zero_grad()`, and after the `unscale_` of a gradient scaler. Where parameters are divided over processes, all
+        must call it, and get the same numbers.
 
         Args:
             quantiles: also those of |u/g|, for which u is computed again, one parameter at a time: about as much work
@@ -258,9 +263,12 @@ class EFCP(Optimizer):
         where both sides know names, and these differ, there is a warning. What wrappers keep in the state, under names
         that are none of ours, is taken over as it is.
 
+        Where parameters are divided over processes, all of these must call it. Their states must be divided in the
+        same way, as `torch.distributed.checkpoint` gives them.
+
         Raises:
             ValueError: for a state of another window, compressor, preconditioner or model, and for a damaged one; it
-                says what is wrong, and nothing has been changed.
+                says what is wrong, and nothing has been changed, on any process.
         """
         warning = ""
 
@@ -667,13 +675,20 @@ class EFCP(Optimizer):
         for p in params:
             name = partial(self._name, p)
             check_parameter(name, local(p))
-            layout = layout_of(p, self.mesh, aligned=True)
-            if layout is not None:
-                check_layout(name, layout)
-            try:
-                self._layout(compressor, p)
-            except ValueError as error:  # it cannot be cut into blocks
-                raise ValueError(f"{error}, of {name()}") from None
+            if not isinstance(p, UninitializedParameter):
+                self._checked_layout(name, compressor, p)
+
+    def _checked_layout(
+        self, name: Callable[[], str], compressor: Compressor, param: Tensor
+    ) -> tuple[Layout | None, Compressor]:
+        """As `_layout`, but raises a ValueError that names a parameter that cannot be divided or cut into blocks."""
+        divided = layout_of(param, self.mesh, aligned=False)
+        if divided is not None:
+            check_layout(name, divided)
+        try:
+            return self._layout(compressor, param)
+        except ValueError as error:
+            raise ValueError(f"{error}, of {name()}") from None
 
     def _check_tensors(self) -> None:
         """Checks all gradients and states before a step changes anything."""
@@ -683,7 +698,7 @@ class EFCP(Optimizer):
             own_compressor = made_from(self.compressor, group)
             for p in group["params"]:
                 name, state = partial(self._name, p), self.state.get(p, {})
-                layout, compressor = self._layout(own_compressor, p)
+                layout, compressor = self._checked_layout(name, own_compressor, p)
                 part = p
                 if layout is not None:
                     check_part(name, p)

@@ -13,7 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-WHY = "it gives each process a part of the parameters, but the Gram matrix is of whole gradients"
+WHY = (
+    "it gives each process a part of the parameters, but the Gram matrix is of whole gradients; use fully_shard "
+    "(FSDP2), or mesh= with DistributedDataParallel"
+)
 
 
 def refuse_zero_redundancy_optimizer() -> None:

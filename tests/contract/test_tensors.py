@@ -440,15 +440,13 @@ def test_fake_parameters_are_refused_outside_their_mode(cls, thorough):
 
 
 @pytest.mark.skipif(not distributed.is_available(), reason="needs torch.distributed")
-def test_distributed_tensors_are_refused(cls, thorough, tmp_path):
+def test_a_distributed_gradient_of_a_plain_parameter_is_refused(cls, thorough, tmp_path):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate
 
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))
-        with pytest.raises(TypeError, match=r"^params must be tensors with memory of their own, got a DTensor for"):
-            cls([Parameter(distribute_tensor(torch.randn(5), mesh, [Replicate()]))], **thorough)
         p = Parameter(torch.randn(5))
         q, optimizer = steady(cls, thorough, p)
         p.grad = DTensor.from_local(torch.randn(5), mesh, [Replicate()])

@@ -23,6 +23,7 @@ CLASSES = {
 }
 RESHARDED = ("SparseMFAC", "SparseMFAC8", "SparseGGT", "DenseMFAC", "MicroAdam")
 FLAT = {"nested": False, "flat": True}
+FORMS = [(name, form) for name in CLASSES for form in FLAT if form == "nested" or name in ("SparseMFAC", "MFACW")]
 
 
 def options_of(name):
@@ -77,25 +78,25 @@ def same(state, other):
 def save_and_resume(rank, world, folder):
     """Saves after some steps, resumes on the same mesh, and goes on."""
     results = {}
-    for name in CLASSES:
-        for form, flat in FLAT.items():
-            where = folder.parent / f"{name} {form} {world}"
-            model = divided("fsdp", world)
-            optimizer = make(name, model)
-            step(model, optimizer, rank, world, 0, BEFORE)
-            save(model, optimizer, where, flat)
-            resumed = divided("fsdp", world)
-            other = make(name, resumed)
-            load(resumed, other, where, flat)
-            loaded = same(tensors(optimizer), tensors(other))
-            step(model, optimizer, rank, world, BEFORE, AFTER)
-            step(resumed, other, rank, world, BEFORE, AFTER)
-            results[name, form] = {
-                "loaded": loaded,
-                "bitwise": same(tensors(optimizer), tensors(other)),
-                "parameters": parameters(model),
-                "whole": sorted({name for _, name in _whole(optimizer)}),
-            }
+    for name, form in FORMS:
+        flat = FLAT[form]
+        where = folder.parent / f"{name} {form} {world}"
+        model = divided("fsdp", world)
+        optimizer = make(name, model)
+        step(model, optimizer, rank, world, 0, BEFORE)
+        save(model, optimizer, where, flat)
+        resumed = divided("fsdp", world)
+        other = make(name, resumed)
+        load(resumed, other, where, flat)
+        loaded = same(tensors(optimizer), tensors(other))
+        step(model, optimizer, rank, world, BEFORE, AFTER)
+        step(resumed, other, rank, world, BEFORE, AFTER)
+        results[name, form] = {
+            "loaded": loaded,
+            "bitwise": same(tensors(optimizer), tensors(other)),
+            "parameters": parameters(model),
+            "whole": sorted({name for _, name in _whole(optimizer)}),
+        }
     return results
 
 
@@ -111,8 +112,9 @@ def resume_on_another_number(rank, world, folder):
     """Loads what another number of ranks has saved, and goes on; saves it again."""
     results = {}
     saved = {2: 4, 4: 2}[world]
-    for name in RESHARDED:
-        for form, flat in FLAT.items():
+    for name, form in FORMS:
+        if name in RESHARDED:
+            flat = FLAT[form]
             model = divided("fsdp", world)
             optimizer = make(name, model)
             load(model, optimizer, folder.parent / f"{name} {form} {saved}", flat)
@@ -183,3 +185,38 @@ def _by_name(state, model):
     names = [name for name, _ in model.named_parameters()]
     groups = [{**group, "params": [names[number] for number in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[number]: own for number, own in state["state"].items()}, "param_groups": groups}
+
+
+def several_optimizers(rank, world, folder):
+    """Each part of a model has an optimizer with named parameters and a window of its own, as torchtitan does it."""
+    options = states.StateDictOptions(flatten_optimizer_state_dict=True)
+    where = folder.parent / "several"
+
+    def made():
+        model = divided("fsdp", world)
+        named = dict(model.named_parameters())
+        first = [(name, p) for name, p in named.items() if name.startswith("up")]
+        others = [(name, p) for name, p in named.items() if not name.startswith("up")]
+        options = options_of("SparseMFAC")
+        groups = ([{"params": some, "fused": False, "foreach": None}] for some in (first, others))
+        return model, [efcp.SparseMFAC(group, lr=0.05, **options) for group in groups]
+
+    def go(model, optimizers, first, count):
+        for number in range(first, first + count):
+            backward(model, "fsdp", rank, world, number)
+            for optimizer in optimizers:
+                optimizer.step()
+
+    model, optimizers = made()
+    go(model, optimizers, 0, BEFORE)
+    own = states.get_state_dict(model, optimizers, options=options)
+    dcp.save({"model": own[0], "optimizer": own[1]}, checkpoint_id=where)
+    resumed, others = made()
+    own = dict(zip(("model", "optimizer"), states.get_state_dict(resumed, others, options=options), strict=True))
+    dcp.load(own, checkpoint_id=where)
+    given = {"model_state_dict": own["model"], "optim_state_dict": own["optimizer"]}
+    states.set_state_dict(resumed, others, **given, options=options)
+    go(model, optimizers, BEFORE, AFTER)
+    go(resumed, others, BEFORE, AFTER)
+    windows = len({id(optimizer.shared["gram"]) for optimizer in others})
+    return windows, all(same(tensors(a), tensors(b)) for a, b in zip(optimizers, others, strict=True))

@@ -5,14 +5,13 @@ import pytest
 from tests.distributed.ranks import run
 
 checkpoints = pytest.importorskip("tests.distributed.checkpoints")
-FORMS = pytest.mark.parametrize("form", checkpoints.FLAT)
 
 
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory):
     """Of 4 ranks that save, 2 that load this and save, and 4 that load that."""
     folder = tmp_path_factory.mktemp("checkpoints")
-    own = ["save_and_resume", "before_the_first_step", "through_a_single_process"]
+    own = ["save_and_resume", "before_the_first_step", "through_a_single_process", "several_optimizers"]
     found = []
     for number, (world, functions) in enumerate([(4, own), (2, ["resume_on_another_number"])]):
         results = run([f"checkpoints:{name}" for name in functions], world, folder / str(number))
@@ -21,8 +20,7 @@ def launches(tmp_path_factory):
     return [*found, [{"resume_on_another_number": r["checkpoints:resume_on_another_number"]} for r in results]]
 
 
-@FORMS
-@pytest.mark.parametrize("name", checkpoints.CLASSES)
+@pytest.mark.parametrize(("name", "form"), checkpoints.FORMS)
 def test_resumes_bit_for_bit_on_the_same_mesh(name, form, launches):
     for rank in launches[0]:
         result = rank["save_and_resume"][name, form]
@@ -31,8 +29,7 @@ def test_resumes_bit_for_bit_on_the_same_mesh(name, form, launches):
         assert set(result["whole"]) <= {"error_draws"}
 
 
-@FORMS
-@pytest.mark.parametrize("name", checkpoints.RESHARDED)
+@pytest.mark.parametrize(("name", "form"), [own for own in checkpoints.FORMS if own[0] in checkpoints.RESHARDED])
 def test_resumes_on_another_number_of_ranks(name, form, launches):
     expected = launches[0][0]["save_and_resume"][name, form]["parameters"]
     for launch in launches[1:]:
@@ -44,6 +41,11 @@ def test_resumes_on_another_number_of_ranks(name, form, launches):
 def test_saves_before_the_first_step(launches):
     for rank in launches[0]:
         assert rank["before_the_first_step"] == (0, True)
+
+
+def test_several_optimizers_resume(launches):
+    for rank in launches[0]:
+        assert rank["several_optimizers"] == (2, True)
 
 
 def test_a_single_process_continues_and_gives_back(launches):

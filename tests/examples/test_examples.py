@@ -105,3 +105,29 @@ def test_pinn(tmp_path):
     for name in ("Adam", "L-BFGS", "dense M-FAC"):
         assert 0 < float(re.search(rf"{name} +error ([\d.]+)", output)[1]) < 2
     assert (tmp_path / "pinn.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_fsdp2(tmp_path):
+    """It resumes on another number of processes where it was."""
+    program = importlib.util.find_spec("torch.distributed.run")
+    if program is None:
+        pytest.skip("needs torch.distributed")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+    def losses(processes, *arguments):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "EFCP_KERNELS": "reference"}
+        command = [sys.executable, *launch, str(processes), "examples/fsdp2.py", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "bytes of state on each process" in done.stdout
+        return [
+            float(loss)
+            for loss in re.findall(rf"{processes} processes, step \d+: validation loss ([\d.]+)", done.stdout)
+        ]
+
+    first, last = losses(2, "--steps", "12", "--save", str(tmp_path / "checkpoint"))
+    assert first > 5.4  # log 256 is 5.5
+    again, later = losses(3, "--steps", "24", "--load", str(tmp_path / "checkpoint"))
+    assert again == last
+    assert later < last < first

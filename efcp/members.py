@@ -9,7 +9,7 @@ from torch import Tensor
 from efcp.adamw import fill_adamw
 from efcp.parameter_sets import fill
 from efcp.preconditioners import Preconditioner
-from efcp.shards import Form, Layout, flattened, form_of
+from efcp.shards import Form, Layout, flattened, form_of, is_hashable
 from efcp.windows import Compressor
 
 MOMENTUM_UNIT = 64  # elements to which a scale of a momentum in 8 bits belongs
@@ -85,7 +85,9 @@ def forms_of(
 ) -> dict[str, Form]:
     """How each tensor in the state of a divided parameter is divided."""
     options = tuple(group[name] for name in ("window", "direction", "momentum_dtype", "adamw"))
-    return _forms_of(layout, tuple(part.shape), part.dtype, compressor, preconditioner, *options)
+    known = is_hashable(compressor) and is_hashable(preconditioner)
+    function = _forms_of if known else _forms_of.__wrapped__
+    return function(layout, tuple(part.shape), part.dtype, compressor, preconditioner, *options)
 
 
 @lru_cache(maxsize=4096)

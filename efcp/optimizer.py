@@ -35,7 +35,7 @@ from efcp.diagnostics import QUANTILES, norms_and_rotation, scaling_quantiles
 from efcp.directions import average_update, local_update, momentum_update, row_update
 from efcp.gram import Gram, allocate_gram, check_gram
 from efcp.lookout import Lookout
-from efcp.members import Member, forms_of, member_of
+from efcp.members import Member, fill_state, forms_of, member_of
 from efcp.options import (
     OPTIONS,
     agreed,
@@ -64,6 +64,7 @@ from efcp.shards import (
     check_layout,
     check_mesh,
     gather_,
+    is_hashable,
     is_sharded,
     layout_of,
     local,
@@ -378,7 +379,7 @@ class EFCP(Optimizer):
         self._take_in(preconditioner, gram, sets, ranks, slot, finite)
         squares = preconditioner.square_weights(gram, slot)
         gram.state["pending"] = False
-        if sum(len(s.params) for s in sets) > len(windows):  # some are new
+        if ranks.meshes or sum(len(s.params) for s in sets) > len(windows):  # some are new, maybe without elements here
             windows = self._windows()
         self._origin = Origin(windows)
         self._show_shared(windows)
@@ -426,10 +427,16 @@ class EFCP(Optimizer):
         """The parameters that have a window by now."""
         preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         for group in self.param_groups:
-            compressor = made_from(self.compressor, group)
+            compressor, divided = made_from(self.compressor, group), self._divides(group)
             for p in () if group["adamw"] else group["params"]:
-                if self._layout(compressor, p)[1].row_names(p)[0] in self.state.get(p, {}):
+                own = self._layout(compressor, p)[1] if divided else compressor
+                state = self.state.get(p, {})
+                if own.row_names(p)[0] not in state:
+                    continue
+                if divided:
                     yield self._member(group, compressor, p, preconditioner)
+                else:
+                    yield Member(p, group, p, compressor, state, None)
 
     def _sets(self, alone: bool = False) -> list[ParameterSet]:
         """The parameters that have a window, those together whose kernels can be launched together; or each alone.
@@ -438,11 +445,13 @@ class EFCP(Optimizer):
         """
         alike: dict[Any, list[Member]] = {}
         for member in self._with_windows():
-            p, layout = member.param, member.layout
+            _, group, p, compressor, state, layout = member
             if layout is not None and p.numel() == 0:
                 continue
-            divided = None if layout is None else (layout.share, member.compressor)
-            key = p if alone else (id(member.group), p.device, p.dtype, dtypes(p, member.state), divided)
+            divided = None
+            if layout is not None:
+                divided = layout.share, compressor if is_hashable(compressor) else repr(compressor)
+            key = p if alone else (id(group), p.device, p.dtype, dtypes(p, state), divided)
             alike.setdefault(key, []).append(member)
         return [
             ParameterSet(
@@ -459,14 +468,19 @@ class EFCP(Optimizer):
         """The parameters that have a window by now, each with the tensors of it, as this rank holds them."""
         found = []
         for group in self.param_groups:
-            compressor = made_from(self.compressor, group)
+            compressor, divided = made_from(self.compressor, group), self._divides(group)
             for p in () if group["adamw"] else group["params"]:
-                state, rows = self.state.get(p, {}), self._layout(compressor, p)[1].row_names(p)
+                own = self._layout(compressor, p)[1] if divided else compressor
+                state, rows = self.state.get(p, {}), own.row_names(p)
                 if rows[0] in state:
-                    found.append((p, [local(state[name]) for name in rows]))
+                    found.append((p, [local(state[name]) if divided else state[name] for name in rows]))
         return found
 
     # ---- parameters that are divided over processes
+
+    def _divides(self, group: dict[str, Any]) -> bool:
+        """Whether parameters of a group are divided, or have the state of such."""
+        return self.mesh is not None or group.get("aligned") is True or any(map(is_sharded, group["params"]))
 
     def _layout(self, compressor: Compressor, param: Tensor) -> tuple[Layout | None, Compressor]:
         """How a parameter is divided, None for one that is whole, and the compressor of it or its parts.
@@ -475,7 +489,9 @@ class EFCP(Optimizer):
             compressor: of its param group.
         """
         layout = layout_of(param, self.mesh, aligned=getattr(compressor, "aligned", None) is True)
-        return layout, compressor if layout is None else _of_parts(compressor, layout)
+        if layout is None:
+            return None, compressor
+        return layout, _of_parts(compressor, layout) if is_hashable(compressor) else compressor.of_parts(layout)
 
     def _member(
         self, group: dict[str, Any], compressor: Compressor, param: Tensor, preconditioner: Preconditioner
@@ -494,7 +510,8 @@ class EFCP(Optimizer):
         return part
 
     def _ranks(self) -> Ranks:
-        return Ranks(layout_of(p, self.mesh, aligned=False) for p in self._params())
+        divided = (p for group in self.param_groups if self._divides(group) for p in group["params"])
+        return Ranks(layout_of(p, self.mesh, aligned=False) for p in divided)
 
     def _gather(self) -> None:
         """Tells autograd of updated parts; with a mesh, brings the plain parameters of all ranks up to date."""
@@ -583,19 +600,21 @@ class EFCP(Optimizer):
         """Allocates what states lack, of parameters that have a gradient or a window; or of all."""
         preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         taken, number = set(self.shared), 0
-        divided = bool(self._ranks().meshes)  # checkpoints of such ask for the state of all
+        expected = bool(self._ranks().meshes)  # checkpoints of divided parameters ask for the state of all
         for group in self.param_groups:
-            compressor = made_from(self.compressor, group)
+            compressor, divided = made_from(self.compressor, group), self._divides(group)
             for p in group["params"]:
                 number += 1
-                if group["adamw"]:
-                    wanted = all_parameters
-                else:
-                    has_window = self._layout(compressor, p)[1].row_names(p)[0] in self.state.get(p, {})
-                    wanted = all_parameters or p.grad is not None or has_window or (divided and p.requires_grad)
-                if wanted:
+                wanted = all_parameters
+                if not (wanted or group["adamw"]):
+                    own = self._layout(compressor, p)[1] if divided else compressor
+                    has_window = own.row_names(p)[0] in self.state.get(p, {})
+                    wanted = p.grad is not None or has_window or (expected and p.requires_grad)
+                if wanted and divided:
                     member = self._member(group, compressor, p, preconditioner)
                     member.fill(self.state[p], preconditioner, taken, number)
+                elif wanted:
+                    fill_state(self.state[p], p, group, compressor, preconditioner, taken, number)
 
     def _check_windows(self, changed: list[Tensor]) -> None:
         """Checks windows that something else than a step has written, the way loaded states are checked."""
@@ -695,23 +714,39 @@ class EFCP(Optimizer):
         fake = new_tensors_are_fake()
         preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         for group in self.param_groups:
-            own_compressor = made_from(self.compressor, group)
+            compressor, divided = made_from(self.compressor, group), self._divides(group)
             for p in group["params"]:
                 name, state = partial(self._name, p), self.state.get(p, {})
-                layout, compressor = self._checked_layout(name, own_compressor, p)
-                part = p
-                if layout is not None:
-                    check_part(name, p)
-                    part = self._part(p, layout)
-                if part.grad is not None:
-                    check_gradient(name, part, fake)
-                if "numel" not in state:
+                if divided:
+                    self._check_divided(name, group, compressor, p, preconditioner, fake)
                     continue
-                if layout is not None:
-                    forms = forms_of(layout, part, group, compressor, preconditioner)
-                    check_divided_state(name, state, forms, layout)
-                    state = self._member(group, own_compressor, p, preconditioner).state
-                check_state(name, part, state, compressor)
+                if p.grad is not None:
+                    check_gradient(name, p, fake)
+                if "numel" in state:
+                    check_state(name, p, state, compressor)
+
+    def _check_divided(
+        self,
+        name: Callable[[], str],
+        group: dict[str, Any],
+        compressor: Compressor,
+        param: Tensor,
+        preconditioner: Preconditioner,
+        fake: bool,
+    ) -> None:
+        """The same for a parameter that may be divided."""
+        layout, own = self._checked_layout(name, compressor, param)
+        part, state = param, self.state.get(param, {})
+        if layout is not None:
+            check_part(name, param)
+            part = self._part(param, layout)
+        if part.grad is not None:
+            check_gradient(name, part, fake)
+        if "numel" in state:
+            if layout is not None:
+                check_divided_state(name, state, forms_of(layout, part, group, own, preconditioner), layout)
+                state = self._member(group, compressor, param, preconditioner).state
+            check_state(name, part, state, own)
 
 
 def _dots(gram: Gram, sets: list[ParameterSet], ranks: Ranks, slot: Tensor) -> Tensor:

@@ -25,15 +25,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
+from torch.nn import Parameter
 
 ELEMENTWISE = ("error", "momentum", "average", "exp_avg", "exp_avg_sq")
 BUCKET = 32 << 20  # bytes of parameters that are gathered together
 
 
+def is_hashable(part: object) -> bool:
+    """Whether a compressor or preconditioner can be a key: a user's may hold lists."""
+    try:
+        hash(part)
+    except TypeError:
+        return False
+    return True
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether it is a DTensor, be it sharded or replicated."""
     kind = type(tensor)
-    if kind is Tensor or kind is torch.nn.Parameter:
+    if kind is Parameter or kind is Tensor:
         return False
     module = sys.modules.get("torch.distributed.tensor")  # whoever has a DTensor has imported it
     return module is not None and issubclass(kind, module.DTensor)

@@ -1,5 +1,6 @@
 """Steps over parameters that are divided in all ways, beside those of one process with the same blocks."""
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -9,6 +10,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import efcp
 from efcp import shards
+from efcp.windows.dense import DenseWindow
 
 SHAPES = [(8, 16), (5, 7), (3,), (1,), (2, 12, 3), (33, 8), ()]
 STEPS, NAN, LACKS = 8, 4, 6  # the step with a NaN, and that without the gradient of one parameter
@@ -41,6 +43,30 @@ CLASSES = {
     "MFACW": (efcp.MFACW, {"rank": 1, "error_dtype": torch.float32, "momentum_dtype": torch.float32}),
     "KroneckerW": (efcp.KroneckerW, {"rank": 1, "error_dtype": torch.float32, "momentum_dtype": torch.float32}),
 }
+
+
+@dataclass(frozen=True)
+class Kept(efcp.Compressor):
+    """A user's, which knows nothing of shards: keeps whole gradients. Its option cannot be hashed."""
+
+    names: tuple[str, ...] = ("kept",)
+
+    def allocate(self, param, window_size):
+        return {name: param.new_zeros(window_size, param.numel()) for name in self.names}
+
+    def row_names(self, param):
+        return tuple(self.names)
+
+    def bind(self, states, params):
+        return efcp.Separate([DenseWindow(state["kept"]) for state in states])
+
+
+class KeptMFAC(efcp.EFCP):
+    def __init__(self, params, lr, **options):
+        super().__init__(params, lr, Kept(), efcp.MFAC(0.1), **options)
+
+
+CLASSES["KeptMFAC"] = (KeptMFAC, {})
 LOW_RANK = ("LowRankMFAC", "LowRankGGT", "MFACW", "KroneckerW")  # each shard by itself
 
 
@@ -186,6 +212,26 @@ def all_ways(rank, world, folder):
                 optimizer.step()
             result["bytes"] = recorder.sizes
             results[name, way] = result
+    return results
+
+
+def no_elements(rank, world, folder):
+    """Of each class, with parameters of which most ranks have nothing: the difference to a single process."""
+    results = {}
+    shapes = [(1, 16), (1,)]
+    for name in CLASSES:
+        aligned = {"aligned": True} if "density" in CLASSES[name][1] else {}
+        params = [nn.Parameter(sharded(values(n, shape, 0), line(world), [Shard(0)])) for n, shape in enumerate(shapes)]
+        plain = [nn.Parameter(values(n, shape, 0)) for n, shape in enumerate(shapes)]
+        optimizer, other = make(name, params), make(name, plain, **aligned)
+        for step in range(1, STEPS + 1):
+            for n, (p, q) in enumerate(zip(params, plain, strict=True)):
+                q.grad = values(n, q.shape, step)
+                p.grad = sharded(q.grad, line(world), [Shard(0)])
+            optimizer.step()
+            other.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+        results[name] = largest_difference(params, plain), optimizer.diagnostics()["error_norm"]
     return results
 
 

@@ -12,8 +12,9 @@ WORLD = 4
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("steps")
-    ranks = run(["steps:all_ways", "steps:shards_as_parameters"], WORLD, folder)
-    return [rank["steps:all_ways"] for rank in ranks], [rank["steps:shards_as_parameters"] for rank in ranks]
+    names = ("all_ways", "shards_as_parameters", "no_elements")
+    ranks = run([f"steps:{name}" for name in names], WORLD, folder)
+    return tuple([rank[f"steps:{name}"] for rank in ranks] for name in names)
 
 
 @pytest.mark.parametrize("way", steps.WAYS)
@@ -51,3 +52,11 @@ def test_a_step_exchanges_a_flag_and_m_numbers_along_each_dimension_of_a_mesh(na
 def test_low_rank_takes_each_shard_as_a_matrix(name, results):
     for rank in results[1]:
         assert rank[name] <= 1e-14
+
+
+@pytest.mark.parametrize("name", steps.CLASSES)
+def test_ranks_without_elements_take_part(name, results):
+    for rank in results[2]:
+        difference, error_norm = rank[name]
+        assert difference <= 1e-14
+        assert error_norm == results[2][0][name][1]

@@ -5,6 +5,7 @@ import pytest
 from tests.distributed.ranks import run
 
 checkpoints = pytest.importorskip("tests.distributed.checkpoints")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Lightning shards a network, and trains it as a plain loop trains a whole one."""
+"""Training loops of others, over several processes, train a network as a plain loop trains a whole one."""
 
 import pytest
 
@@ -6,9 +6,12 @@ from tests.distributed.ranks import run
 
 
 @pytest.mark.slow
-def test_lightning_with_model_parallel_strategy(tmp_path):
-    pytest.importorskip("pytorch_lightning.strategies")
-    for rank in run(["frameworks:lightning"], 2, tmp_path / "ranks"):
-        sharded, difference = rank["frameworks:lightning"]
-        assert sharded
+@pytest.mark.parametrize(
+    ("function", "module"), [("lightning", "pytorch_lightning.strategies"), ("trainer", "transformers")]
+)
+def test_frameworks_over_two_processes(function, module, tmp_path):
+    pytest.importorskip(module)
+    for rank in run([f"frameworks:{function}"], 2, tmp_path / "ranks"):
+        divided, difference = rank[f"frameworks:{function}"]
+        assert divided
         assert difference <= 1e-14

@@ -184,6 +184,7 @@ class EFCP(Optimizer):
         if self.param_groups:
             with self._tables:
                 self._take_step()
+            self._parts = {}  # they hold gradients
         return loss
 
     @torch.no_grad()
@@ -228,6 +229,7 @@ class EFCP(Optimizer):
         own = self.shared or allocate_gram(agreed(self.param_groups, "window"), torch.device("cpu"))
         self._parts = {}
         gram, sets, ranks = Gram(own), self._sets(alone=True), self._ranks()
+        self._parts = {}
         preconditioner = agreed_preconditioner(self.param_groups, self.preconditioner)
         result = norms_and_rotation(gram, sets, preconditioner, ranks)
         if not quantiles:
@@ -336,6 +338,7 @@ class EFCP(Optimizer):
             self._gram()
         self._parts = {}
         self._fill(all_parameters=True)
+        self._parts = {}
         windows = self._windows()
         self._origin = Origin(windows)
         self._show_shared(windows)
@@ -392,7 +395,6 @@ class EFCP(Optimizer):
             other.update_(finite)
         self._gather()
         self._lookout.look(gram.state, self._non_finite)
-        self._parts = {}
 
     # ---- what a step works on
 

@@ -107,7 +107,7 @@ def training(process: subprocess.Popen[str], out: Path) -> set[int]:
     ("arguments", "name", "send"),
     [
         pytest.param(tradeoff_arguments, "SIGTERM", os.kill, marks=pytest.mark.slow),
-        (paper_arguments, "SIGTERM", os.kill),
+        pytest.param(paper_arguments, "SIGTERM", os.kill, marks=pytest.mark.slow),
         pytest.param(tradeoff_arguments, "SIGKILL", os.kill, marks=pytest.mark.slow),
         pytest.param(tradeoff_arguments, "SIGINT", os.killpg, marks=pytest.mark.slow),  # as Ctrl-C does
     ],

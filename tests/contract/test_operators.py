@@ -193,7 +193,7 @@ def check_compiled_step(cls, options, steps):
 
 @pytest.mark.parametrize(
     "cls",
-    [SparseMFAC8, MicroAdam, *(pytest.param(cls, marks=pytest.mark.slow) for cls in (SparseMFAC, SparseGGT4))],
+    [SparseMFAC8, *(pytest.param(cls, marks=pytest.mark.slow) for cls in (SparseMFAC, SparseGGT4, MicroAdam))],
     ids=lambda cls: cls.__name__,
 )
 def test_compiled_step(cls):

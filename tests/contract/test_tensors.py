@@ -131,7 +131,7 @@ def outside(storage, view):
     return bits(storage)[flags]
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", [*range(5), *(pytest.param(n, marks=pytest.mark.slow) for n in range(5, 16))])
 def test_views_step_as_plain_copies_do_and_nothing_beside_them_changes(cls, thorough, backend, seed):
     views = Views(seed)
     dtypes = [views.choose(*DTYPES) for _ in range(3)]

@@ -99,6 +99,7 @@ def test_every_example_is_tested_and_in_the_table():
     assert names == set(re.findall(r"^\| `(\w+)\.py`", table, re.MULTILINE))
 
 
+@pytest.mark.slow
 @needs("matplotlib", "tqdm")
 def test_pinn(tmp_path):
     output = run("pinn", "--evaluations", "110", "--plot", str(tmp_path / "pinn.png"))

@@ -286,7 +286,7 @@ def test_a_missing_barrier_between_rows_would_be_noticed():
     assert wrong
 
 
-@pytest.mark.parametrize("shift", [1, 3])
+@pytest.mark.parametrize("shift", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_tensors_that_begin_anywhere(shift):
     """A view of a flat buffer need not be aligned to what an access of 128 bits takes."""
     case = Case(9000, 4096, 0.01, window=4)

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -72,6 +72,9 @@ from efcp.shards import (
 )
 from efcp.shared_state import Origin, allocate_shared, show
 from efcp.windows import Compressor, TopK
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class EFCP(Optimizer):
@@ -132,7 +135,7 @@ class EFCP(Optimizer):
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
         adamw: bool = False,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         refuse_zero_redundancy_optimizer()
         check_parts(compressor, preconditioner)

@@ -1,6 +1,6 @@
 """The named optimizers: `EFCP` with its parts chosen, and their options as arguments."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,6 +9,9 @@ from torch.optim.optimizer import ParamsT
 from efcp.optimizer import EFCP
 from efcp.preconditioners import GGT, MFAC, AdamStats, Kronecker
 from efcp.windows import Identity, LowRank, TopK
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class SparseMFAC(EFCP):
@@ -87,7 +90,7 @@ class SparseMFAC(EFCP):
         error_feedback: bool = True,
         maximize: bool = False,
         aligned: bool | None = None,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__(
             params,
@@ -179,7 +182,7 @@ class LowRankMFAC(EFCP):
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
         maximize: bool = False,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__(
             params,
@@ -257,7 +260,7 @@ class DenseMFAC(EFCP):
         max_update_norm: float | None = None,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__(
             params,
@@ -359,7 +362,7 @@ class SparseGGT(EFCP):
         error_feedback: bool = True,
         maximize: bool = False,
         aligned: bool | None = None,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__(
             params,
@@ -457,7 +460,7 @@ class LowRankGGT(EFCP):
         error_dtype: torch.dtype | None = None,
         error_feedback: bool = True,
         maximize: bool = False,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__(
             params,
@@ -543,7 +546,7 @@ class DenseGGT(EFCP):
         max_update_norm: float | None = None,
         momentum_dtype: torch.dtype | None = None,
         maximize: bool = False,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__(
             params,
@@ -625,7 +628,7 @@ class MicroAdam(EFCP):
         error_feedback: bool = True,
         maximize: bool = False,
         aligned: bool | None = None,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__(
             params,
@@ -693,7 +696,7 @@ class MFACW(EFCP):
         momentum_dtype: torch.dtype | None = torch.int8,
         error_dtype: torch.dtype | None = torch.int4,  # type: ignore[attr-defined]
         maximize: bool = False,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__(
             params,
@@ -772,7 +775,7 @@ class KroneckerW(EFCP):
         momentum_dtype: torch.dtype | None = torch.int8,
         error_dtype: torch.dtype | None = torch.int8,
         maximize: bool = False,
-        mesh: Any = None,
+        mesh: "DeviceMesh | None" = None,
     ) -> None:
         super().__init__(
             params,

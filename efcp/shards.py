@@ -320,7 +320,9 @@ def gather_(params: Sequence[Tensor], mesh: Any) -> None:
             part = own_part(p.detach(), layout).reshape(-1)
             here[: len(part)] = part
         everyone = torch.empty(mesh.size() * len(mine), dtype=mine.dtype, device=mine.device)
-        distributed.all_gather_into_tensor(everyone, mine, group=mesh.get_group())
+        # The name of PyTorch 2.13 and later
+        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+        gather(everyone, mine, group=mesh.get_group())
         for p, there in zip(bucket, everyone.view(mesh.size(), -1).split(sizes, dim=1), strict=True):
             p.copy_(there.reshape(-1)[: p.numel()].view(p.shape))
 

@@ -148,7 +148,7 @@ class Layout:
             return (*shape[: last + 1], self.row // unit)
         entries = unit // self.row if self.row else 0
         if last and entries and unit % self.row == 0 and self.entries % entries == 0:
-            return (*shape[:last], shape[last] // entries, 1)
+            return (*shape[:last], shape[last] // entries)
         return None
 
     def shifted(self, by: int) -> tuple[Any, ...]:

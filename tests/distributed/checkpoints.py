@@ -125,6 +125,23 @@ def resume_on_another_number(rank, world, folder):
     return results
 
 
+def resume_on_other_meshes(rank, world, folder):
+    """Loads what a mesh of one dimension has saved on one of two, and with columns cut; goes on, saves and resumes."""
+    results = {}
+    for name in ("SparseMFAC", "DenseMFAC"):
+        for way in ("hsdp", "fsdp and tensor parallel"):
+            where = folder.parent / f"{name} {way}"
+            model, resumed = divided(way, world), divided(way, world)
+            optimizer, other = make(name, model), make(name, resumed)
+            load(model, optimizer, folder.parent / f"{name} nested {world}", False)
+            save(model, optimizer, where, False)
+            load(resumed, other, where, False)
+            step(model, optimizer, rank, world, BEFORE, AFTER, way)
+            step(resumed, other, rank, world, BEFORE, AFTER, way)
+            results[name, way] = parameters(model), same(tensors(optimizer), tensors(other))
+    return results
+
+
 def before_the_first_step(rank, world, folder):
     """Saves and loads an optimizer that has not stepped; then it goes on as a new one."""
     where = folder.parent / "new"

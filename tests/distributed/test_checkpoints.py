@@ -17,8 +17,9 @@ def launches(tmp_path_factory):
     for number, (world, functions) in enumerate([(4, own), (2, ["resume_on_another_number"])]):
         results = run([f"checkpoints:{name}" for name in functions], world, folder / str(number))
         found.append([{key.partition(":")[2]: value for key, value in rank.items()} for rank in results])
-    results = run(["checkpoints:resume_on_another_number"], 4, folder / "2")
-    return [*found, [{"resume_on_another_number": r["checkpoints:resume_on_another_number"]} for r in results]]
+    names = ("resume_on_another_number", "resume_on_other_meshes")
+    results = run([f"checkpoints:{name}" for name in names], 4, folder / "2")
+    return [*found, [{name: rank[f"checkpoints:{name}"] for name in names} for rank in results]]
 
 
 @pytest.mark.parametrize(("name", "form"), checkpoints.FORMS)
@@ -37,6 +38,17 @@ def test_resumes_on_another_number_of_ranks(name, form, launches):
         for rank in launch:
             for p, q in zip(rank["resume_on_another_number"][name, form], expected, strict=True):
                 assert float((p - q).abs().max()) <= 1e-14
+
+
+@pytest.mark.parametrize("way", ["hsdp", "fsdp and tensor parallel"])
+@pytest.mark.parametrize("name", ["SparseMFAC", "DenseMFAC"])
+def test_resumes_on_a_mesh_of_two_dimensions(name, way, launches):
+    expected = launches[0][0]["save_and_resume"][name, "nested"]["parameters"]
+    for rank in launches[2]:
+        found, bitwise = rank["resume_on_other_meshes"][name, way]
+        assert bitwise
+        for p, q in zip(found, expected, strict=True):
+            assert float((p - q).abs().max()) <= 1e-14
 
 
 def test_saves_before_the_first_step(launches):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import efcp
 from efcp import (
@@ -560,7 +561,7 @@ def test_state_of_other_parts_and_ranks_is_refused_and_changes_nothing():
             continue
         problem = Problem(make)
         problem.step(1)
-        with pytest.raises(ValueError, match=r"projector|error|rank|kind of optimizer"):
+        with pytest.raises(ValueError, match=r"(projector|error|rank) is .* in the state|kind of optimizer"):
             other.optimizer.load_state_dict(problem.optimizer.state_dict())
         assert_equal(other.everything(), before)
 
@@ -623,6 +624,31 @@ def test_a_basis_is_chosen_in_every_nth_step_whatever_is_skipped(every, monkeypa
         assert optimizer.state[p]["step"] == taken
 
 
+class Reads(TorchDispatchMode):
+    """Counts how often the host looks at a number on the device."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("name", "reads"), [("LDAdam", 0), ("DCT", 0), ("GaLore", 2), ("AdaRankGrad", 2)])
+def test_a_device_is_waited_for_only_where_a_basis_may_be_due(name, reads, monkeypatch):
+    """Twice in each period of `every` = 4 steps, and never where a basis is chosen in every step."""
+    monkeypatch.setattr(module, "is_cheap", lambda flag: False)
+    p = nn.Parameter(torch.zeros(6, 8))
+    optimizer = OPTIMIZERS[name]([p])
+    p.grad = torch.randn(6, 8)
+    for _ in range(4):
+        optimizer.step()
+    with Reads() as seen:
+        for _ in range(8):
+            optimizer.step()
+    assert seen.number == 2 * reads
+
+
 @optimizers
 def test_gradients_stay_as_they_are(make):
     for maximize in (False, True):
@@ -661,6 +687,35 @@ def test_a_parameter_without_a_gradient_stays_and_has_no_state(make):
     before = copy.deepcopy(problem.everything())
     problem.optimizer.step()
     assert_equal(problem.everything(), before)
+
+
+@optimizers
+def test_named_parameters_are_named_in_errors_and_other_names_warned_of(make):
+    one, other = nn.Linear(6, 6), nn.Linear(6, 6)
+    optimizer = make(one.named_parameters())
+    one.weight.grad = torch.ones(6, 6).to_sparse()
+    with pytest.raises(RuntimeError, match=r"parameter 0 \(weight\)"):
+        optimizer.step()
+    renamed = make([("head", other.weight), ("bias", other.bias)])
+    with pytest.warns(UserWarning, match="'weight' goes to 'head'"):
+        renamed.load_state_dict(optimizer.state_dict())
+    assert renamed.param_groups[0]["param_names"] == ["head", "bias"]
+
+
+@optimizers
+def test_schedulers_turn_lr_and_betas(make):
+    problem = Problem(make, lr=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(problem.optimizer, max_lr=0.1, total_steps=8)
+    for _ in range(5):
+        problem.step()
+        schedule.step()
+    other = Problem(make)
+    other.model.load_state_dict(problem.model.state_dict())
+    other.optimizer.load_state_dict(through_a_file(problem.optimizer.state_dict()))
+    assert other.optimizer.param_groups[0]["betas"] == list(problem.optimizer.param_groups[0]["betas"])
+    problem.step()
+    other.step()
+    torch.testing.assert_close(problem.params, other.params, rtol=0, atol=0)
 
 
 @optimizers

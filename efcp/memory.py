@@ -68,7 +68,7 @@ def memory_report(optimizer: Optimizer) -> MemoryReport:
 
 
 def estimate_memory(
-    model_or_numel: nn.Module | int | Iterable[Any], optimizer: type[EFCP] = SparseMFAC, **options: Any
+    model_or_numel: nn.Module | int | Iterable[Any], optimizer: type[Any] = SparseMFAC, **options: Any
 ) -> MemoryReport:
     """Says how much memory an optimizer's state will take, before anything is allocated.
 
@@ -81,7 +81,7 @@ def estimate_memory(
     Args:
         model_or_numel: one of three: a model, whose parameters that require gradients count; a number of float32
             elements; or what the optimizer takes for `params`, that is tensors, named tensors or param groups.
-        optimizer: the optimizer's class: `EFCP` or one derived from it.
+        optimizer: the optimizer's class: any of this package, or one derived from it.
         options: what else the optimizer's constructor takes, such as `window` and `density`.
 
     Returns:

@@ -99,6 +99,10 @@ class SubspaceAdam(Optimizer):
         require_projector(projector)
         require_transport(transport)
         require_error(error)
+        if clash := sorted({*OPTIONS, "params", "param_names"} & projector.options.keys()):
+            raise ValueError(
+                f"projector must not have options named {', '.join(clash)}, which param groups have already"
+            )
         self.projector, self.transport, self.error = projector, transport, error
         self._schedules: dict[Tensor, tuple[int, int]] = {}
         defaults = {

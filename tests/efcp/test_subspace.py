@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -25,8 +26,8 @@ from efcp import (
     RandomizedSVD,
     SubspaceAdam,
 )
+from efcp.subspace import Projector, projectors
 from efcp.subspace import optimizer as module
-from efcp.subspace import projectors
 
 LR, BETAS, EPS, DECAY, SCALE, RANK, STEPS = 0.1, (0.8, 0.95), 1e-6, 0.3, 0.25, 3, 12
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -374,6 +375,46 @@ def test_misspelt_options_of_groups_are_refused_and_keys_of_others_kept(make):
     assert make([{"params": [p], "initial_lr": 0.1}]).param_groups[0]["initial_lr"] == 0.1
     with pytest.raises(ValueError, match="projector must be"):
         make([{"params": [p], "projector": "Other"}])
+
+
+@optimizers
+def test_a_group_that_is_refused_is_not_added(make):
+    optimizer = make([nn.Parameter(torch.ones(5, 5))])
+    for options, message in (({"lr": -1.0}, "lr must"), ({"params": [torch.ones(5).long()]}, "params must")):
+        with pytest.raises((ValueError, TypeError), match=message):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.ones(5, 5))], **options})
+        assert len(optimizer.param_groups) == 1
+
+
+@dataclass(frozen=True)
+class FirstRows(Projector):
+    """A projector of a user's own: the first rows of a matrix, and options of its own."""
+
+    rank: int = 2
+    every: int = 3
+    note: str = "mine"
+
+    def choose(self, state, a, mean, first):
+        return {"basis": torch.eye(a.shape[0], self.rank, dtype=a.dtype)}
+
+
+@dataclass(frozen=True)
+class Clashing(FirstRows):
+    eps: float = 0.1
+
+
+def test_a_projector_of_ones_own_steps_is_saved_and_loaded():
+    parts = {"transport": NoTransport(), "error": NoError()}
+    problem, other = (Problem(lambda params: SubspaceAdam(params, projector=FirstRows(), **parts)) for _ in range(2))
+    before = problem.params[2].detach().clone()
+    problem.step(4)
+    moved = (problem.params[2] != before).T  # (20, 8): the shorter side is that of the rows
+    assert moved[:, :2].all()
+    assert not moved[:, 2:].any()
+    other.optimizer.load_state_dict(through_a_file(problem.optimizer.state_dict()))
+    assert_equal(other.optimizer.state_dict(), problem.optimizer.state_dict())
+    with pytest.raises(ValueError, match="projector must not have options named eps"):
+        SubspaceAdam(problem.params, projector=Clashing(), **parts)
 
 
 @optimizers
@@ -810,4 +851,6 @@ def test_state_and_options_are_tensors_and_plain_values():
         assert all(isinstance(value, torch.Tensor) for state in saved["state"].values() for value in state.values())
         plain = (bool, int, float, str, list)
         assert all(isinstance(value, plain) for group in saved["param_groups"] for value in group.values())
-        assert all("differentiable" not in group for group in saved["param_groups"])
+        problem.optimizer.load_state_dict(saved)
+        problem.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(6, 6))]})
+        assert saved["param_groups"][0].keys() == problem.optimizer.param_groups[-1].keys()

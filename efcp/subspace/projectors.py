@@ -89,7 +89,7 @@ class Projector(ABC):
 
 @dataclass(frozen=True)
 class SVD(Projector):
-    """The leading singular vectors of the gradient matrix, anew every T steps (GaLore, arXiv 2403.03507, section 4).
+    """The leading singular vectors of the gradient matrix, anew every T steps (GaLore, arXiv 2403.03507).
 
     Each vector has the sign that makes its largest entry positive, which matters where moments are not transported.
 
@@ -151,7 +151,7 @@ class RandomizedSVD(Projector):
 
 @dataclass(frozen=True)
 class PowerIteration(Projector):
-    """One block power iteration a step, from the basis so far (LDAdam, arXiv 2410.16103, algorithm 1).
+    """One block power iteration a step, from the basis so far (LDAdam, arXiv 2410.16103).
 
     The first basis is that of `SVD`.
 

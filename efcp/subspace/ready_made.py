@@ -10,7 +10,7 @@ from efcp.subspace.transports import LDAdamTransport, NoTransport
 
 
 class GaLoreAdamW(SubspaceAdam):
-    """AdamW in the leading singular directions of each gradient matrix (GaLore, arXiv 2403.03507, algorithm 2).
+    """AdamW in the leading singular directions of each gradient matrix (GaLore, arXiv 2403.03507).
 
     A step of a matrix, turned so that its shorter side comes first, with the gradient g:
 
@@ -71,7 +71,7 @@ class GaLoreAdamW(SubspaceAdam):
 
 
 class LDAdamW(SubspaceAdam):
-    """AdamW in a subspace that moves in every step, with error feedback (LDAdam, arXiv 2410.16103, algorithm 1).
+    """AdamW in a subspace that moves in every step, with error feedback (LDAdam, arXiv 2410.16103).
 
     A step of a matrix, turned so that its shorter side comes first, with the gradient g and c completed steps:
 

@@ -52,7 +52,7 @@ class NoTransport(Transport):
 
 @dataclass(frozen=True)
 class LDAdamTransport(Transport):
-    """Projects the mean, and the variance as if entries were independent (LDAdam, arXiv 2410.16103, algorithm 1).
+    """Projects the mean, and the variance as if entries were independent (LDAdam, arXiv 2410.16103).
 
     The absolute value keeps second moments from turning negative. A basis that stays leaves the moments as they are, up
     to rounding.

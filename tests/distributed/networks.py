@@ -151,3 +151,31 @@ def with_numba(rank, world, folder):
         optimizer.step()
         other.step()
     return largest_difference(model, whole), efcp.kernels.backend_name(torch.device("cpu"))
+
+
+def with_adamw(rank, world, folder):
+    """Some parameters of a sharded network, or all, are stepped by AdamW: the difference to a whole one."""
+    results = []
+    for window in (True, False):
+        models = divided("fsdp", world), network()
+        optimizers = []
+        for model in models:
+            own = [p for name, p in model.named_parameters() if window and "weight" in name and "norm" not in name]
+            others = [p for p in model.parameters() if all(p is not q for q in own)]
+            groups = [{"params": own}] if own else []
+            aligned = {"aligned": True} if model is models[1] else {}
+            options = {"density": 0.3, "block_size": 8, "window": 4, "damping": 0.1, "value_dtype": torch.float32}
+            optimizers.append(efcp.SparseMFAC([*groups, {"params": others, "adamw": True}], 0.05, **options, **aligned))
+        for step in range(8):
+            for model, optimizer, way in zip(models, optimizers, ("fsdp", None), strict=True):
+                backward(model, way, rank, world, step)
+                if step == 4:
+                    grad = model.up.bias.grad
+                    last = grad.to_local() if isinstance(grad, DTensor) else grad
+                    if way is None or rank == world - 1:
+                        last[-1] = float("inf")
+                optimizer.step()
+        optimizers[0].load_state_dict(optimizers[0].state_dict())
+        divided_moments = isinstance(optimizers[0].state[models[0].up.bias]["exp_avg"], DTensor)
+        results.append((largest_difference(*models), divided_moments))
+    return results

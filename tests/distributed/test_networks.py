@@ -36,3 +36,10 @@ def test_compiled_kernels_give_the_same(tmp_path):
         difference, backend = rank["networks:with_numba"]
         assert difference <= 1e-14
         assert backend == "cpu"
+
+
+def test_adamw_steps_some_parameters_or_all(tmp_path):
+    for rank in run(["networks:with_adamw"], WORLD, tmp_path / "ranks"):
+        for difference, divided_moments in rank["networks:with_adamw"]:
+            assert difference <= 1e-14
+            assert divided_moments

@@ -32,6 +32,11 @@ GROUPS = {  # of the API's pages; names that are in none go to the last one
     ),
     "Compressors": ("TopK", "LowRank", "Identity"),
     "Preconditioners": ("MFAC", "GGT", "Kronecker", "AdamStats"),
+    "Low-rank Adam": ("GaLoreAdamW", "LDAdamW", "AdaRankGrad", "SubspaceAdam"),
+    "Parts of low-rank Adam": (
+        *("SVD", "RandomizedSVD", "PowerIteration", "DCT"),
+        *("NoTransport", "LDAdamTransport", "NoError", "PlainError", "LDAdamError"),
+    ),
     "Param groups": ("param_groups",),
     "Memory": ("estimate_memory", "memory_report", "MemoryReport"),
     "For parts of your own": (

@@ -26,7 +26,7 @@ from efcp.members import fill_state, forms_of
 from efcp.options import check_keys, check_options, made_from
 from efcp.parameters import check_divided_state
 from efcp.preconditioners import Preconditioner
-from efcp.shards import Form, Layout, flattened, is_sharded, local, own_part, with_local
+from efcp.shards import ELEMENTWISE, Form, Layout, flattened, is_sharded, local, own_part, with_local
 from efcp.shared_state import VERSION, allocate_shared
 from efcp.windows import Compressor
 
@@ -95,9 +95,12 @@ def checked(
                 if layout is not None:
                     forms = forms_of(layout, part, loaded, of_part, preconditioner)
                     expected["numel"] = p.numel()
-                    check_divided_state(partial(str, here), saved, forms, layout)
                     for name in forms.keys() & expected.keys():
                         expected[name] = torch.empty(forms[name].whole, dtype=expected[name].dtype, device="meta")
+                if layout is None or layout.mesh is None:
+                    saved = of_one_process(saved, expected, p)
+                if layout is not None:
+                    check_divided_state(partial(str, here), saved, forms, layout)
             check_tensors(here, saved, expected)
             if key in homes:
                 check_gram(here, {name: saved[name] for name in shared})
@@ -259,6 +262,22 @@ def upgraded(saved: dict[str, Any], shared: dict[str, Any], param: Tensor) -> di
             given = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
             counter = given.to(torch.int64)
             state[name] = counter if counter == given else value
+    return state
+
+
+def of_one_process(saved: dict[str, Any], expected: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """A saved state with what has a number for each element shaped as expected: as the parameter, or flat.
+
+    Of parameters that were divided, such tensors have the parameter's shape.
+    """
+    shape = tuple(param.shape)
+    state = dict(saved)
+    for name in {*ELEMENTWISE, "rows"} & expected.keys():
+        value, own = saved.get(name), expected[name]
+        first = own.shape[:1] if name == "rows" else ()  # m
+        alike = {(*first, *shape), (*first, param.numel())}
+        if isinstance(value, Tensor) and not is_sharded(value) and {tuple(value.shape), tuple(own.shape)} == alike:
+            state[name] = value.reshape(own.shape)
     return state
 
 

@@ -191,6 +191,30 @@ def through_a_single_process(rank, world, folder):
     return max(differences, default=0.0), most, again
 
 
+def dense_in_a_single_process(rank, world, folder):
+    """A whole state with dense rows and a momentum goes to one process, whose tensors are flat."""
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model = divided("fsdp", world)
+    own = {"window": 4, "damping": 0.1, "momentum": 0.5}
+    optimizer = efcp.DenseMFAC(model.parameters(), lr=0.05, **own)
+    step(model, optimizer, rank, world, 0, BEFORE)
+    saved = states.get_state_dict(model, optimizer, options=options)
+    difference = 0.0
+    alone = network()
+    single = efcp.DenseMFAC(alone.parameters(), lr=0.05, **own)
+    if rank == 0:
+        states.set_model_state_dict(alone, saved[0], options=states.StateDictOptions(full_state_dict=True))
+        single.load_state_dict(_by_number(saved[1], alone))
+        step(alone, single, 0, 1, BEFORE, AFTER, way=None)
+    step(model, optimizer, rank, world, BEFORE, AFTER)
+    whole = parameters(model)
+    if rank == 0:
+        pairs = zip(whole, alone.parameters(), strict=True)
+        difference = max(float((p - q.detach()).abs().max()) for p, q in pairs)
+    flat = not single.state or all(state["rows"].dim() == 2 for state in single.state.values())
+    return difference, flat
+
+
 def _by_number(state, model):
     """A state whose parameters are named, as an optimizer's own: numbered."""
     numbers = {name: number for number, (name, _) in enumerate(model.named_parameters())}

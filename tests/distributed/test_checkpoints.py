@@ -13,6 +13,7 @@ def launches(tmp_path_factory):
     """Of 4 ranks that save, 2 that load this and save, and 4 that load that."""
     folder = tmp_path_factory.mktemp("checkpoints")
     own = ["save_and_resume", "before_the_first_step", "through_a_single_process", "several_optimizers"]
+    own.append("dense_in_a_single_process")
     found = []
     for number, (world, functions) in enumerate([(4, own), (2, ["resume_on_another_number"])]):
         results = run([f"checkpoints:{name}" for name in functions], world, folder / str(number))
@@ -67,3 +68,10 @@ def test_a_single_process_continues_and_gives_back(launches):
         assert continued <= 1e-14
         assert loaded <= 1e-14
         assert again <= 1e-14
+
+
+def test_a_single_process_takes_over_dense_rows(launches):
+    for rank in launches[0]:
+        difference, flat = rank["dense_in_a_single_process"]
+        assert difference <= 1e-14
+        assert flat

@@ -66,6 +66,7 @@ PHASES: dict[str, dict[str, Any]] = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "efcp, Top-k": {"color": "#08306b", "marker": "o"},
     "efcp, low rank": {"color": "#2f8f6b", "marker": "D"},
+    "efcp, low-rank Adam": {"color": "#6db6e8", "marker": "v"},
     "PyTorch": {"color": "#1a1a1a", "marker": "X"},
     "torchao": {"color": "#a02c6e", "marker": "^"},
     "pytorch_optimizer": {"color": "#e08a2e", "marker": "s"},
@@ -279,7 +280,7 @@ def optimizers(frame: pd.DataFrame) -> Figure | None:
     for axes in panels[max(0, len(models) - 2) : len(models)]:
         axes.set_xlabel("optimizer state, bytes a parameter")
     figure.suptitle(f"Time and memory of optimizers: {_machine(rows)}", fontsize=10)
-    _with_legend(figure, panels[: len(models)], columns=len(FAMILIES) + 1)
+    _with_legend(figure, panels[: len(models)])
     for axes, model in zip(panels, models, strict=False):
         own = rows[rows["model"] == model]
         _name_points(axes, own["per parameter"], own["p50_ms"], own["optimizer"])

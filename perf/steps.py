@@ -77,12 +77,13 @@ def _soap(params: Groups) -> list[Optimizer]:
     return [SOAP(params, lr=LR)]
 
 
-def _ours(optimizer: type[efcp.EFCP], **options: Any) -> Callable[[Groups], list[Optimizer]]:
-    return lambda params: [optimizer(params, lr=LR, **options)]
+def _ours(optimizer: type[Optimizer], **options: Any) -> Callable[[Groups], list[Optimizer]]:
+    return lambda params: [optimizer(params, lr=LR, **options)]  # type: ignore[call-arg]
 
 
 SPLIT: dict[str, Any] = {"params": efcp.param_groups, "matrices": True}
-PYTORCH, TOP_K, LOW_RANK = "PyTorch", "efcp, Top-k", "efcp, low rank"
+PYTORCH, TOP_K, LOW_RANK, SUBSPACE = "PyTorch", "efcp, Top-k", "efcp, low rank", "efcp, low-rank Adam"
+EVERY = 20  # steps from one subspace to the next; the papers' 200 would take minutes to measure
 SPARSE, INT4 = "m = 32, density 1%", torch.int4  # type: ignore[attr-defined]
 
 OPTIMIZERS: dict[str, Entry] = {
@@ -108,6 +109,21 @@ OPTIMIZERS: dict[str, Entry] = {
     "MFACW, split": Entry(LOW_RANK, "m = 32, rank 4, split", _ours(efcp.MFACW), fill=32, **SPLIT),
     "KroneckerW": Entry(LOW_RANK, "m = 32, rank 4", _ours(efcp.KroneckerW), fill=32, matrices=True),
     "KroneckerW, split": Entry(LOW_RANK, "m = 32, rank 4, split", _ours(efcp.KroneckerW), fill=32, **SPLIT),
+    "GaLoreAdamW": Entry(
+        SUBSPACE,
+        f"rank 16, every {EVERY} steps",
+        _ours(efcp.GaLoreAdamW, rank=16, every=EVERY),
+        cycle=EVERY,
+        matrices=True,
+    ),
+    "LDAdamW": Entry(SUBSPACE, "rank 16", _ours(efcp.LDAdamW), matrices=True),
+    "AdaRankGrad": Entry(
+        SUBSPACE,
+        f"rank 16, every {EVERY} steps",
+        _ours(efcp.AdaRankGrad, rank=16, every=EVERY),
+        cycle=EVERY,
+        matrices=True,
+    ),
 }
 """All optimizers, by name. A split leaves embeddings, head and vectors to AdamW (`efcp.param_groups`)."""
 

@@ -508,7 +508,7 @@ class EFCP(Optimizer):
         return member_of(param, group, self._part(param, layout), compressor, state, layout, preconditioner)
 
     def _part(self, param: Tensor, layout: Layout) -> Tensor:
-        """What of a divided parameter this rank has, with its gradient: the same tensor throughout a step."""
+        """Returns this rank's part of a divided parameter, with its gradient: the same tensor throughout a step."""
         part = self._parts.get(param)
         if part is None:
             part = self._parts[param] = part_of(param, layout)
@@ -774,7 +774,7 @@ def _dots_with_momenta(
 
 
 def _shares(gram: Gram, sets: list[ParameterSet], tensors: Iterable[Tensor]) -> Iterator[tuple[Share, Tensor]]:
-    """Of each set a tensor, on the device of the Gram matrix, with what its share is."""
+    """Pairs a tensor of each set, moved to the device of the Gram matrix, with the share of the set."""
     return zip((s.share for s in sets), gram.on_its_device(tensors), strict=True)
 
 

@@ -41,7 +41,7 @@ def is_hashable(part: object) -> bool:
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor, be it sharded or replicated."""
+    """Whether a tensor is a DTensor, be it sharded or replicated."""
     kind = type(tensor)
     if kind is Parameter or kind is Tensor:
         return False
@@ -50,7 +50,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What of a tensor is on this rank; itself where it is not a DTensor."""
+    """The part of a tensor that is on this rank; the tensor itself where it is not a DTensor."""
     if not is_sharded(tensor):
         return tensor
     here = tensor._local_tensor  # type: ignore[attr-defined]
@@ -277,7 +277,7 @@ _layout = lru_cache(maxsize=4096)(Layout)
 
 
 def part_of(param: Tensor, layout: Layout) -> Tensor:
-    """What of a parameter this rank steps, as a plain tensor with its gradient.
+    """This rank's part of a parameter, as a plain tensor with its gradient.
 
     Where a gradient is a sum that is yet to be taken, or divided in another way, it is exchanged first.
     """
@@ -291,7 +291,7 @@ def part_of(param: Tensor, layout: Layout) -> Tensor:
 
 
 def own_part(tensor: Tensor, layout: Layout) -> Tensor:
-    """What of a parameter, or of a tensor that is divided as it is, this rank has: a view."""
+    """This rank's part of a parameter, or of a tensor that is divided as it is: a view."""
     if is_sharded(tensor):
         return local(tensor).detach()
     if layout.mesh is None or not layout.shape:

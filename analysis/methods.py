@@ -14,9 +14,12 @@ from efcp import (
     MFAC,
     MFACW,
     AdamStats,
+    AdaRankGrad,
     DenseGGT,
     DenseMFAC,
+    GaLoreAdamW,
     KroneckerW,
+    LDAdamW,
     LowRankGGT,
     LowRankMFAC,
     MemoryReport,
@@ -103,6 +106,7 @@ def _mfac_over_adam(params: Any, lr: float, window: int, density: float, damping
 
 FLOATS = {"momentum_dtype": None, "error_dtype": None}
 MOMENTUM = {"direction": "momentum", "relative_damping": True, "update_rms": 0.2, "momentum": 0.9}
+SUBSPACE = {"every": 50, "scale": 1.0}  # on Adam's scale; short runs would see one subspace in 200 steps
 SPLIT = {"split": True}
 """The option of a method that leaves embeddings, head and vectors to AdamW, as `efcp.param_groups` splits a model."""
 
@@ -135,6 +139,9 @@ CONSTRUCTORS: dict[str, tuple[Callable[..., Optimizer], dict[str, Any]]] = {
     "KroneckerW, split, momentum in 16 bits": (KroneckerW, {"momentum_dtype": torch.bfloat16, **SPLIT}),
     "normalised momentum": (MFACW, {"damping": 1e6, "rank": 1, "window": 1, **FLOATS}),
     "normalised momentum, split": (MFACW, {"damping": 1e6, "rank": 1, "window": 1, **FLOATS, **SPLIT}),
+    "GaLoreAdamW": (GaLoreAdamW, SUBSPACE),
+    "LDAdamW": (LDAdamW, {}),
+    "AdaRankGrad": (AdaRankGrad, SUBSPACE),
     "Muon": (_muon, SPLIT),
     "SOAP": (_soap, {}),
 }

@@ -45,7 +45,7 @@ def checked(
     preconditioner: Preconditioner,
     defaults: dict[str, Any],
     optimizer: str,
-    layout_of: Callable[[Compressor, Tensor], tuple[Layout | None, Compressor]],
+    layout_of: Callable[[dict[str, Any], Compressor, Tensor], tuple[Layout | None, Compressor]],
 ) -> dict[str, Any]:
     """A state dict as this version would have written it, its tensors protected from casting by `Exact`.
 
@@ -86,7 +86,7 @@ def checked(
                 continue
             saved = upgraded(state_dict["state"][key], shared if key in homes else {}, p)
             expected = dict(shared) if key in homes else {}
-            layout, of_part = layout_of(of_group, p)
+            layout, of_part = layout_of(loaded, of_group, p)
             part = torch.empty_like(p if layout is None else own_part(p.detach(), layout), device="meta")
             forms: dict[str, Form] = {}
             if "numel" in saved:

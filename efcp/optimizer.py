@@ -434,7 +434,7 @@ class EFCP(Optimizer):
         for group in self.param_groups:
             compressor, divided = made_from(self.compressor, group), self._divides(group)
             for p in () if group["adamw"] else group["params"]:
-                own = self._layout(compressor, p)[1] if divided else compressor
+                own = self._layout(group, compressor, p)[1] if divided else compressor
                 state = self.state.get(p, {})
                 if own.row_names(p)[0] not in state:
                     continue
@@ -475,7 +475,7 @@ class EFCP(Optimizer):
         for group in self.param_groups:
             compressor, divided = made_from(self.compressor, group), self._divides(group)
             for p in () if group["adamw"] else group["params"]:
-                own = self._layout(compressor, p)[1] if divided else compressor
+                own = self._layout(group, compressor, p)[1] if divided else compressor
                 state, rows = self.state.get(p, {}), own.row_names(p)
                 if rows[0] in state:
                     found.append((p, [local(state[name]) if divided else state[name] for name in rows]))
@@ -487,21 +487,22 @@ class EFCP(Optimizer):
         """Whether parameters of a group are divided, or have the state of such."""
         return self.mesh is not None or group.get("aligned") is True or any(map(is_sharded, group["params"]))
 
-    def _layout(self, compressor: Compressor, param: Tensor) -> tuple[Layout | None, Compressor]:
+    def _layout(self, group: dict[str, Any], compressor: Compressor, param: Tensor) -> tuple[Layout | None, Compressor]:
         """How a parameter is divided, None for one that is whole, and the compressor of it or its parts.
 
         Args:
-            compressor: of its param group.
+            group: of the parameter. What AdamW steps needs no blocks.
+            compressor: of the group.
         """
         layout = layout_of(param, self.mesh, aligned=getattr(compressor, "aligned", None) is True)
-        if layout is None:
-            return None, compressor
+        if layout is None or group["adamw"]:
+            return layout, compressor
         return layout, _of_parts(compressor, layout) if is_hashable(compressor) else compressor.of_parts(layout)
 
     def _member(
         self, group: dict[str, Any], compressor: Compressor, param: Tensor, preconditioner: Preconditioner
     ) -> Member:
-        layout, compressor = self._layout(compressor, param)
+        layout, compressor = self._layout(group, compressor, param)
         state = self.state.get(param, {})
         if layout is None:
             return Member(param, group, param, compressor, state, None)
@@ -612,7 +613,7 @@ class EFCP(Optimizer):
                 number += 1
                 wanted = all_parameters
                 if not (wanted or group["adamw"]):
-                    own = self._layout(compressor, p)[1] if divided else compressor
+                    own = self._layout(group, compressor, p)[1] if divided else compressor
                     has_window = own.row_names(p)[0] in self.state.get(p, {})
                     wanted = p.grad is not None or has_window or (expected and p.requires_grad)
                 if wanted and divided:
@@ -700,17 +701,17 @@ class EFCP(Optimizer):
             name = partial(self._name, p)
             check_parameter(name, local(p))
             if not isinstance(p, UninitializedParameter):
-                self._checked_layout(name, compressor, p)
+                self._checked_layout(name, group, compressor, p)
 
     def _checked_layout(
-        self, name: Callable[[], str], compressor: Compressor, param: Tensor
+        self, name: Callable[[], str], group: dict[str, Any], compressor: Compressor, param: Tensor
     ) -> tuple[Layout | None, Compressor]:
         """As `_layout`, but raises a ValueError that names a parameter that cannot be divided or cut into blocks."""
         divided = layout_of(param, self.mesh, aligned=False)
         if divided is not None:
             check_layout(name, divided)
         try:
-            return self._layout(compressor, param)
+            return self._layout(group, compressor, param)
         except ValueError as error:
             raise ValueError(f"{error}, of {name()}") from None
 
@@ -740,7 +741,7 @@ class EFCP(Optimizer):
         fake: bool,
     ) -> None:
         """The same for a parameter that may be divided."""
-        layout, own = self._checked_layout(name, compressor, param)
+        layout, own = self._checked_layout(name, group, compressor, param)
         part, state = param, self.state.get(param, {})
         if layout is not None:
             check_part(name, param)

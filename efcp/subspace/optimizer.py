@@ -257,7 +257,7 @@ class SubspaceAdam(Optimizer):
     def _subspace_step(
         self, group: dict[str, Any], p: Tensor, projector: Projector, g: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """What becomes of the state of a matrix, but for `step`, and its update P N, (n, k).
+        """Returns the new state of a matrix, all but `step`, and its update P N, (n, k).
 
         Args:
             g: (n, k), the gradient, which stays as it is.

@@ -240,7 +240,7 @@ class Compressor(ABC):
         return self
 
     def unit(self, name: str) -> int | None:
-        """Of how many consecutive elements of a parameter an entry of a tensor in its state is, in the first dimension.
+        """The number of consecutive elements of a parameter that an entry of a state tensor's first dimension is of.
 
         Checkpoints of such tensors can be loaded on another number of processes. None where there is no such number.
         """

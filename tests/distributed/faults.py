@@ -114,7 +114,13 @@ def refused(rank, world, folder):
     optimizer.state[other] = optimizer.state.pop(replaced)
     taken_apart = nn.Parameter(part.clone())
     _set_fsdp_flattened(taken_apart)  # as FullyShardedDataParallel does, which needs a GPU
+    narrow = nn.Parameter(even.clone())
+    by_adamw = efcp.SparseMFAC([{"params": [narrow], "adamw": True}])  # which needs no blocks
+    narrow.grad = even + 1
+    by_adamw.step()
+    by_adamw.load_state_dict(by_adamw.state_dict())
     return {
+        "narrow by AdamW": float(narrow.detach().full_tensor().max()) < 0,
         "partial": message(lambda: efcp.SparseMFAC([nn.Parameter(DTensor.from_local(part, mesh, [Partial()]))])),
         "narrow": message(lambda: efcp.SparseMFAC([nn.Parameter(even.clone())])),
         "mesh": message(lambda: efcp.SparseMFAC([nn.Parameter(part)], mesh="cpu")),

@@ -44,6 +44,7 @@ def test_what_cannot_be_divided_is_refused(results):
         assert "ValueError: params must not be sums that are yet to be taken" in own["partial"]
         assert "density must be at least 0.062 for shape (12, 4), of which blocks have 4 elements" in own["narrow"]
         assert "param_groups[0], parameter 0" in own["narrow"]
+        assert own["narrow by AdamW"]
         assert own["mesh"] == "TypeError: mesh must be a DeviceMesh or None, got 'cpu'"
         assert "ValueError: mesh must have one dimension" in own["grid"]
         assert rank < 2 or "params must be divided over ranks among which this one is" in own["outside"]
